@@ -1,0 +1,74 @@
+"""Quantized spiking neural networks for SpikingJelly and snnTorch.
+
+1-bit synaptic weights, 2- to 8-bit membrane potentials, trained with Weight-Spike Dual Regulation
+(Wei et al., "Q-SNNs: Quantized Spiking Neural Networks", ACM MM 2024).
+
+Importing this package imports neither host: names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: Public name -> the module it lives in.
+_HOMES = {
+    "QSNNError": "errors",
+    "BinaryWeight": "quantizers",
+    "IntWeight": "quantizers",
+    "MembraneQuantizer": "quantizers",
+    "PRESETS": "quantizers",
+    "BinaryConv1d": "layers",
+    "BinaryConv2d": "layers",
+    "BinaryConv3d": "layers",
+    "BinaryLinear": "layers",
+    "QuantConv1d": "layers",
+    "QuantConv2d": "layers",
+    "QuantConv3d": "layers",
+    "QuantLinear": "layers",
+    "QuantLIFNode": "spikingjelly",
+    "QuantIFNode": "spikingjelly",
+    "QuantParametricLIFNode": "spikingjelly",
+    "QLeaky": "snntorch",
+    "WSDRRegularizer": "regularizers",
+    "SignGradientSchedule": "regularizers",
+}
+
+_SUBMODULES = ("functional", "models", "quantizers", "layers", "regularizers", "errors")
+
+__all__ = [*_HOMES, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from qsnn_ext.errors import QSNNError as QSNNError
+    from qsnn_ext.layers import BinaryConv1d as BinaryConv1d
+    from qsnn_ext.layers import BinaryConv2d as BinaryConv2d
+    from qsnn_ext.layers import BinaryConv3d as BinaryConv3d
+    from qsnn_ext.layers import BinaryLinear as BinaryLinear
+    from qsnn_ext.layers import QuantConv1d as QuantConv1d
+    from qsnn_ext.layers import QuantConv2d as QuantConv2d
+    from qsnn_ext.layers import QuantConv3d as QuantConv3d
+    from qsnn_ext.layers import QuantLinear as QuantLinear
+    from qsnn_ext.quantizers import PRESETS as PRESETS
+    from qsnn_ext.quantizers import BinaryWeight as BinaryWeight
+    from qsnn_ext.quantizers import IntWeight as IntWeight
+    from qsnn_ext.quantizers import MembraneQuantizer as MembraneQuantizer
+    from qsnn_ext.regularizers import SignGradientSchedule as SignGradientSchedule
+    from qsnn_ext.regularizers import WSDRRegularizer as WSDRRegularizer
+    from qsnn_ext.snntorch import QLeaky as QLeaky
+    from qsnn_ext.spikingjelly import QuantIFNode as QuantIFNode
+    from qsnn_ext.spikingjelly import QuantLIFNode as QuantLIFNode
+    from qsnn_ext.spikingjelly import QuantParametricLIFNode as QuantParametricLIFNode
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

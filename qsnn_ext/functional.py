@@ -1,0 +1,384 @@
+"""Pure tensor mathematics of Q-SNNs: no modules, no state, no host library.
+
+Equation numbers are those of Wei et al., "Q-SNNs: Quantized Spiking Neural Networks", ACM MM 2024.
+A function that rounds has one forward, used by training and by export alike, and a backward that
+is a straight-through estimator stated in its docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
+
+SignGradient = Literal["clipped", "identity", "annealed"]
+Standardize = Literal["layer", "channel"]
+MembraneScale = Literal["max", "absmax"]
+Squash = Literal["tanh"]
+Reset = Literal["hard", "soft", "none"]
+StepOrder = Literal["fire_first", "quantize_first"]
+
+
+def check_floating(x: Tensor, what: str) -> None:
+    """Raise :class:`InputTypeError` unless ``x`` is a real floating point tensor.
+
+    Args:
+        x: tensor of any shape.
+        what: name of the thing the tensor was given to, for the message.
+    """
+    if not x.is_floating_point():
+        raise InputTypeError(
+            f"{what} needs a floating point tensor, got {x.dtype}; convert it with x.float()."
+        )
+
+
+# --------------------------------------------------------------------------- signs
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: str, temperature: Tensor | None) -> Tensor:
+        ctx.gradient = gradient
+        if gradient == "annealed":
+            assert temperature is not None  # sign() has checked it
+            ctx.save_for_backward(x, temperature)
+        elif gradient == "clipped":
+            ctx.save_for_backward(x)
+        # Not torch.sign: one bit has no room for a zero, so sign(0) = +1 (and sign(NaN) = NaN).
+        one = torch.ones_like(x)
+        return torch.where(x >= 0, one, torch.where(x < 0, -one, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.gradient == "clipped":
+            (x,) = ctx.saved_tensors
+            grad = grad * (x.abs() <= 1)
+        elif ctx.gradient == "annealed":
+            x, t = ctx.saved_tensors
+            t = t.to(x.dtype)
+            k = torch.clamp(1 / t, min=1)
+            grad = grad * (k * t * (1 - torch.tanh(t * x).square()))
+        return grad, None, None
+
+
+def sign(
+    x: Tensor, gradient: SignGradient = "clipped", temperature: Tensor | float | None = None
+) -> Tensor:
+    """Sign with values in {-1, +1}, ``sign(0) = +1`` (Eq. 6), and a chosen pseudo-gradient.
+
+    Backward, for an incoming gradient ``g``:
+
+    - ``"clipped"``: ``g * 1[|x| <= 1]``, the clipped straight-through estimator;
+    - ``"identity"``: ``g``;
+    - ``"annealed"``: ``g * k*t*(1 - tanh(t*x)**2)`` with ``k = max(1/t, 1)``, the error decay
+      estimator of IR-Net (Qin et al., CVPR 2020), where ``t`` is the temperature.
+
+    Args:
+        x: real tensor of any shape.
+        gradient: which pseudo-gradient.
+        temperature: ``t``, for ``"annealed"`` only; a number or a 0-dim tensor.
+
+    Returns:
+        Tensor like ``x`` (NaN stays NaN).
+
+    Raises:
+        ConfigError: unknown ``gradient``, or ``"annealed"`` without a temperature.
+        InputTypeError: ``x`` is not floating point.
+    """
+    check_floating(x, "sign")
+    if gradient not in ("clipped", "identity", "annealed"):
+        raise ConfigError(
+            f"sign gradient {gradient!r} is unknown; choose 'clipped', 'identity' or 'annealed'."
+        )
+    if gradient == "annealed":
+        if temperature is None:
+            raise ConfigError("the annealed sign gradient needs a temperature (0.1 to 10).")
+        temperature = torch.as_tensor(temperature, dtype=x.dtype, device=x.device)
+    else:
+        temperature = None
+    out: Tensor = _Sign.apply(x, gradient, temperature)  # type: ignore[no-untyped-call]
+    return out
+
+
+def standardize(w: Tensor, over: Standardize) -> Tensor:
+    """``(w - mean) / std`` over the whole layer (Eq. 16) or over each output channel.
+
+    The standard deviation is the unbiased one. Mean and deviation are differentiated through.
+
+    Args:
+        w: latent weights ``[C_out, ...]``.
+        over: ``"layer"`` (the paper) or ``"channel"`` (the authors' code; dimension 0).
+
+    Returns:
+        Tensor like ``w``. Where all weights are equal the deviation is taken as 1, giving zeros.
+
+    Raises:
+        ConfigError: unknown ``over``, or a group of a single weight, which has no deviation.
+    """
+    if over == "layer":
+        dims = tuple(range(w.dim()))
+        group = w.numel()
+    elif over == "channel":
+        dims = tuple(range(1, w.dim()))
+        group = w[0].numel() if w.shape[0] else 0
+    else:
+        raise ConfigError(f"standardize={over!r} is unknown; choose 'layer', 'channel' or None.")
+    if group < 2:
+        raise ConfigError(
+            f"weights of shape {tuple(w.shape)} have {group} weight(s) per {over}, which has no "
+            f"standard deviation; use standardize={'None' if over == 'layer' else repr('layer')}."
+        )
+    variance, mean = torch.var_mean(w, dim=dims, keepdim=True)
+    # sqrt has an infinite slope at 0, so constant weights are kept away from it.
+    constant = variance == 0
+    std = torch.where(constant, torch.ones_like(variance), variance).sqrt()
+    return (w - mean) / std
+
+
+# --------------------------------------------------------------------------- k-bit grids
+
+
+def levels(bits: int) -> int:
+    """``n = 2**(bits-1) - 1``: the largest code of the symmetric ``bits``-bit grid (Eq. 10)."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def symmetric_codes(x: Tensor, alpha: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to the symmetric ``bits``-bit grid of step ``alpha/n`` (Eq. 10, 11).
+
+    ``codes = round_half_even(clip(x/alpha, -1, 1) * n)`` and ``scale = alpha/n`` with
+    ``n = 2**(bits-1) - 1``; the quantized value is exactly ``codes * scale``. This is the one
+    rounding function of the package. Where ``alpha <= 0`` (all membrane potentials at or below
+    zero) codes and scale are 0; NaN in ``x`` or ``alpha`` stays NaN.
+
+    Args:
+        x: real tensor.
+        alpha: largest representable value, broadcastable to ``x``.
+        bits: 2 to 8.
+
+    Returns:
+        ``codes`` like ``x`` (whole numbers in floating point) and ``scale`` like ``alpha``.
+    """
+    n = levels(bits)
+    empty = alpha <= 0
+    # Dividing by infinity gives code 0 with one select, instead of a second one on the codes.
+    ratio = x / torch.where(empty, torch.inf, alpha)
+    codes = torch.round(ratio.clamp(-1, 1) * n)
+    scale = torch.where(empty, 0, alpha / n)
+    return codes, scale
+
+
+class _QuantizeSymmetric(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+        codes, scale = symmetric_codes(x, alpha, bits)
+        ctx.save_for_backward((x.abs() <= alpha) & (alpha > 0))
+        return codes * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+def quantize_symmetric(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Value of :func:`symmetric_codes` with the straight-through gradient ``g * 1[|x| <= alpha]``.
+
+    ``alpha`` is a constant of the backward pass; where ``alpha <= 0`` the gradient is 0.
+
+    Args:
+        x: real tensor.
+        alpha: largest representable value, broadcastable to ``x``.
+        bits: 2 to 8.
+    """
+    out: Tensor = _QuantizeSymmetric.apply(x, alpha, bits)  # type: ignore[no-untyped-call]
+    return out
+
+
+def membrane_alpha(v: Tensor, scale: MembraneScale) -> Tensor:
+    """The layer's scale ``alpha_u``: ``max(v)`` (the paper) or ``max|v|`` (the authors' code).
+
+    Args:
+        v: membrane potentials, any shape; an empty tensor has alpha 0.
+        scale: ``"max"`` or ``"absmax"``.
+
+    Returns:
+        0-dim tensor, detached. It may be negative for ``"max"``; :func:`symmetric_codes` turns
+        that into a zero state.
+    """
+    v = v.detach()
+    if v.numel() == 0:
+        return v.new_zeros(())
+    return v.amax() if scale == "max" else v.abs().amax()
+
+
+def quantize_membrane(u: Tensor, bits: int, alpha: Tensor, squash: Squash | None = None) -> Tensor:
+    """The ``bits``-bit membrane potential ``Qu(u)`` (Eq. 10, 11).
+
+    With ``squash="tanh"`` (the authors' code) ``v = tanh(u)`` is quantized instead of ``u``, and
+    ``alpha`` must be a scale of ``v``.
+
+    Backward: ``g * 1[|v| <= alpha]``, times ``1 - v**2`` with the squash; ``alpha`` is a constant.
+
+    Args:
+        u: membrane potentials, any shape.
+        bits: 2 to 8.
+        alpha: 0-dim scale, see :func:`membrane_alpha`.
+        squash: ``None`` or ``"tanh"``.
+    """
+    v = torch.tanh(u) if squash == "tanh" else u
+    return quantize_symmetric(v, alpha, bits)
+
+
+# --------------------------------------------------------------------------- straight-through
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.expand_as(x).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` going forward, the gradient of ``x`` going back."""
+    out: Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
+    return out
+
+
+# --------------------------------------------------------------------------- neuron
+
+
+class _Triangle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float, strict: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.beta = beta
+        return (x > 0 if strict else x >= 0).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return grad * (ctx.beta - x.abs()).clamp(min=0), None, None
+
+
+def triangle(x: Tensor, beta: float = 1.0, strict: bool = False) -> Tensor:
+    """Fire with the triangular surrogate gradient (Eq. 2, 5).
+
+    Forward ``1[x >= 0]`` (``1[x > 0]`` when ``strict``, snnTorch's convention), backward
+    ``g * max(0, beta - |x|)``, for ``x = u - theta``.
+
+    Args:
+        x: membrane potential less the threshold, any shape.
+        beta: half-width and height of the triangle; positive.
+        strict: whether the threshold itself does not fire.
+    """
+    out: Tensor = _Triangle.apply(x, beta, strict)  # type: ignore[no-untyped-call]
+    return out
+
+
+def reset_membrane(
+    h: Tensor, spike: Tensor, reset: Reset, threshold: float | Tensor, v_reset: float = 0.0
+) -> Tensor:
+    """The membrane potential after firing (Eq. 3).
+
+    ``hard``: ``h*(1-s) + v_reset*s``; ``soft``: ``h - theta*s``; ``none``: ``h``.
+    """
+    if reset == "hard":
+        v = (1.0 - spike) * h
+        return v if v_reset == 0.0 else v + spike * v_reset
+    if reset == "soft":
+        return h - spike * threshold
+    return h
+
+
+def lif_step(
+    x: Tensor,
+    v: Tensor,
+    *,
+    decay: float | Tensor,
+    gain: float | Tensor = 1.0,
+    offset: float | Tensor = 0.0,
+    threshold: float | Tensor = 1.0,
+    reset: Reset = "hard",
+    v_reset: float = 0.0,
+    detach_reset: bool = False,
+    surrogate: Callable[[Tensor], Tensor] = triangle,
+    quantize: Callable[[Tensor], Tensor] | None = None,
+    order: StepOrder = "fire_first",
+) -> tuple[Tensor, Tensor]:
+    """One time step of a leaky integrate-and-fire layer with a quantized membrane potential.
+
+    ``fire_first`` (Eq. 12)::
+
+        h = decay*v + gain*x + offset;  s = Theta(h - theta);  v' = Q(reset(h, s))
+
+    ``quantize_first`` (Algorithm 1)::
+
+        h = Q(decay*v + gain*x + offset);  s = Theta(h - theta);  v' = reset(h, s)
+
+    Args:
+        x: input current ``[N, ...]``.
+        v: membrane potential carried from the step before, like ``x``.
+        decay: leak factor ``tau`` of Eq. 1.
+        gain: factor of the input.
+        offset: constant added to every charge.
+        threshold: firing threshold ``theta``.
+        reset: see :func:`reset_membrane`.
+        v_reset: target of the hard reset.
+        detach_reset: take the spike inside the reset as a constant of the backward pass.
+        surrogate: maps ``h - theta`` to spikes and carries the surrogate gradient.
+        quantize: ``Qu``; ``None`` leaves the membrane potential in floating point.
+        order: which of the two models above.
+
+    Returns:
+        ``(spikes, v')``, both like ``x``.
+    """
+    h = decay * v + gain * x
+    if not isinstance(offset, float) or offset != 0.0:
+        h = h + offset
+    if quantize is not None and order == "quantize_first":
+        h = quantize(h)
+    spike = surrogate(h - threshold)
+    v = reset_membrane(h, spike.detach() if detach_reset else spike, reset, threshold, v_reset)
+    if quantize is not None and order == "fire_first":
+        v = quantize(v)
+    return spike, v
+
+
+def check_order(order: object) -> None:
+    """Raise :class:`ConfigError` unless ``order`` is one of the two step orders."""
+    if order not in ("fire_first", "quantize_first"):
+        raise ConfigError(
+            f"order={order!r} is unknown; choose 'fire_first' (Eq. 12) or "
+            "'quantize_first' (Algorithm 1)."
+        )
+
+
+def check_rank(x: Tensor, what: str, minimum: int, layout: str) -> None:
+    """Raise :class:`InputError` when ``x`` has fewer than ``minimum`` dimensions."""
+    if x.dim() < minimum:
+        raise InputError(
+            f"{what} expects input of shape {layout}, got {tuple(x.shape)}; "
+            f"add the missing dimension or change the step mode."
+        )
+
+
+def entropy(p: Tensor) -> Tensor:
+    """``H = -[p ln p + (1-p) ln(1-p)]`` in nats (Eq. 14), 0 at p = 0 and p = 1.
+
+    Args:
+        p: probabilities, any shape.
+    """
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))

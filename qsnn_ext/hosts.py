@@ -1,0 +1,68 @@
+"""What the core may ask of a host library without importing one.
+
+Each adapter (:mod:`qsnn_ext.spikingjelly`, :mod:`qsnn_ext.snntorch`) answers for its own modules.
+A model can only contain modules of a host that has been imported, so adapters are looked up among
+the modules already loaded and importing this file imports neither host.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from qsnn_ext.errors import MissingDependencyError
+
+
+class Adapter(Protocol):
+    """The questions an adapter answers."""
+
+    def is_spiking(self, module: nn.Module) -> bool:
+        """Whether the module emits spikes and so has a firing rate."""
+
+    def starts_sequence(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether this call, given its arguments, is the first since the state was reset."""
+
+
+_ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
+_TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
+
+
+def adapters() -> list[Adapter]:
+    """Adapters of the hosts that have been imported."""
+    return [
+        cast(Adapter, importlib.import_module(_ADAPTERS[host]))
+        for host, trigger in _TRIGGERS.items()
+        if trigger in sys.modules
+    ]
+
+
+def adapter(host: str) -> Any:
+    """The adapter module of one host, imported now.
+
+    Raises:
+        MissingDependencyError: the host is not installed; names the pip extra.
+    """
+    return importlib.import_module(_ADAPTERS[host])
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter for which ``module`` is a spiking neuron, or ``None``."""
+    return next((host for host in adapters() if host.is_spiking(module)), None)
+
+
+def missing(host: str, error: ImportError) -> MissingDependencyError:
+    """The error that says how to install a host (or what of it failed to import)."""
+    return MissingDependencyError(
+        f"qsnn_ext.{host} needs {host}, which could not be imported ({error}); "
+        f"install it with: pip install 'qsnn_ext[{host}]'."
+    )
+
+
+def spikes(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The spikes in what a neuron returned: hosts return ``spk`` or ``(spk, mem)``."""
+    return output[0] if isinstance(output, tuple) else output

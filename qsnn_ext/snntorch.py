@@ -1,0 +1,292 @@
+"""snnTorch: its ``Leaky`` neuron with a quantized membrane potential.
+
+The only file that imports snnTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from qsnn_ext import functional as F
+from qsnn_ext import hosts
+from qsnn_ext.errors import ConfigError, InputTypeError
+from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
+
+try:
+    import snntorch as snn
+except ImportError as error:
+    raise hosts.missing("snntorch", error) from error
+
+
+class Triangle:
+    """The paper's surrogate (Eq. 5) in snnTorch's convention: fires at ``u > theta``.
+
+    Pass it as ``spike_grad``. Gradient ``max(0, beta - |u - theta|)``.
+
+    Args:
+        beta: half-width and height of the triangle; positive.
+
+    Raises:
+        ConfigError: ``beta`` is not positive.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        if not beta > 0:
+            raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
+        self.beta = beta
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Spikes for ``x = u - theta``, like ``x``."""
+        return F.triangle(x, self.beta, strict=True)
+
+
+class QLeaky(snn.Leaky):  # type: ignore[misc]
+    """snnTorch's ``Leaky`` with a k-bit membrane potential (Eq. 10 to 12).
+
+    Every argument and calling style of ``Leaky`` works and returns what ``Leaky`` returns. Without
+    a quantizer (``bits=None`` or 32) ``Leaky``'s own code runs, bit for bit.
+
+    What is quantized is the membrane potential *after* reset, ``v``. With ``reset_delay=True`` (the
+    host's default) ``Leaky`` stores the potential *before* reset and decides the next step's reset
+    from it, so a stored value rounded across the threshold would lose or invent a reset. Here the
+    stored value is ``Q(v)`` plus the threshold where the neuron fired (subtract and zero reset),
+    and always lies on the side of the threshold that the spike was on:
+
+    - no spike, but ``Q(v) > theta``: the largest grid level not above ``theta`` is stored;
+    - a spike with ``Q(v) = 0``: the next float above ``theta`` is stored.
+
+    Args:
+        beta: decay rate, as for ``Leaky``; all further arguments of ``Leaky`` follow.
+        bits: 2 to 8, or ``None``/32 for a float membrane potential.
+        membrane: a ready quantizer; overrides ``bits`` and the options below.
+        preset: ``"paper"`` or ``"official"``: defaults of the options below.
+        scale: ``"max"`` or ``"absmax"``.
+        squash: ``"tanh"``, or ``None`` for the preset's.
+        mode: ``"dynamic"`` (default) or ``"frozen"``.
+        order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
+
+    Raises:
+        ConfigError: unknown bits, preset or option, or ``state_quant`` together with ``bits``.
+    """
+
+    membrane: MembraneQuantizer | None
+
+    def __init__(
+        self,
+        beta: float | Tensor,
+        *args: Any,
+        bits: int | None = 2,
+        membrane: MembraneQuantizer | None = None,
+        preset: str = "paper",
+        scale: F.MembraneScale | None = None,
+        squash: F.Squash | None = None,
+        mode: Literal["dynamic", "frozen"] | None = None,
+        order: F.StepOrder = "fire_first",
+        **kwargs: Any,
+    ) -> None:
+        if membrane is None:
+            membrane = membrane_quantizer(bits, preset, scale=scale, squash=squash, mode=mode)
+        F.check_order(order)
+        super().__init__(beta, *args, **kwargs)
+        try:
+            _check_state_quant(self, membrane)
+        except ConfigError:
+            # The host's constructor has already put the neuron on its global list.
+            snn.SpikingNeuron.instances.remove(self)
+            raise
+        self.membrane = membrane
+        self.order = order
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the membrane potential; ``None`` when it is in floating point."""
+        return None if self.membrane is None else self.membrane.bits
+
+    @classmethod
+    def float_type(cls) -> type[nn.Module]:
+        """The host's class this neuron extends."""
+        leaky: type[nn.Module] = snn.Leaky
+        return leaky
+
+    @classmethod
+    def from_float(
+        cls,
+        node: nn.Module,
+        membrane: MembraneQuantizer | None,
+        order: F.StepOrder = "fire_first",
+    ) -> Self:
+        """Turn a ``Leaky`` into a ``QLeaky``, in place (its class changes), and return it.
+
+        The object stays the one on the host's global list of neurons, so nothing is held twice.
+
+        Raises:
+            InputTypeError: ``node`` is not exactly a ``Leaky``.
+            ConfigError: it has a ``state_quant`` of its own.
+        """
+        if type(node) is not snn.Leaky:
+            raise InputTypeError(f"QLeaky replaces a Leaky, got {type(node).__name__}.")
+        F.check_order(order)
+        _check_state_quant(node, membrane)
+        node.__class__ = cls
+        assert isinstance(node, cls)
+        if membrane is not None:
+            membrane.to(node.beta.device).train(node.training)
+        node.membrane = membrane
+        node.order = order
+        return node
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """One time step, as ``Leaky.forward``.
+
+        Args:
+            input_: input current ``[N, ...]``, floating point.
+            mem: membrane potential of the step before, like ``input_``; only without
+                ``init_hidden``.
+
+        Returns:
+            ``spk`` with ``init_hidden`` and no ``output``, else ``(spk, mem)``, like ``input_``.
+        """
+        F.check_floating(input_, "QLeaky")
+        if self.membrane is None:
+            result: Tensor | tuple[Tensor, Tensor] = super().forward(input_, mem)
+            return result
+        if mem is not None:
+            self.mem = mem
+            if self.init_hidden:
+                raise TypeError("pass no `mem` to a neuron with init_hidden=True: it keeps its own")
+        if self.mem.shape != input_.shape:
+            self.mem = torch.zeros_like(input_)
+
+        self.reset = self.mem_reset(self.mem)
+        u = self.state_function(input_)
+        if self.order == "quantize_first":
+            u = self.membrane(u)
+        spk = self.fire_inhibition(u.size(0), u) if self.inhibition else self.fire(u)
+        self.mem = self._delayed(u) if self.reset_delay else self._immediate(u, spk)
+
+        alone = self.init_hidden and not self.output
+        returned: Tensor | tuple[Tensor, Tensor] = spk if alone else (spk, self.mem)
+        return returned
+
+    def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
+        """The membrane potential after a reset in the same step (``reset_delay=False``)."""
+        # As in Leaky: a reset already taken at the start of the step is not taken twice.
+        do_reset: Tensor = spk / self.graded_spikes_factor - self.reset
+        if self.reset_mechanism == "subtract":
+            v = u - do_reset * self.threshold
+        elif self.reset_mechanism == "zero":
+            v = u - do_reset * u
+        else:
+            v = u
+        if self.order == "quantize_first":
+            return v
+        assert self.membrane is not None
+        return self.membrane.quantize(v)[0]
+
+    def _delayed(self, u: Tensor) -> Tensor:
+        """What to store so that the next step resets exactly where this one fired."""
+        assert self.membrane is not None
+        if self.order == "quantize_first":
+            return u
+        if self.reset_mechanism == "none":
+            return self.membrane.quantize(u)[0]
+        fired: Tensor = self.mem_reset(u)
+        v = u - fired * self.threshold if self.reset_mechanism == "subtract" else (1 - fired) * u
+        quantized, step = self.membrane.quantize(v)
+        stored = quantized + fired * self.threshold
+        return F.straight_through(stored, self._beside_threshold(stored, fired, step))
+
+    @torch.no_grad()
+    def _beside_threshold(self, stored: Tensor, fired: Tensor, step: Tensor) -> Tensor:
+        """``stored``, moved to the nearest admissible value where it lost or invented a spike."""
+        theta = self.threshold.to(stored.dtype)
+        # The largest level not above theta; the product may round up past it, hence the second try.
+        code = torch.floor(theta / torch.where(step > 0, step, 1))
+        below = torch.where(code * step > theta, (code - 1) * step, code * step)
+        above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
+        is_above = self.mem_reset(stored) > 0
+        is_fired = fired > 0
+        stored = torch.where(is_fired & ~is_above, above, stored)
+        return torch.where(is_above & ~is_fired, torch.minimum(below, theta), stored)
+
+    def extra_repr(self) -> str:
+        """Bits and step order, for ``print(model)``."""
+        return f"bits={self.bits}, order={self.order!r}"
+
+
+def _check_state_quant(node: Any, membrane: MembraneQuantizer | None) -> None:
+    if membrane is not None and node.state_quant:
+        raise ConfigError(
+            "Leaky's own state_quant and bits would both quantize the membrane potential; "
+            "drop state_quant, or pass bits=None."
+        )
+
+
+def is_spiking(module: nn.Module) -> bool:
+    """Whether ``module`` is one of snnTorch's spiking neurons (or ours)."""
+    return isinstance(module, snn.SpikingNeuron)
+
+
+def starts_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the membrane potential given or kept has not yet the input's shape.
+
+    A state of zeros of the right shape cannot be told from one that is running without reading it,
+    so the answer is then "no".
+    """
+    mem = args[1] if len(args) > 1 else kwargs.get("mem")
+    if mem is None:
+        mem = getattr(module, "mem", None)
+    return mem is None or (bool(args) and mem.shape != args[0].shape)
+
+
+def restart(module: nn.Module) -> None:
+    """Nothing to do: :class:`OverTime` starts every sequence from zero."""
+
+
+class OverTime(nn.Module):
+    """Runs a neuron over a sequence: ``[T, N, ...]`` in, spikes ``[T, N, ...]`` out.
+
+    Every call starts from a membrane potential of zero.
+
+    Args:
+        neuron: a snnTorch neuron that takes and returns its membrane potential.
+    """
+
+    def __init__(self, neuron: snn.Leaky) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """Spikes of all time steps."""
+        F.check_rank(x_seq, "OverTime", 2, "[T, N, ...]")
+        mem = torch.zeros_like(x_seq[0])
+        spikes = []
+        for x in x_seq:
+            spk, mem = self.neuron(x, mem)
+            spikes.append(spk)
+        # The neuron keeps its last state; it need not keep the whole graph alive with it.
+        self.neuron.mem = mem.detach()
+        return torch.stack(spikes)
+
+
+def paper_neuron(bits: int | None, preset: str = "paper", **options: Any) -> OverTime:
+    """The paper's neuron over time: leak 1/2, threshold 1, reset to zero in the same step.
+
+    It differs from SpikingJelly's only in that the threshold itself does not fire.
+
+    Args:
+        bits: membrane bits, ``None`` for float.
+        preset: ``"paper"`` or ``"official"``.
+        options: anything else :class:`QLeaky` takes; overrides the values above.
+    """
+    defaults: dict[str, Any] = {
+        "beta": 0.5,
+        "threshold": 1.0,
+        "reset_mechanism": "zero",
+        "reset_delay": False,
+        "spike_grad": Triangle(),
+    }
+    return OverTime(QLeaky(**{**defaults, **options}, bits=bits, preset=preset))
