@@ -181,10 +181,9 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
             v = u - do_reset * u
         else:
             v = u
-        if self.order == "quantize_first":
-            return v
         assert self.membrane is not None
-        return self.membrane.quantize(v)[0]
+        carried: Tensor = v if self.order == "quantize_first" else self.membrane(v)
+        return carried
 
     def _delayed(self, u: Tensor) -> Tensor:
         """What to store so that the next step resets exactly where this one fired."""
@@ -194,7 +193,9 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.reset_mechanism == "none":
             return self.membrane.quantize(u)[0]
         fired: Tensor = self.mem_reset(u)
-        v = u - fired * self.threshold if self.reset_mechanism == "subtract" else (1 - fired) * u
+        v: Tensor = (
+            u - fired * self.threshold if self.reset_mechanism == "subtract" else (1 - fired) * u
+        )
         quantized, step = self.membrane.quantize(v)
         stored = quantized + fired * self.threshold
         return F.straight_through(stored, self._beside_threshold(stored, fired, step))
