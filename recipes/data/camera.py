@@ -7,6 +7,7 @@ differ a little in their threshold and send a few events for no reason, as real 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +92,11 @@ class Camera:
         corners = corners @ turn.T + rng.uniform(-1.0, 1.0, 2)
         # A saccade speeds up and slows down again.
         phase = (1.0 - np.cos(np.pi * np.arange(1, self.substeps + 1) / self.substeps)) / 2.0
-        sides = [a + (b - a) * phase[:, None] for a, b in zip(corners, corners[1:], strict=False)]
+        sides = [a + (b - a) * phase[:, None] for a, b in pairwise(corners)]
         return np.concatenate([corners[:1], *sides])
 
     def _see(self, pictures: Floats, gaze: Floats) -> Floats:
-        """Return what the sensor sees at each step, [N, steps + 1, size, size], by interpolation."""
+        """Return what the sensor sees at each step, [N, steps + 1, size, size]."""
         count, height, width = pictures.shape
         margin = int(np.ceil(self.amplitude)) + 3  # room for the gaze and for interpolation
         side = self.size + 2 * margin

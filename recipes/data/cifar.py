@@ -20,7 +20,7 @@ _FOLDERS = ("",)
 
 @dataclass(frozen=True)
 class _Format:
-    """What the format fixes: torchvision's class and the channel statistics (of pixels in [0, 1])."""
+    """What the format fixes: torchvision's class and the statistics of pixels in [0, 1]."""
 
     loader: type[datasets.CIFAR10]
     classes: int
@@ -52,8 +52,8 @@ def load(
 ) -> tuple[ImageArray, ImageArray]:
     """Return (train, test) of "cifar10" or "cifar100": float32 [3, 32, 32] and the label.
 
-    Training images pass through crop(32, padding 4), horizontal flip, AutoAugment's CIFAR-10 policy,
-    normalisation and Cutout (one hole of 16 pixels).
+    Training images pass through crop(32, padding 4), horizontal flip, AutoAugment's CIFAR-10
+    policy, normalisation and Cutout (one hole of 16 pixels).
 
     Raises:
         DataError: The data is absent and cannot be downloaded, incomplete or damaged.
@@ -95,13 +95,13 @@ def _check_members(folder: Path, root: Path, facts: Facts) -> None:
 def _read(
     form: _Format, root: Path, facts: Facts, train: bool, count: int, transform: v2.Compose
 ) -> ImageArray:
-    class Loader(form.loader):  # type: ignore[name-defined]
-        # The MD5s that are checked are those of `facts`, so that tests can make tiny archives.
-        train_list = [[n, facts.members[n]] for n, _ in form.loader.train_list]
-        test_list = [[n, facts.members[n]] for n, _ in form.loader.test_list]
-        meta = {**form.loader.meta, "md5": facts.members[form.loader.meta["filename"]]}
-
-    data = Loader(root, train=train)
+    # torchvision checks the MD5s of `facts`, so that tests can make tiny archives.
+    checked = {
+        "train_list": [[n, facts.members[n]] for n, _ in form.loader.train_list],
+        "test_list": [[n, facts.members[n]] for n, _ in form.loader.test_list],
+        "meta": {**form.loader.meta, "md5": facts.members[form.loader.meta["filename"]]},
+    }
+    data = type(form.loader.__name__, (form.loader,), checked)(root, train=train)
     split = "training" if train else "test"
     if len(data.data) != count or len(data.targets) != count:
         raise DataError(

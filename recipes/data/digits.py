@@ -6,6 +6,7 @@ They come with scikit-learn, so every recipe runs on real data with nothing to d
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,7 +24,7 @@ from .events import EVENT, Events, FrameArray, cache_folder, to_frames
 from .files import write_atomically
 
 TRAIN, TEST = 1347, 450
-_PICTURE = 0.75  # side of the digit's picture, as a part of the sensor's
+_DIGIT = 0.75  # side of the 8x8 digit, as a part of the sensor's
 
 
 def split() -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -36,9 +37,17 @@ def split() -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 @lru_cache(maxsize=4)
-def pictures(size: int) -> Tensor:
-    """Return all digits enlarged bilinearly, float32 [1797, 1, size, size] in [0, 1]."""
+def pictures(size: int, border: int = 0) -> Tensor:
+    """Return all digits enlarged bilinearly, float32 [1797, 1, size, size] in [0, 1].
+
+    Args:
+        size: Height and width of the result.
+        border: Empty pixels put around the 8x8 digit first, so that strokes that touch its edge
+            end softly.
+
+    """
     images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 16.0
+    images = F.pad(images, (border,) * 4)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
 
 
@@ -112,7 +121,7 @@ def load_frames(
 def recordings(size: int, seed: int = 0, cache: Path | None = None) -> tuple[Events, ...]:
     """Return the events of all 1,797 digits, from the cache or by simulation (some seconds)."""
     camera = Camera(size=size, amplitude=size / 8)
-    side = round(_PICTURE * size)
+    side = round(_DIGIT * size * 10 / 8)  # 8 pixels and a border of one on each side
     if cache is None:
         return _simulate(camera, side, seed)
     parameters = {**asdict(camera), "picture": side, "seed": seed}
@@ -124,7 +133,7 @@ def recordings(size: int, seed: int = 0, cache: Path | None = None) -> tuple[Eve
 
 
 def _simulate(camera: Camera, side: int, seed: int) -> tuple[Events, ...]:
-    return tuple(camera.record(pictures(side)[:, 0].numpy(), seed))
+    return tuple(camera.record(pictures(side, border=1)[:, 0].numpy(), seed))
 
 
 def _write(path: Path, events: tuple[Events, ...]) -> None:
@@ -132,7 +141,8 @@ def _write(path: Path, events: tuple[Events, ...]) -> None:
     columns = {name: whole[name] for name in EVENT.names or ()}
     columns["t"] = columns["t"].astype(np.int32)  # a recording lasts 0.3 s
     ends = np.cumsum([len(e) for e in events])
-    write_atomically(path, lambda file: np.savez_compressed(file, ends=ends, **columns))
+    arrays: dict[str, Any] = {"ends": ends, **columns}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _read(path: Path) -> tuple[Events, ...] | None:

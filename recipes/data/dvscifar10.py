@@ -89,9 +89,7 @@ def load(
 
     """
     if split not in SPLITS:
-        raise ConfigError(
-            f"unknown split {split!r} of DVS-CIFAR10: use one of {', '.join(SPLITS)}."
-        )
+        raise ConfigError(f"unknown split {split!r} of DVS-CIFAR10: use {', '.join(SPLITS)}.")
     total = (facts.train + facts.test) // len(CLASSES)
     tests = facts.test // len(CLASSES)
     rng = np.random.default_rng(seed)
@@ -113,7 +111,7 @@ def load(
 def _class_files(
     name: str, archive: Archive, facts: Facts, root: Path, total: int, download: bool
 ) -> list[Path]:
-    """Return the files of a class in the order of their numbers, unpacking the archive if needed."""
+    """Return the files of a class by their numbers, unpacking the archive if needed."""
     folder = find(root, name, _FOLDERS)
     if folder is None:
         folder = root / _FOLDERS[0] / name
@@ -124,8 +122,8 @@ def _class_files(
         converted = any(folder.glob("*.aedat4"))
         hint = " (these are tonic's AEDAT 4 files; the original AEDAT 2 ones are needed)"
         raise DataError(
-            f"{facts.title} is incomplete: {folder} lacks {len(missing):,} of {total:,} recordings, "
-            f"first {missing[0]}{hint if converted else ''}. Delete the folder and put "
+            f"{facts.title} is incomplete: {folder} lacks {len(missing):,} of {total:,} recordings"
+            f", first {missing[0]}{hint if converted else ''}. Delete the folder and put "
             f"{archive.name} beside it (from {facts.page}); it is unpacked again."
         )
     return paths

@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def _body(path: Path, version: bytes) -> bytes:
         raise DataError(f"{path} cannot be read: {error}.") from error
     if not data.startswith(b"#!AER-DAT" + version):
         raise DataError(
-            f"{path} does not begin with '#!AER-DAT{version.decode()}': it is damaged or of another "
-            f"format."
+            f"{path} does not begin with '#!AER-DAT{version.decode()}': it is damaged or of "
+            f"another format."
         )
     start = 0
     while data[start : start + 1] == b"#":
@@ -66,7 +67,7 @@ def read_aedat2(path: Path) -> Events:
 
     An event is two big-endian 32-bit words: an address (bit 0 polarity, bits 1-7 column, bits 8-14
     row, both counted from the far corner of a camera lying on its side) and a time in microseconds.
-    The coordinates returned are turned so that the pictures stand upright, as SpikingJelly has them.
+    The coordinates returned are turned so that the pictures stand upright, as in SpikingJelly.
 
     Raises:
         DataError: The file is unreadable, of another format, empty or cut short.
@@ -121,9 +122,7 @@ def read_aedat3(path: Path) -> tuple[Events, bool]:
         if head["type"] != 1:  # 1 is a polarity event; 0, 2, ... are the camera's own messages
             continue
         if size != 8:
-            raise DataError(
-                f"{path} has polarity events of {size} bytes, expected 8: it is damaged."
-            )
+            raise DataError(f"{path} is damaged: it has polarity events of {size} bytes, not 8.")
         count = (min(start, len(body)) - first) // size
         words = np.frombuffer(body, "<u4", 2 * count, first).reshape(-1, 2)
         data, time = words[:, 0], words[:, 1].astype(np.int64) | int(head["overflow"]) << 31
@@ -259,8 +258,8 @@ def cached_frames(
 ) -> dict[str, tuple[list[Path], list[int]]]:
     """Frame every sample that is not in the cache yet, and return where all samples are.
 
-    A sample's file is moved into place when it is whole, so the work may be killed and goes on where
-    it stopped. The folder's name depends on T and on the name and size of every source file.
+    A sample's file is moved into place when it is whole, so the work may be killed and goes on
+    where it stopped. The folder's name depends on T and on the name and size of every source file.
 
     Returns:
         For "train" and "test" the files and the labels.
@@ -292,5 +291,5 @@ def cached_frames(
                 frames = to_frames(events, steps, size)
             except DataError as error:
                 raise DataError(f"{recording.path}, sample {goal.stem}: {error}") from error
-            write_atomically(goal, lambda file, f=frames: np.savez_compressed(file, frames=f))
+            write_atomically(goal, partial(np.savez_compressed, frames=frames))
     return samples

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.error import URLError
@@ -90,24 +91,22 @@ def obtain(archive: Archive, facts: Facts, root: Path, folders: Iterable[str], f
     if path is None:
         path = root / folders[0] / archive.name
         if not fetch or archive.url is None:
-            why = (
-                "downloading is turned off" if archive.url else "it cannot be downloaded by itself"
-            )
+            why = "downloading is off" if archive.url else "it has no direct download link"
             raise _absent(archive, facts, root, why)
         _download(archive, facts, path, root)
     elif (found := md5_of(path)) != archive.md5:
         raise DataError(
-            f"{path} is incomplete or damaged ({path.stat().st_size:,} bytes, MD5 {found}, expected "
-            f"{archive.md5}), perhaps by an interrupted download: delete it and fetch it again from "
-            f"{facts.page}."
+            f"{path} is incomplete or damaged ({path.stat().st_size:,} bytes, MD5 {found}, "
+            f"expected {archive.md5}), perhaps by an interrupted download: delete it and fetch it "
+            f"again from {facts.page}."
         )
     return path
 
 
 def _absent(archive: Archive, facts: Facts, root: Path, why: str) -> DataError:
     return DataError(
-        f"{facts.title} was not found in {root} and {why}: get {archive.name} from {facts.page} and "
-        f"put it into {root}."
+        f"{facts.title} was not found in {root} and {why}: get {archive.name} from {facts.page} "
+        f"and put it into {root}."
     )
 
 
@@ -120,7 +119,7 @@ def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         download_url(str(archive.url), str(partial.parent), partial.name, archive.md5)
         partial.replace(path)
-    except (URLError, OSError, RuntimeError) as error:
+    except (URLError, HTTPException, OSError, RuntimeError) as error:
         raise _absent(archive, facts, root, f"could not be downloaded ({error})") from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -161,8 +160,9 @@ def _unpack_tar(path: Path, folder: Path) -> None:
                     f"not the official archive, delete it."
                 )
         # Python 3.11.0 to 3.11.3 have no filters; the checks above stand alone there.
-        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(folder, members=members, **options)
+        if hasattr(tarfile, "data_filter"):
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(folder, members=members)
 
 
 def _unpack_zip(path: Path, folder: Path) -> None:
@@ -222,7 +222,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         partial.replace(path)
     except OSError as error:
         raise DataError(
-            f"{path} could not be written: {error}. Free some space or name another cache directory."
+            f"{path} could not be written: {error}. Free some space or name another cache."
         ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
                 image = file.convert("RGB")  # some images of TinyImageNet are grey
         except (OSError, SyntaxError) as error:
             raise DataError(
-                f"{path} is missing or damaged ({error}): delete its data set's folder, the archive "
-                f"is unpacked again."
+                f"{path} is missing or damaged ({error}): delete its data set's folder, the "
+                f"archive is unpacked again."
             ) from error
         return self.transform(image), self.labels[index]

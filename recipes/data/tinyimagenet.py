@@ -31,7 +31,7 @@ TINYIMAGENET = Facts(
 def load(
     root: Path, facts: Facts, *, augment: bool, download: bool
 ) -> tuple[ImageFiles, ImageFiles]:
-    """Return (train, test): float32 [3, 64, 64] and the label, 0..199 in the order of the WordNet id.
+    """Return (train, test): float32 [3, 64, 64] and the label, 0..199 by WordNet id.
 
     Training images pass through crop(64, padding 8) and horizontal flip.
 
