@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from .events import Events, make_events
@@ -104,16 +105,15 @@ class Camera:
         top, left = (side - height) // 2, (side - width) // 2
         world[:, top : top + height, left : left + width] = pictures
 
+        # The window that the sensor looks through, a pixel larger than the sensor to interpolate.
+        windows = sliding_window_view(world, (self.size + 1, self.size + 1), axis=(1, 2))
         base = np.floor(gaze).astype(int)
         part = gaze - base
-        n = np.arange(count)[:, None, None, None]
-        pixel = np.arange(self.size)
-        rows = (base[..., 0, None] + margin + pixel)[..., :, None]
-        columns = (base[..., 1, None] + margin + pixel)[..., None, :]
+        n = np.arange(count)[:, None]
+        seen: Floats = windows[n, base[..., 0] + margin, base[..., 1] + margin]
         fy, fx = part[..., 0, None, None], part[..., 1, None, None]
-        upper = world[n, rows, columns] * (1 - fx) + world[n, rows, columns + 1] * fx
-        lower = world[n, rows + 1, columns] * (1 - fx) + world[n, rows + 1, columns + 1] * fx
-        seen: Floats = upper * (1 - fy) + lower * fy
+        seen = seen[..., :-1, :] * (1 - fy) + seen[..., 1:, :] * fy
+        seen = seen[..., :-1] * (1 - fx) + seen[..., 1:] * fx
         return seen
 
     def _crossings(self, light: Floats, threshold: Floats) -> tuple[NDArray[np.int64], ...]:

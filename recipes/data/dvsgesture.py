@@ -84,7 +84,8 @@ def _recordings(folder: Path, split: str, facts: Facts) -> list[Recording]:
             raise _incomplete(folder, facts, f"{table} is missing")
         rows = _gestures(table)
         labels = tuple(int(row[0]) - 1 for row in rows)
-        recordings.append(Recording(path, split, labels, partial(_cut, path, rows)))
+        cut = tuple(map(tuple, rows.tolist()))
+        recordings.append(Recording(path, split, labels, partial(_cut, path, rows), cut))
     return recordings
 
 

@@ -182,6 +182,7 @@ class Recording:
         split: "train" or "test".
         labels: The label of each sample.
         read: Returns the events of each sample, in the same order.
+        cut: What else decides which events those are (the table's rows).
 
     """
 
@@ -189,6 +190,7 @@ class Recording:
     split: str
     labels: tuple[int, ...]
     read: Callable[[], Sequence[Events]]
+    cut: tuple[tuple[int, ...], ...] = ()
 
 
 class FrameFiles(Dataset[tuple[Tensor, int]]):
@@ -259,7 +261,7 @@ def cached_frames(
     """Frame every sample that is not in the cache yet, and return where all samples are.
 
     A sample's file is moved into place when it is whole, so the work may be killed and goes on
-    where it stopped. The folder's name depends on T and on the name and size of every source file.
+    where it stopped. The folder's name depends on T, and on the name, size and cut of every source.
 
     Returns:
         For "train" and "test" the files and the labels.
@@ -269,7 +271,7 @@ def cached_frames(
 
     """
     recordings = list(recordings)
-    sources = [(r.path.name, r.path.stat().st_size, r.labels) for r in recordings]
+    sources = [(r.path.name, r.path.stat().st_size, r.cut) for r in recordings]
     sources.sort()  # the split does not change the frames
     parameters = {"steps": steps, "size": size, "sources": sources}
     folder = cache_folder(cache, f"{name}-T{steps}", parameters)

@@ -15,7 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -123,7 +123,12 @@ def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
         raise _absent(archive, facts, root, f"could not be downloaded ({error})") from error
     finally:
         socket.setdefaulttimeout(timeout)
-        partial.unlink(missing_ok=True)
+        _discard(partial)
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):  # it must not hide the error that led here
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -225,4 +230,4 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             f"{path} could not be written: {error}. Free some space or name another cache."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
