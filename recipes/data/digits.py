@@ -138,11 +138,11 @@ def _simulate(camera: Camera, side: int, seed: int) -> tuple[Events, ...]:
 
 def _write(path: Path, events: tuple[Events, ...]) -> None:
     whole = np.concatenate(events)
-    columns = {name: whole[name] for name in EVENT.names or ()}
-    columns["t"] = columns["t"].astype(np.int32)  # a recording lasts 0.3 s
-    ends = np.cumsum([len(e) for e in events])
-    arrays: dict[str, Any] = {"ends": ends, **columns}
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    arrays: dict[str, Any] = {"ends": np.cumsum([len(e) for e in events])}
+    for name in EVENT.names or ():
+        # The smallest type that holds a column; compressing would take as long as simulating.
+        arrays[name] = whole[name].astype(np.min_scalar_type(int(whole[name].max())))
+    write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def _read(path: Path) -> tuple[Events, ...] | None:

@@ -7,7 +7,7 @@ moved into place, so a file that exists was written whole.
 """
 
 import hashlib
-import os
+import secrets
 import shutil
 import socket
 import tarfile
@@ -112,7 +112,7 @@ def _absent(archive: Archive, facts: Facts, root: Path, why: str) -> DataError:
 
 def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
     # A download cut short must not leave a file under the archive's own name.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a firewall that drops packets would otherwise hang for minutes
     try:
@@ -126,6 +126,11 @@ def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
         _discard(partial)
 
 
+def _beside(path: Path) -> Path:
+    """Return a hidden name in the same folder that no other process uses, on any machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
 def _discard(path: Path) -> None:
     with suppress(OSError):  # it must not hide the error that led here
         path.unlink(missing_ok=True)
@@ -135,9 +140,10 @@ def _discard(path: Path) -> None:
 def _hidden_folder(goal: Path) -> Iterator[Path]:
     """A folder beside ``goal``, removed in the end; one that a killed process left goes as well."""
     for old in goal.parent.glob(f".{goal.name}.*.partial"):
-        if time.time() - old.stat().st_mtime > _A_DAY:
-            shutil.rmtree(old, ignore_errors=True)
-    folder = goal.with_name(f".{goal.name}.{os.getpid()}.partial")
+        with suppress(OSError):  # another process may have cleared it
+            if time.time() - old.stat().st_mtime > _A_DAY:
+                shutil.rmtree(old, ignore_errors=True)
+    folder = _beside(goal)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -199,9 +205,12 @@ def unpack(path: Path, goal: Path, top: str | None = None) -> None:
                 raise DataError(
                     f"{path} holds no folder {inside.name!r}: this is not the official archive."
                 )
-            # Another process may have been faster; its folder is as whole as this one.
-            if not goal.exists():
+            try:
                 inside.rename(goal)
+            except OSError:
+                # Another process was faster? Then its folder is as whole as this one.
+                if not goal.is_dir():
+                    raise
     except _DAMAGED as error:
         raise DataError(f"{path} is damaged ({error}): delete it and fetch it again.") from error
     except OSError as error:
@@ -219,7 +228,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         DataError: It could not be written (disk full, no permission).
 
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -1,7 +1,9 @@
 """Archives: fetched, verified and unpacked whole, or refused with the reason."""
 
 import io
+import multiprocessing
 import os
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from qsnn_ext.errors import DataError
+from recipes.data import datasets, files
 from recipes.data.files import Archive, Facts, find, md5_of, obtain, unpack, write_atomically
+from tests.recipes import archives
 from tests.recipes.archives import served
 
 
@@ -179,3 +183,53 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert not leftovers(tmp_path)
+
+
+def test_processes_that_prepare_the_same_data_do_not_disturb_each_other(tmp_path):
+    facts_ = archives.make("dvsgesture", tmp_path)
+    tiny = archives.make("tinyimagenet", tmp_path)
+
+    def prepare(errors):
+        try:
+            datasets("dvsgesture", tmp_path, facts=facts_)
+            datasets("tinyimagenet", tmp_path, facts=tiny)
+        except BaseException as error:
+            errors.put(repr(error))
+            raise
+
+    context = multiprocessing.get_context("fork")
+    errors = context.Queue()
+    processes = [context.Process(target=prepare, args=(errors,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0] * 4, errors.get(timeout=1)
+    assert not leftovers(tmp_path)
+    train, _ = datasets("dvsgesture", tmp_path, facts=facts_)
+    assert len(train) == 8
+
+
+def test_a_process_killed_while_unpacking_leaves_nothing_that_looks_whole(tmp_path):
+    entries = {f"top/{i}.bin": bytes([i]) * 1000 for i in range(50)}
+    archive = make_zip(tmp_path / "a.zip", entries)
+
+    def unpack_and_die(path, folder):
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist()[:20]:
+                file.extract(name, folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: (
+            setattr(files, "_unpack_zip", unpack_and_die),
+            unpack(archive, tmp_path / "top"),
+        )
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(leftovers(tmp_path)) == 1
+    assert not (tmp_path / "top").exists()
+    unpack(archive, tmp_path / "top")
+    assert len(list((tmp_path / "top").iterdir())) == 50
