@@ -325,8 +325,13 @@ class SnnTorchLeaky:
         reset = (m - self.theta > 0.0).astype(float)
         if self.reset_mechanism == "none":
             reset = np.zeros_like(reset)
-        if self.membrane.bits is not None and not self.reset_delay:
-            # The reset has happened within the step that fired: none is left to make up for.
+        if (
+            self.membrane.bits is not None
+            and self.reset_mechanism == "zero"
+            and not self.reset_delay
+        ):
+            # What fired is at zero already. A state over theta can only have been rounded there,
+            # and to reset it now would be a reset without a spike.
             reset = np.zeros_like(reset)
         if self.reset_mechanism == "zero":
             charge = self.beta * ((1.0 - reset) * m) + x
@@ -338,19 +343,18 @@ class SnnTorchLeaky:
             u = self.membrane(charge)
         s = (u - self.theta > 0.0).astype(float)
 
-        if self.membrane.bits is None or self.order == "quantize_first":
-            pre, out = charge, u
-            if not self.reset_delay:
-                extra = s - reset  # what has not been reset at the start of the step
-                if self.reset_mechanism == "subtract":
-                    out = u - extra * self.theta
-                elif self.reset_mechanism == "zero":
-                    out = u - extra * u
-        else:
-            pre = self._reset(u, s)
-            out = self.membrane(pre)
-            if self.reset_delay and self.reset_mechanism != "none":
+        rounds_state = self.membrane.bits is not None and self.order == "fire_first"
+        if self.reset_delay:
+            pre = self._reset(u, s) if rounds_state else charge
+            out = self.membrane(pre) if rounds_state else u
+            if rounds_state and self.reset_mechanism != "none":
                 out = self._consistent(out, s, self.membrane.unit(pre))
+        else:
+            # snnTorch takes back a reset made at the start of the step: `s - reset` is what is
+            # left to do, so that the step as a whole resets by s.
+            after = self._reset(u, s - reset)
+            pre = after if rounds_state else charge
+            out = self.membrane(after) if rounds_state else after
         return {
             "x": x, "from": m, "reset": reset, "u": u, "pre": pre,
             "s": self.graded * s, "b": s, "v": out,

@@ -168,6 +168,48 @@ def test_float32_codes_agree_but_for_ties(rng, bits):
     assert_allclose(y.numpy()[clear], model(u.astype(np.float64))[clear], rtol=1e-6)
 
 
+# ------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
+@pytest.mark.parametrize(
+    ("reset", "v_reset"), [("hard", 0.0), ("hard", -0.4), ("soft", None)], ids=["hard0", "hard", "soft"]
+)  # fmt: skip
+@pytest.mark.parametrize("bits", [2, 8, None])
+def test_lif_step(rng, bits, reset, v_reset, order):
+    """One step from an arbitrary state, by the arguments of the affine charge."""
+    model = ref.SpikingJellyLIF(
+        ref.Membrane(bits), 0.7, 1.3, 0.1, 0.8, v_reset, order, False, ref.triangle_derivative
+    )
+    x, v, g = rng.normal(size=(3, 4, 9))
+    xt, vt = torch.tensor(x, requires_grad=True), torch.tensor(v, requires_grad=True)
+    s, after = F.lif_step(
+        xt, vt, decay=0.7, gain=1.3, offset=0.1, threshold=0.8, reset=reset,
+        v_reset=v_reset or 0.0, surrogate=F.triangle, order=order,
+        quantize=None
+        if bits is None
+        else lambda u: F.quantize_membrane(u, bits, F.membrane_alpha(u, "max")),
+    )  # fmt: skip
+    trace = model.forward(x[None], v)
+    assert_array_equal(s.detach().numpy(), trace.steps[0]["s"])
+    assert_allclose(after.detach().numpy(), trace.steps[0]["v"], atol=1e-13)
+    gx, gv = torch.autograd.grad(
+        (s * torch.tensor(g)).sum() + (after * after.detach()).sum(), (xt, vt)
+    )
+    expected = model.backward(trace, g[None], trace.stack("v"))
+    assert_allclose(gx.numpy(), expected["x"][0], atol=1e-12)
+    assert_allclose(gv.numpy(), expected["v0"], atol=1e-12)
+
+
+def test_reset_none_lets_the_potential_grow():
+    x = torch.full((1, 3), 0.8)
+    v = torch.zeros(1, 3)
+    for _ in range(3):
+        s, v = F.lif_step(x, v, decay=1.0, reset="none")
+    assert s.all()
+    assert torch.allclose(v, 3 * x)
+
+
 # ------------------------------------------------------------------ entropy
 
 

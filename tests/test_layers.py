@@ -19,11 +19,14 @@ CASES = {
     "linear": ("Linear", (6, 4), {}, (3, 6)),
     "conv1d": ("Conv1d", (4, 6, 3), {"padding": 1, "groups": 2}, (3, 4, 9)),
     "conv2d": ("Conv2d", (3, 5, 3), {"stride": 2, "padding": 1}, (2, 3, 7, 7)),
-    "conv2d-circular": ("Conv2d", (3, 5, 3), {"padding": 1, "padding_mode": "circular"}, (2, 3, 6, 6)),
-    "conv2d-same": ("Conv2d", (3, 5, 3), {"padding": "same", "dilation": 2}, (2, 3, 6, 6)),
+    "circular": ("Conv2d", (3, 5, 3), {"padding": 1, "padding_mode": "circular"}, (2, 3, 6, 6)),
+    "same": ("Conv2d", (3, 5, 3), {"padding": "same", "dilation": 2}, (2, 3, 6, 6)),
     "conv3d": ("Conv3d", (2, 3, 2), {"bias": False}, (2, 2, 4, 4, 4)),
-}  # fmt: skip
-PRESET_WEIGHT = {"paper": ("layer", "mean", "clipped"), "official": ("channel", "power_of_two", "annealed")}  # fmt: skip
+}
+PRESET_WEIGHT = {
+    "paper": ("layer", "mean", "clipped"),
+    "official": ("channel", "power_of_two", "annealed"),
+}
 
 
 def _pair(family, case, **keywords):
@@ -94,37 +97,58 @@ def test_layer_is_its_stock_layer(family, case):
         assert torch.equal(copied.quantized_weight, quantized.quantized_weight)
 
 
+def _check_multi_step(layer, x, multi):
+    """Time and batch in one call equal one call for each time step."""
+    single = torch.stack([layer(step) for step in x])
+    multi(layer)
+    together = layer(x)
+    assert together.shape == single.shape
+    assert_allclose(together.detach().numpy(), single.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", ["Binary", "Quant"])
 @pytest.mark.parametrize("case", CASES)
 def test_multi_step_equals_single_step(family, case):
+    """The stock torch layers tell the two by the rank of the input."""
     quantized, _, shape = _pair(family, case)
-    x = torch.randn((4, *shape), dtype=torch.float64)
+    _check_multi_step(quantized, torch.randn((4, *shape), dtype=torch.float64), lambda layer: None)
+
+
+@pytest.mark.parametrize("family", ["Binary", "Quant"])
+@pytest.mark.parametrize("case", CASES)
+def test_spikingjelly_layers_follow_their_step_mode(family, case):
+    from spikingjelly.activation_based import layer as theirs
+
+    import qsnn_ext.spikingjelly as host
+
+    kind, args, options, shape = CASES[case]
+    stock = getattr(theirs, kind)(*args, **options).double()
+    quantized = getattr(host, family + kind)(*args, **options).double()
+    assert isinstance(quantized, getattr(theirs, kind))
+    quantized.load_state_dict(stock.state_dict(), strict=True)
     assert quantized.step_mode == "s"
-    single = torch.stack([quantized(step) for step in x])
-    quantized.step_mode = "m"
-    multi = quantized(x)
-    assert multi.shape == single.shape
-    assert_allclose(multi.detach().numpy(), single.detach().numpy(), rtol=1e-12, atol=1e-12)
+    plain = getattr(layers, family + kind)(*args, **options).double()
+    plain.load_state_dict(stock.state_dict(), strict=True)
+    x = torch.randn((4, *shape), dtype=torch.float64)
+    assert torch.equal(plain(x[0]), quantized(x[0]))
+    _check_multi_step(quantized, x, lambda layer: setattr(layer, "step_mode", "m"))
+    with pytest.raises(ValueError, match="step_mode"):
+        quantized.step_mode = "x"
 
 
 @pytest.mark.parametrize("family", ["Binary", "Quant"])
 @pytest.mark.parametrize("case", ["conv1d", "conv2d", "conv3d"])
 def test_wrong_rank_is_refused(family, case):
     quantized, _, shape = _pair(family, case)
-    quantized.step_mode = "m"
-    with pytest.raises(QSNNError):
-        quantized(torch.randn(shape, dtype=torch.float64)[0])
-    quantized.step_mode = "s"
-    with pytest.raises(QSNNError):
-        quantized(torch.randn((2, 2, *shape), dtype=torch.float64))
+    for wrong in (shape[2:], (2, 2, *shape)):
+        with pytest.raises(QSNNError, match="expects"):
+            quantized(torch.randn(wrong, dtype=torch.float64))
 
 
-def test_unknown_step_mode_and_preset_are_refused():
+@pytest.mark.parametrize("make", ["BinaryLinear", "QuantLinear"])
+def test_unknown_preset_is_refused(make):
     with pytest.raises(QSNNError, match="poster"):
-        layers.BinaryLinear(3, 2, preset="poster")
-    layer = layers.BinaryLinear(3, 2)
-    with pytest.raises(ValueError, match="x"):
-        layer.step_mode = "x"
+        getattr(layers, make)(3, 2, preset="poster")
 
 
 @pytest.mark.parametrize("family", ["Binary", "Quant"])

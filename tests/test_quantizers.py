@@ -41,14 +41,14 @@ def _check_codes(quantizer, x):
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3, 3)], ids=["linear", "conv"])
 def test_binary_weight(rng, over, scale, gradient, shape):
     w, g = rng.normal(0.02, 0.3, size=shape), rng.normal(size=shape)
-    keywords = {"temperature": 1.7} if gradient == "annealed" else {}
+    keywords = {"temperature": 1.75} if gradient == "annealed" else {}
     quantizer = BinaryWeight(standardize=over, scale=scale, gradient=gradient, **keywords).double()
     wt = torch.tensor(w, requires_grad=True)
     y = quantizer(wt)
     value, signs, alpha = ref.binary_weight(w, over, scale)
     assert_allclose(y.detach().numpy(), value, rtol=1e-8)
     (gw,) = torch.autograd.grad(y, wt, torch.tensor(g))
-    expected = ref.binary_weight_gradient(w, g, over, scale, gradient, 1.7)
+    expected = ref.binary_weight_gradient(w, g, over, scale, gradient, 1.75)
     assert_allclose(gw.numpy(), expected, rtol=1e-6, atol=1e-8)
     codes = _check_codes(quantizer, wt.detach())
     assert_array_equal(codes.numpy(), signs)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,7 +84,22 @@ def test_oracle(rng, bits, order, preset, reset, detach_reset):
         )  # fmt: skip
         x = _inputs(rng, T)
         trace, _, _ = _check_sequence(node, model, x, *_upstream(rng, x))
-        assert 0.02 < trace.stack("s").mean() < 0.98
+    assert 0.02 < trace.stack("s").mean() < 0.98
+
+
+@bits_
+@orders
+@resets
+@pytest.mark.parametrize("alpha", [0.4, 0.9, 1.6])
+def test_oracle_with_a_frozen_scale(rng, bits, order, reset, alpha):
+    """States beyond the scale are clipped, and pass no gradient."""
+    node = QuantLIFNode(2.0, False, 1.0, RESETS[reset], bits=bits, order=order)
+    node.membrane.freeze(alpha)
+    node.eval()
+    model = _model(bits, "paper", order, reset)
+    model = replace(model, membrane=ref.Membrane(bits, frozen_alpha=float(node.membrane.alpha)))
+    x = _inputs(rng, 10)
+    _check_sequence(node, model, x, *_upstream(rng, x))
 
 
 @bits_
@@ -468,7 +484,10 @@ def test_unknown_bits_are_refused(bits):
 
 @pytest.mark.parametrize(
     "options",
-    [{"preset": "poster"}, {"order": "reset_first"}, {"scale": "median"}, {"squash": "relu"}, {"mode": "thawed"}],
+    [
+        {"preset": "poster"}, {"order": "reset_first"}, {"scale": "median"}, {"squash": "relu"},
+        {"mode": "thawed"},
+    ],
     ids=lambda o: next(iter(o)),
 )  # fmt: skip
 def test_unknown_options_are_refused(options):
@@ -504,5 +523,5 @@ def test_zoo_model_takes_the_neuron():
         cnf="ADD", spiking_neuron=QuantLIFNode, num_classes=3, bits=2, order="quantize_first"
     )
     nodes = [m for m in net.modules() if isinstance(m, QuantLIFNode)]
-    assert len(nodes) == 17
+    assert len(nodes) == 20
     assert {(n.bits, n.order) for n in nodes} == {(2, "quantize_first")}
