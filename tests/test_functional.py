@@ -173,8 +173,10 @@ def test_float32_codes_agree_but_for_ties(rng, bits):
 
 @pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
 @pytest.mark.parametrize(
-    ("reset", "v_reset"), [("hard", 0.0), ("hard", -0.4), ("soft", None)], ids=["hard0", "hard", "soft"]
-)  # fmt: skip
+    ("reset", "v_reset"),
+    [("hard", 0.0), ("hard", -0.4), ("soft", None)],
+    ids=["hard0", "hard", "soft"],
+)
 @pytest.mark.parametrize("bits", [2, 8, None])
 def test_lif_step(rng, bits, reset, v_reset, order):
     """One step from an arbitrary state, by the arguments of the affine charge."""

@@ -145,6 +145,9 @@ def test_both_hosts_compute_the_same(name):
     """With Leaky's reset at once and to zero, the two hosts are one neuron."""
     one = _narrow(name, bits="1w-4u").eval()
     two = _narrow(name, bits="1w-4u", host="snntorch").eval()
+    for module in one.modules():  # no charge may meet the threshold, where the hosts' rules differ
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0.2, 0.1)
     weights = one.state_dict()
     assert set(weights) <= set(two.state_dict())
     two.load_state_dict({**two.state_dict(), **weights}, strict=True)

@@ -23,7 +23,7 @@ from qsnn_ext.regularizers import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.snntorch import QLeaky
 from qsnn_ext.spikingjelly import QuantLIFNode
 
-T, N = 5, 3
+T, N = 5, 11
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,7 @@ def test_target_and_strength():
     with WSDRRegularizer(net, strength=0.3, target=0.1) as wsdr:
         net(x)
         assert _close(wsdr(), _expected(spikes, strength=0.3, target=0.1))
+    functional.reset_net(net)
     with WSDRRegularizer(net) as wsdr:
         net(x)
         assert _close(wsdr(), _expected(spikes, strength=1e-3))
