@@ -176,6 +176,18 @@ def test_frozen_scale_makes_a_sample_independent_of_its_batch():
     assert torch.equal(codes * scale, alone)
 
 
+def test_frozen_scale_without_a_value_is_an_error():
+    """Falling back on the batch would change silently what `eval()` computes."""
+    with pytest.raises(QSNNError, match="calibrate"):
+        MembraneQuantizer(2, mode="frozen").eval()(torch.ones(3))
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
+def test_freezing_at_no_number_is_refused(alpha):
+    with pytest.raises(QSNNError):
+        MembraneQuantizer(2).freeze(alpha)
+
+
 def test_frozen_scale_is_saved_and_restored():
     trained = MembraneQuantizer(3, mode="frozen")
     for _ in range(5):

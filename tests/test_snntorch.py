@@ -196,6 +196,43 @@ def test_one_spike_is_followed_by_one_reset(x, bits, mechanism, delay, order, pr
         assert torch.isfinite(mem).all()
 
 
+@given(
+    x=st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=12),
+    bits=st.sampled_from(BITS),
+    mechanism=st.sampled_from(MECHANISMS),
+    order=st.sampled_from(ORDERS),
+    beta=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+def test_each_float32_step_equals_the_oracle_but_for_ties(x, bits, mechanism, order, beta):
+    """In float32 each step starts from the package's own membrane; only near-ties may differ."""
+    node = QLeaky(beta, reset_mechanism=mechanism, bits=bits, order=order)
+    model = ref.SnnTorchLeaky(
+        ref.Membrane(bits), beta, reset_mechanism=mechanism, order=order, dtype=np.float32
+    )
+    mem = torch.zeros(1, len(x))
+    for scale in (1.0, -0.7, 1.3, 0.4):
+        xt = torch.tensor([x], dtype=torch.float32) * scale
+        step = model.step(xt.double().numpy(), mem.double().numpy())
+        s, mem = node(xt, mem)
+        assert s.dtype == mem.dtype == torch.float32
+        clear = np.abs(step["u"] - 1.0) > 1e-5
+        assert_array_equal(s.numpy()[clear], step["s"][clear])
+        ratio = model.membrane.ratio(step["pre"])
+        near_theta = np.abs(step["v"] - 1.0) < 1e-4  # which side is settled by the last digit
+        untied = (np.abs(ratio - np.floor(ratio) - 0.5) > 1e-4) & ~near_theta
+        if clear.all():  # a spike that differs moves alpha for everyone
+            assert_allclose(mem.numpy()[untied], step["v"][untied], rtol=1e-5, atol=1e-6)
+
+
+def test_a_refused_neuron_leaves_nothing_behind():
+    """snnTorch lists every neuron that is made: one that fails must not stay there."""
+    before = len(snn.SpikingNeuron.instances)
+    for options in ({"bits": 1}, {"order": "x"}, {"bits": 2, "state_quant": torch.round}):
+        with pytest.raises(QSNNError):
+            QLeaky(0.5, **options)
+    assert len(snn.SpikingNeuron.instances) == before
+
+
 def test_the_spike_whose_membrane_rounds_down_is_reset():
     """A charge of 1.05 beside one of 1.8: at two bits plain rounding would forget the reset."""
     for mechanism in ("subtract", "zero"):

@@ -381,6 +381,26 @@ def test_frozen_scale_makes_samples_independent(rng, order):
     assert torch.equal(node(x[:, :1]), together[:, :1])
 
 
+@pytest.mark.parametrize("reset", RESETS)
+def test_frozen_scale_learns_alike_in_both_step_modes(rng, reset):
+    """In training the running mean moves once for each time step, whoever runs the loop."""
+    x = torch.tensor(_inputs(rng, 6), dtype=torch.float32)
+    single = QuantLIFNode(v_reset=RESETS[reset], step_mode="s", bits=3, mode="frozen")
+    multi = QuantLIFNode(v_reset=RESETS[reset], step_mode="m", bits=3, mode="frozen")
+    for _ in range(3):
+        assert torch.equal(torch.stack([single(step) for step in x]), multi(x))
+        assert torch.equal(single.membrane.alpha, multi.membrane.alpha)
+        functional.reset_net(single)
+        functional.reset_net(multi)
+    assert single.membrane.alpha > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
+def test_an_empty_batch_is_no_error(shape):
+    assert QuantLIFNode(bits=2)(torch.zeros(shape)).shape == shape
+    assert QuantLIFNode(bits=2, step_mode="m")(torch.zeros(3, *shape)).shape == (3, *shape)
+
+
 @orders
 def test_dynamic_scale_is_over_the_whole_batch(rng, order):
     """The paper's rule: batch mates matter. Kept, because it is what was published."""
@@ -495,18 +515,22 @@ def test_unknown_options_are_refused(options):
         QuantLIFNode(**options)
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "frozen"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_neuron_compiles_without_a_graph_break(order):
+def test_neuron_compiles_without_a_graph_break(order, mode):
     class Small(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Linear(6, 8)
-            self.spike = QuantLIFNode(2.0, False, step_mode="m", bits=2, order=order)
+            self.spike = QuantLIFNode(2.0, False, step_mode="m", bits=2, order=order, mode=mode)
 
         def forward(self, x):
             return self.spike(self.weight(x))
 
     net, x = Small(), torch.randn(3, 4, 6)
+    net(x)  # a frozen scale takes its first value here
+    net.spike.reset()
+    net.eval()
     eager = net(x)
     net.spike.reset()
     torch._dynamo.reset()
