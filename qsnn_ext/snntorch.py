@@ -160,7 +160,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
-        self.reset = self.mem_reset(self.mem)
+        self.reset = self._start_reset()
         u = self.state_function(input_)
         if self.order == "quantize_first":
             u = self.membrane(u)
@@ -170,6 +170,15 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         alone = self.init_hidden and not self.output
         returned: Tensor | tuple[Tensor, Tensor] = spk if alone else (spk, self.mem)
         return returned
+
+    def _start_reset(self) -> Tensor:
+        """Which neurons the step resets before it charges them, read from the stored state."""
+        if self.reset_mechanism == "zero" and not self.reset_delay:
+            # What fired is at zero already. A state above the threshold can only have been rounded
+            # there, and to reset it now would be a reset without a spike.
+            return torch.zeros_like(self.mem)
+        reset: Tensor = self.mem_reset(self.mem)
+        return reset
 
     def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
         """The membrane potential after a reset in the same step (``reset_delay=False``)."""
