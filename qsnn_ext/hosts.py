@@ -22,10 +22,24 @@ class Adapter(Protocol):
     def is_spiking(self, module: nn.Module) -> bool:
         """Whether the module emits spikes and so has a firing rate."""
 
+    def state(self, module: nn.Module) -> Tensor | None:
+        """The membrane potential a neuron keeps between calls."""
+
     def starts_sequence(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        left: Tensor | None,
     ) -> bool:
-        """Whether this call, given its arguments, is the first since the state was reset."""
+        """Whether this call is the first since the state was reset.
+
+        Args:
+            module: the neuron, before the call.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            left: the state the neuron kept after the call before.
+        """
 
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}

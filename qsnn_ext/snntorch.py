@@ -240,16 +240,25 @@ def is_spiking(module: nn.Module) -> bool:
     return isinstance(module, snn.SpikingNeuron)
 
 
-def starts_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the membrane potential given or kept has not yet the input's shape.
+def state(module: nn.Module) -> Tensor | None:
+    """The membrane potential the neuron keeps."""
+    mem: Tensor | None = getattr(module, "mem", None)
+    return mem
 
-    A state of zeros of the right shape cannot be told from one that is running without reading it,
-    so the answer is then "no".
+
+def starts_sequence(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
+) -> bool:
+    """Whether the neuron's own state was replaced since the last call, or has another shape.
+
+    A membrane potential passed by hand may be any of several, or a detached one, so of those only
+    the shape is looked at.
     """
-    mem = args[1] if len(args) > 1 else kwargs.get("mem")
-    if mem is None:
-        mem = getattr(module, "mem", None)
-    return mem is None or (bool(args) and mem.shape != args[0].shape)
+    given: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mem")
+    mem = state(module) if given is None else given
+    if mem is None or (given is None and mem is not left):
+        return True
+    return bool(args) and mem.shape != args[0].shape
 
 
 def restart(module: nn.Module) -> None:

@@ -303,9 +303,17 @@ def is_spiking(module: nn.Module) -> bool:
     )
 
 
-def starts_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def state(module: nn.Module) -> Tensor | None:
+    """The membrane potential the neuron keeps; ``None`` before the first step."""
+    v = getattr(module, "v", None)
+    return v if isinstance(v, Tensor) else None
+
+
+def starts_sequence(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
+) -> bool:
     """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
-    return not isinstance(getattr(module, "v", None), Tensor)
+    return state(module) is None
 
 
 def restart(module: nn.Module) -> None:
