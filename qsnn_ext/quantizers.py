@@ -298,7 +298,7 @@ class MembraneQuantizer(Quantizer):
         value = torch.as_tensor(alpha, dtype=self.alpha.dtype, device=self.alpha.device).detach()
         if value.dim() or not torch.isfinite(value) or value < 0:
             raise ConfigError(f"frozen membrane scale {alpha!r} must be one finite number >= 0.")
-        self.alpha = value.clone()
+        self.alpha.copy_(value)
         self.mode = "frozen"
         self.calibrated = True
 
@@ -320,13 +320,12 @@ class MembraneQuantizer(Quantizer):
                 )
             return self.alpha.to(v.dtype)
         observed = self.observe(v).clamp(min=0).to(self.alpha.dtype)
-        if not self.calibrated:
-            self.calibrated = True
-            self.alpha = observed
-            return observed.to(v.dtype)
-        used = self.alpha
-        # A new tensor, not an update in place: earlier steps' graphs may still refer to the old.
-        self.alpha = torch.lerp(used, observed, self.momentum)
+        # 0 stands for "no value yet". The tensor says so, and not a Python flag, because gradient
+        # checkpointing runs a step again from the buffers' old values, and must then get the same.
+        used = torch.where(self.alpha > 0, self.alpha, observed)
+        # In place: data-parallel wrappers and gradient checkpointing hold on to the buffer itself.
+        self.alpha.copy_(torch.lerp(used, observed, self.momentum))
+        self.calibrated = True
         return used.to(v.dtype)
 
     def quantize(self, u: Tensor) -> tuple[Tensor, Tensor]:
