@@ -441,11 +441,15 @@ def membrane_quantizer(
         bits: 2 to 8, or ``None``/32.
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
-            ``None`` are left to the preset.
+            ``None`` are left to the preset, and ``squash="none"`` means no squash.
     """
     checked = check_bits(bits, MEMBRANE_BITS, "membrane")
     base = preset(preset_name).membrane
     if checked is None:
         return None
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {
+        name: None if value == "none" else value
+        for name, value in options.items()
+        if value is not None
+    }
     return MembraneQuantizer(checked, **{**base, **given})

@@ -64,7 +64,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         membrane: a ready quantizer; overrides ``bits`` and the options below.
         preset: ``"paper"`` or ``"official"``: defaults of the options below.
         scale: ``"max"`` or ``"absmax"``.
-        squash: ``"tanh"``, or ``None`` for the preset's.
+        squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
         mode: ``"dynamic"`` (default) or ``"frozen"``.
         order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
 
@@ -82,7 +82,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         membrane: MembraneQuantizer | None = None,
         preset: str = "paper",
         scale: F.MembraneScale | None = None,
-        squash: F.Squash | None = None,
+        squash: F.Squash | Literal["none"] | None = None,
         mode: Literal["dynamic", "frozen"] | None = None,
         order: F.StepOrder = "fire_first",
         **kwargs: Any,

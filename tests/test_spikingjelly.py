@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 from qsnn_ext import functional as F
-from qsnn_ext.errors import QSNNError
+from qsnn_ext.errors import InputError, QSNNError
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.spikingjelly import QuantIFNode, QuantLIFNode, QuantParametricLIFNode
 
@@ -549,3 +549,13 @@ def test_zoo_model_takes_the_neuron():
     nodes = [m for m in net.modules() if isinstance(m, QuantLIFNode)]
     assert len(nodes) == 20
     assert {(n.bits, n.order) for n in nodes} == {(2, "quantize_first")}
+
+
+def test_a_sequence_needs_a_step():
+    with pytest.raises(InputError, match="T = 0"):
+        QuantLIFNode(bits=2, step_mode="m")(torch.zeros(0, 3, 4))
+
+
+def test_the_presets_squash_can_be_switched_off():
+    assert QuantLIFNode(bits=2, preset="official").membrane.squash == "tanh"
+    assert QuantLIFNode(bits=2, preset="official", squash="none").membrane.squash is None
