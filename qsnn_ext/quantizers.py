@@ -10,6 +10,7 @@ nothing but a set of options that can each be given on its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +81,10 @@ class Quantizer(nn.Module):
         n = F.levels(self.bits)
         return tuple(range(-n, n + 1))
 
+    def scale_count(self, x: Tensor) -> int:
+        """How many scale factors quantizing ``x`` takes."""
+        return 1
+
     def options(self) -> dict[str, Any]:
         """The constructor arguments: ``type(q)(**q.options())`` is an equal quantizer."""
         raise NotImplementedError
@@ -144,6 +149,10 @@ class BinaryWeight(Quantizer):
     def levels(self) -> tuple[int, ...]:
         """-1 and +1."""
         return (-1, 1)
+
+    def scale_count(self, x: Tensor) -> int:
+        """One per output channel; none where the scale is 1."""
+        return 0 if self.scale is None else x.shape[0]
 
     def options(self) -> dict[str, Any]:
         """The constructor arguments; the temperature is the current one."""
@@ -251,6 +260,11 @@ class MembraneQuantizer(Quantizer):
 
     alpha: Tensor
 
+    #: Called with ``(v, value, step)`` at every time step: the squashed potentials, what they were
+    #: rounded to, and the 0-dim step of the grid. Code that quantizes without calling
+    #: :meth:`quantize` gives way to it while an observer is set.
+    observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
+
     def __init__(
         self,
         bits: int = 2,
@@ -344,7 +358,10 @@ class MembraneQuantizer(Quantizer):
         v = torch.tanh(u) if self.squash == "tanh" else u
         alpha = self._current_alpha(v)
         value = F.quantize_symmetric(v, alpha, self.bits)
-        return value, alpha.clamp(min=0) / F.levels(self.bits)
+        step = alpha.clamp(min=0) / F.levels(self.bits)
+        if self.observer is not None:
+            self.observer(v, value, step)
+        return value, step
 
     def forward(self, u: Tensor) -> Tensor:
         """The first result of :meth:`quantize`."""
