@@ -161,11 +161,8 @@ def rows_of(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             continue
-        owns = any(
-            tensor is not None
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-        )
-        if owns or hosts.adapter_of(module) is not None:
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None for tensor in tensors) or hosts.adapter_of(module) is not None:
             found[name] = module
     return found
 
@@ -514,10 +511,8 @@ def _main() -> None:
                     f"{resident[batch][bits][i]:.2f}",
                 ]
             rows.append(row)
-    print(
-        "Memory footprint in MB (10^6 bytes): counted as the paper does, the paper's Table 2, and"
-    )
-    print("what inference holds step by step (every layer's membrane potential).\n")
+    print("Memory footprint in MB (10^6 bytes). Under the network's name: counted as the paper")
+    print("does; paper: its Table 2; resident: what step-by-step inference holds.\n")
     print(table(head, rows))
     print(f"\nLargest difference from the paper: {worst:.3f} MB")
 

@@ -135,6 +135,10 @@ class Summary:
     def __str__(self) -> str:
         """The table, with the costs used beneath it."""
         rows = [_row(layer) for layer in (*self.layers, self.total)]
+        counts = [
+            f"{_short(count)} {kind} ({getattr(self.energy, kind)} pJ)"
+            for kind, count in self.total.operations.items()
+        ]
         lines = [
             table(list(_COLUMNS), rows),
             "bytes: now = latent weights, buffers and membrane potentials as held in training; "
@@ -142,14 +146,7 @@ class Summary:
             "p_s firing rate, p_w share of positive weights, H their entropy in nats; "
             "zero, clip: share of membrane potentials rounded to 0, clipped",
             f"one pass in {'training' if self.training else 'evaluation'} mode: "
-            + (
-                ", ".join(
-                    f"{_short(self.total.operations[kind])} {kind} ({getattr(self.energy, kind)} pJ)"
-                    for kind in OPERATIONS
-                    if self.total.operations.get(kind)
-                )
-                or "no synaptic operation counted"
-            ),
+            + (", ".join(counts) or "no synaptic operation counted"),
             f"energy {_short(self.total.picojoules * 1e-12, 'J')}, arithmetic only "
             f"({self.energy.source})",
         ]
@@ -529,13 +526,13 @@ def _plot(summary: Summary, axes: Any) -> None:
     neurons = [layer for layer in summary.layers if layer.firing_rate is not None]
     weights = [layer for layer in summary.layers if layer.sign_probability is not None]
 
-    for layers, values, label, marker in (
-        (neurons, [n.firing_rate for n in neurons], "firing rate p_s", "o"),
-        (weights, [w.sign_probability for w in weights], "sign probability p_w", "s"),
-    ):
-        rates.plot(range(1, len(layers) + 1), values, marker=marker, label=label)
+    p_s = [layer.firing_rate for layer in neurons]
+    p_w = [layer.sign_probability for layer in weights]
+    rates.plot(range(1, len(p_s) + 1), p_s, "o-", label="firing rate p_s of neurons")
+    rates.plot(range(1, len(p_w) + 1), p_w, "s-", label="sign probability p_w of weights")
     rates.axhline(0.5, color="gray", linewidth=1, linestyle=":", label="greatest entropy")
-    rates.set(ylim=(0, 1), ylabel="probability", xlabel="layer, in running order")
+    rates.set(ylim=(0, 1), ylabel="probability", xlabel="n-th layer of its kind, in running order")
+    rates.locator_params(axis="x", integer=True)
     rates.set_title("Spikes and weights")
 
     quantized = [layer for layer in neurons if layer.rounded_to_zero is not None]
@@ -548,17 +545,21 @@ def _plot(summary: Summary, axes: Any) -> None:
     shares.set_title("Membrane potentials" if quantized else "Membrane potentials: none quantized")
     _names(shares, quantized)
 
-    heavy = [layer for layer in summary.layers if layer.bytes_now]
-    for values, label, color in (
-        ([n.bytes_now for n in heavy], "now", "lightgray"),
-        ([n.bytes_packed for n in heavy], "packed", "tab:orange"),
-        ([n.bytes_logical for n in heavy], "logical", "tab:blue"),
-    ):
-        # Each bar is no higher than the one it covers, so all three can be read off.
-        memory.bar(range(len(heavy)), values, label=label, color=color)
-    memory.set(yscale="log", ylabel="bytes")
-    memory.set_title("Memory")
-    _names(memory, heavy)
+    groups = {
+        "weights and the rest": [n for n in summary.layers if n.membrane_bits is None],
+        "neurons": [n for n in summary.layers if n.membrane_bits is not None],
+        "total": [summary.total],
+    }
+    for place, attribute in enumerate(("now", "packed", "logical")):
+        sizes = [
+            sum(getattr(n, f"bytes_{attribute}") for n in layers) / 1e6
+            for layers in groups.values()
+        ]
+        at = [i + 0.28 * (place - 1) for i in range(len(groups))]
+        memory.bar_label(memory.bar(at, sizes, 0.26, label=attribute), fmt="%.3g", fontsize=8)
+    memory.set_xticks(range(len(groups)), list(groups))
+    memory.set(ylabel="MB (10^6 bytes)")
+    memory.set_title("Memory for this sample")
 
     working = [layer for layer in summary.layers if layer.operations]
     floor = [0.0] * len(working)

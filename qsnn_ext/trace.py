@@ -33,7 +33,7 @@ def check_model(model: Any, what: str) -> nn.Module:
         raise InputTypeError(f"{what} needs a module, got {type(model).__name__}.")
     original = getattr(model, "_orig_mod", model)
     for name, parameter in original.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise InputError(f"{name} has no weights yet; run the model once, then {what}.")
     assert isinstance(original, nn.Module)
     return original
