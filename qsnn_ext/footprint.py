@@ -477,15 +477,17 @@ def table_2(
     networks = ((models.resnet19, 3), (models.vgg16, 3), (models.vggsnn, 2))
     result: dict[int, dict[str, tuple[float, ...]]] = {batch: {} for batch in PAPER_TABLE_2}
     for bits in PAPER_TABLE_2[1]:
+        with torch.device("meta"):  # sizes only: no weight is drawn, nothing is computed
+            built = [build(in_channels=c, bits=bits, host=host) for build, c in networks]
         counted = [
             footprint(
-                build(in_channels=channels, bits=bits, host=host),
+                model,
                 input_shape=(channels, 32, 32),
                 accounting=accounting,
                 time_steps=1,  # the sizes do not depend on it
                 weight_bits={"head": 32} if build is models.vgg16 else None,
             )
-            for build, channels in networks
+            for model, (build, channels) in zip(built, networks, strict=True)
         ]
         for batch in result:
             result[batch][bits] = tuple(replace(f, batch=batch).megabytes for f in counted)
