@@ -383,7 +383,8 @@ def _share(part: Tensor | int, whole: int) -> float | None:
 
 
 def _entropy(p: float | None) -> float | None:
-    return None if p is None else F.entropy(torch.tensor(p, dtype=torch.float64)).item()
+    # Adding 0 turns the -0.0 of a certain outcome into 0.0.
+    return None if p is None else F.entropy(torch.tensor(p, dtype=torch.float64)).item() + 0.0
 
 
 def _bits(module: nn.Module) -> int | None:
@@ -500,7 +501,7 @@ def _optional(value: float | None, form: str = ".3f") -> str:
 
 
 def _row(layer: LayerSummary) -> tuple[str, ...]:
-    operations = " + ".join(f"{_short(n)} {kind}" for kind, n in layer.operations.items() if n)
+    operations = " + ".join(f"{_short(n)} {kind}" for kind, n in layer.operations.items())
     return (
         layer.name,
         layer.kind,

@@ -601,9 +601,24 @@ def test_forms(tmp_path):
 @pytest.mark.parametrize("bits", ["1w-2u", "32w-32u"])
 def test_plot(tmp_path, bits):
     pytest.importorskip("matplotlib")
-    figure = summarize(tiny("snntorch", bits), torch.rand(2, 2, 16, 16)).plot(tmp_path / "s.png")
+    summary = summarize(tiny("snntorch", bits), torch.rand(2, 2, 16, 16))
+    figure = summary.plot(tmp_path / "s.png")
     assert len(figure.axes) == 4
     assert (tmp_path / "s.png").stat().st_size > 10_000
+    bars = sum(bar.get_height() for group in figure.axes[3].containers for bar in group)
+    assert bars == pytest.approx(summary.total.picojoules / 1e3)
+
+
+def test_plot_of_nothing():
+    pytest.importorskip("matplotlib")
+    assert len(summarize(nn.Identity(), torch.rand(2)).plot().axes) == 4
+
+
+def test_silent_layer():
+    model = nn.Sequential(sj.QuantIFNode(bits=2), nn.Linear(3, 2))
+    neurons, weights = summarize(model, torch.zeros(4, 3)).layers
+    assert (neurons.firing_rate, str(neurons.spike_entropy)) == (0.0, "0.0")
+    assert weights.operations == {"ac": 0}
 
 
 def test_wrong_use():
