@@ -245,6 +245,10 @@ class MembraneQuantizer(Quantizer):
     ``alpha`` enters the ``state_dict`` only when frozen and calibrated, so checkpoints of float
     models load strictly.
 
+    Attributes:
+        observer: called with the (squashed) potentials of every time step before they are
+            quantized; ``None`` for nobody. Calibration sets it.
+
     Args:
         bits: 2 to 8.
         scale: ``"max"`` (the paper) or ``"absmax"`` (the authors' code); what frozen mode tracks.
@@ -259,11 +263,6 @@ class MembraneQuantizer(Quantizer):
     """
 
     alpha: Tensor
-
-    #: Called with ``(v, value, step)`` at every time step: the squashed potentials, what they were
-    #: rounded to, and the 0-dim step of the grid. Code that quantizes without calling
-    #: :meth:`quantize` gives way to it while an observer is set.
-    observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -290,6 +289,7 @@ class MembraneQuantizer(Quantizer):
         self.momentum = momentum
         self.sync_scale = sync_scale
         self.calibrated = False
+        self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("alpha", torch.zeros(()))
 
     def options(self) -> dict[str, Any]:
@@ -324,6 +324,8 @@ class MembraneQuantizer(Quantizer):
         return alpha
 
     def _current_alpha(self, v: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(v)
         if self.mode == "dynamic":
             return self.observe(v)
         if not self.training:
@@ -358,10 +360,7 @@ class MembraneQuantizer(Quantizer):
         v = torch.tanh(u) if self.squash == "tanh" else u
         alpha = self._current_alpha(v)
         value = F.quantize_symmetric(v, alpha, self.bits)
-        step = alpha.clamp(min=0) / F.levels(self.bits)
-        if self.observer is not None:
-            self.observer(v, value, step)
-        return value, step
+        return value, alpha.clamp(min=0) / F.levels(self.bits)
 
     def forward(self, u: Tensor) -> Tensor:
         """The first result of :meth:`quantize`."""

@@ -210,14 +210,14 @@ class _Tally:
         assert self.membrane is not None
         self.membrane.observe(module, args, kwargs, output)
 
-    def rounded(self, v: Tensor, value: Tensor, step: Tensor, bits: int) -> None:
-        """One time step of the membrane quantizer: ``value`` lies on the grid of that ``step``."""
-        self.zeros = self.zeros + torch.count_nonzero(value == 0)
-        # The scale is often the largest potential itself, which its grid can miss by a rounding
-        # error. A scale of 0 makes every state 0 and clips nothing.
-        top = step * F.levels(bits) * (1 + 4 * torch.finfo(v.dtype).eps)
-        outside = (v.abs() > top) & (step > 0)
-        self.clipped = self.clipped + torch.count_nonzero(outside)
+    def rounded(self, quantizer: MembraneQuantizer, v: Tensor) -> None:
+        """The quantizer is about to round ``v``, the (squashed) potentials of one time step."""
+        frozen = quantizer.mode == "frozen" and quantizer.calibrated
+        alpha = quantizer.alpha.to(v.dtype) if frozen else quantizer.observe(v)
+        codes, _ = F.symmetric_codes(v, alpha, quantizer.bits)
+        self.zeros = self.zeros + torch.count_nonzero(codes == 0)
+        # A scale of 0 or below makes every state 0 and clips nothing.
+        self.clipped = self.clipped + torch.count_nonzero((v.abs() > alpha) & (alpha > 0))
         self.potentials += v.numel()
 
     def met(self, module: nn.Module, x: Any, output: Any) -> None:
@@ -270,7 +270,8 @@ def summarize(
 
     Args:
         model: SpikingJelly or snnTorch network, quantized or not, built or converted.
-        sample: its input: a tensor, a tuple of positional or a dictionary of keyword arguments.
+        sample: its input: a tensor, a tuple or list of positional arguments, or a dictionary of
+            keyword arguments.
         energy: costs of the operations.
         run: ``run(model, sample)`` for models that are called in another way, for example
             ``lambda model, x: [model(x_t) for x_t in x]`` for one call per time step.
@@ -353,10 +354,10 @@ def _measure(
 def _listen(quantizer: MembraneQuantizer, tally: _Tally) -> None:
     theirs = quantizer.observer
 
-    def observe(v: Tensor, value: Tensor, step: Tensor) -> None:
-        tally.rounded(v, value, step, quantizer.bits)
+    def observe(v: Tensor) -> None:
+        tally.rounded(quantizer, v)
         if theirs is not None:
-            theirs(v, value, step)
+            theirs(v)
 
     # Taken away again with everything else that the pass changes.
     quantizer.observer = observe

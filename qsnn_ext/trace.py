@@ -108,12 +108,12 @@ def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | N
 
     Args:
         model: what to run.
-        sample: a tensor, a tuple of positional or a dictionary of keyword arguments.
+        sample: a tensor, a tuple or list of positional, or a dictionary of keyword arguments.
         run: for models that are called in another way, such as once per time step.
     """
     if run is not None:
         run(model, sample)
-    elif isinstance(sample, tuple):
+    elif isinstance(sample, (tuple, list)):
         model(*sample)
     elif isinstance(sample, dict):
         model(**sample)
