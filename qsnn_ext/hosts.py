@@ -41,6 +41,9 @@ class Adapter(Protocol):
             left: the state the neuron kept after the call before.
         """
 
+    def reset(self, model: nn.Module) -> None:
+        """Put all state of the host's modules in ``model`` back to its reset value."""
+
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
 _TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
@@ -67,6 +70,12 @@ def adapter(host: str) -> Any:
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter for which ``module`` is a spiking neuron, or ``None``."""
     return next((host for host in adapters() if host.is_spiking(module)), None)
+
+
+def reset(model: nn.Module) -> None:
+    """Put all state of all hosts' modules in ``model`` back to its reset value."""
+    for host in adapters():
+        host.reset(model)
 
 
 def missing(host: str, error: ImportError) -> MissingDependencyError:

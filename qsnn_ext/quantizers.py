@@ -10,6 +10,7 @@ nothing but a set of options that can each be given on its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +81,10 @@ class Quantizer(nn.Module):
         n = F.levels(self.bits)
         return tuple(range(-n, n + 1))
 
+    def scale_count(self, x: Tensor) -> int:
+        """How many scale factors quantizing ``x`` takes."""
+        return 1
+
     def options(self) -> dict[str, Any]:
         """The constructor arguments: ``type(q)(**q.options())`` is an equal quantizer."""
         raise NotImplementedError
@@ -144,6 +149,10 @@ class BinaryWeight(Quantizer):
     def levels(self) -> tuple[int, ...]:
         """-1 and +1."""
         return (-1, 1)
+
+    def scale_count(self, x: Tensor) -> int:
+        """One per output channel; none where the scale is 1."""
+        return 0 if self.scale is None else x.shape[0]
 
     def options(self) -> dict[str, Any]:
         """The constructor arguments; the temperature is the current one."""
@@ -236,6 +245,10 @@ class MembraneQuantizer(Quantizer):
     ``alpha`` enters the ``state_dict`` only when frozen and calibrated, so checkpoints of float
     models load strictly.
 
+    Attributes:
+        observer: called with the (squashed) potentials of every time step before they are
+            quantized; ``None`` for nobody. Calibration sets it.
+
     Args:
         bits: 2 to 8.
         scale: ``"max"`` (the paper) or ``"absmax"`` (the authors' code); what frozen mode tracks.
@@ -276,6 +289,7 @@ class MembraneQuantizer(Quantizer):
         self.momentum = momentum
         self.sync_scale = sync_scale
         self.calibrated = False
+        self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("alpha", torch.zeros(()))
 
     def options(self) -> dict[str, Any]:
@@ -310,6 +324,8 @@ class MembraneQuantizer(Quantizer):
         return alpha
 
     def _current_alpha(self, v: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(v)
         if self.mode == "dynamic":
             return self.observe(v)
         if not self.training:

@@ -261,6 +261,20 @@ def starts_sequence(
     return bool(args) and mem.shape != args[0].shape
 
 
+def reset(model: nn.Module) -> None:
+    """Put the states that the neurons in ``model`` keep back to zero.
+
+    Only those of ``model``, unlike ``utils.reset``. The host keeps states, and nothing else, in
+    non-persistent buffers.
+    """
+    for module in model.modules():
+        if is_spiking(module):
+            for name in module._non_persistent_buffers_set:
+                state = getattr(module, name)
+                if isinstance(state, Tensor):
+                    setattr(module, name, torch.zeros_like(state))
+
+
 def restart(module: nn.Module) -> None:
     """Nothing to do: :class:`OverTime` starts every sequence from zero."""
 

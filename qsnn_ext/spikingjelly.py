@@ -30,7 +30,7 @@ from qsnn_ext.quantizers import (
 )
 
 try:
-    from spikingjelly.activation_based import layer, neuron, surrogate
+    from spikingjelly.activation_based import base, layer, neuron, surrogate
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -316,6 +316,13 @@ def starts_sequence(
 ) -> bool:
     """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
     return state(module) is None
+
+
+def reset(model: nn.Module) -> None:
+    """Put every memory in ``model`` back to its reset value, as ``functional.reset_net`` does."""
+    for module in model.modules():
+        if isinstance(module, base.MemoryModule):
+            module.reset()
 
 
 def restart(module: nn.Module) -> None:
