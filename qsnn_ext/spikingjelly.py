@@ -6,6 +6,7 @@ for a ``LIFNode`` or a ``layer.Conv2d`` (reset, step mode, monitors, energy coun
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 import torch
@@ -30,7 +31,7 @@ from qsnn_ext.quantizers import (
 )
 
 try:
-    from spikingjelly.activation_based import base, layer, neuron, surrogate
+    from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -323,6 +324,30 @@ def reset(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, base.MemoryModule):
             module.reset()
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether ``module`` is a neuron of SpikingJelly of any kind, spiking or not (or ours)."""
+    return is_spiking(module) or type(module).__module__.startswith(neuron.__name__ + ".")
+
+
+def is_readout(module: nn.Module) -> bool:
+    """Whether the neuron has no threshold to reach, and so only integrates."""
+    return getattr(module, "v_threshold", None) == math.inf
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Nothing stands in the way of a node of a known type."""
+    return None
+
+
+def converted(model: nn.Module) -> None:
+    """Make ``functional.reset_net`` look at ``model`` anew."""
+    functional.invalidate_reset_cache(model)
+
+
+def copied(model: nn.Module) -> None:
+    """Nothing to do: SpikingJelly keeps no list of neurons."""
 
 
 def restart(module: nn.Module) -> None:
