@@ -667,9 +667,8 @@ def _cannot_quantize(unit: _Unit, quantizer: Quantizer | None) -> str | None:
             "mend it before quantizing the model."
         )
     try:
-        # On the meta device only shapes count, and nothing is allocated.
-        quantizer(weight.detach().to("meta"))
-    except ConfigError as error:
+        quantizer.check_shape(weight.shape)
+    except QSNNError as error:
         return str(error)
     return None
 
