@@ -33,7 +33,7 @@ Action = Literal["converted", "unchanged", "kept", "unsupported", "nothing"]
 #: Modules that hand their children's weights to a fused function instead of calling them.
 _OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
-_REPORT = "_qsnn_report"
+REPORT_ATTRIBUTE = "_qsnn_report"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,21 @@ class ConversionReport:
     def of(self, *actions: Action) -> tuple[ModuleReport, ...]:
         """The modules with one of these actions."""
         return tuple(row for row in self.modules if row.action in actions)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConversionReport:
+        """The inverse of :meth:`to_dict`."""
+        modules = tuple(
+            ModuleReport(**{**row, "aliases": tuple(row["aliases"])}) for row in data["modules"]
+        )
+        return cls(
+            config=QuantConfig.from_dict(data["config"]),
+            modules=modules,
+            first=data["first"],
+            last=data["last"],
+            ends_by=data["ends_by"],
+            unseen=tuple(data["unseen"]),
+        )
 
     def __getitem__(self, name: str) -> ModuleReport:
         """The row of one module.
@@ -220,7 +235,7 @@ def quantize_(
 
 def conversion_report(model: nn.Module) -> ConversionReport | None:
     """The report of the last conversion of ``model``, ``None`` if it never was converted."""
-    report: ConversionReport | None = model.__dict__.get(_REPORT)
+    report: ConversionReport | None = model.__dict__.get(REPORT_ATTRIBUTE)
     return report
 
 
@@ -235,7 +250,7 @@ def _quantize(model: nn.Module, config: QuantConfig, sample: Any, strict: bool) 
     for host in hosts.adapters():
         host.converted(model)
     report = plan.report()
-    setattr(model, _REPORT, report)
+    setattr(model, REPORT_ATTRIBUTE, report)
     return report
 
 
@@ -260,8 +275,7 @@ class Target:
 def sisters(module: nn.Module) -> dict[type[Quantizer], Any] | None:
     """Quantized classes that can take a layer's place, by kind of quantizer."""
     float_type = module.float_type() if isinstance(module, QuantizedWeight) else type(module)
-    tables = [layers.SISTERS, *(host.SISTERS for host in hosts.adapters())]
-    return next((table[float_type] for table in tables if float_type in table), None)
+    return next((t[float_type] for t in layers.sister_tables() if float_type in t), None)
 
 
 def quantized_neuron(module: nn.Module) -> Any:
@@ -303,9 +317,7 @@ def _become(module: Any, target: Target) -> None:
         table = sisters(module)
         assert table is not None  # planned with it
         if isinstance(module, QuantizedWeight):
-            float_type = module.float_type()
-            del module.quantizer
-            module.__class__ = float_type
+            _restore_float(module)
         if target.quantizer is not None:
             table[type(target.quantizer)].from_float(module, target.quantizer)
         return
@@ -316,6 +328,12 @@ def _become(module: Any, target: Target) -> None:
         module.__class__ = quantized.float_type()
     if target.quantizer is not None:
         quantized.from_float(module, target.quantizer.to(target.device), target.order)
+
+
+def _restore_float(layer: Any) -> None:
+    float_type = layer.float_type()
+    del layer.quantizer
+    layer.__class__ = float_type
 
 
 # --------------------------------------------------------------------------- the plan
@@ -637,15 +655,11 @@ def _no_sister(module: nn.Module) -> str:
     kind = type(module)
     if getattr(module, "parametrizations", None) is not None:
         return "its weight is parametrized; remove the parametrization first"
-    known = {t for table in _tables() for t in table}
+    known = {t for table in layers.sister_tables() for t in table}
     for base in kind.__mro__[1:]:
         if base in known:
             return f"{kind.__name__} changes what {base.__name__} does in ways unknown here"
     return f"{kind.__name__} has no quantized sister"
-
-
-def _tables() -> list[dict[type[nn.Module], Any]]:
-    return [layers.SISTERS, *(host.SISTERS for host in hosts.adapters())]
 
 
 def _cannot_quantize(unit: _Unit, quantizer: Quantizer | None) -> str | None:

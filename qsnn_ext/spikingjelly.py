@@ -6,6 +6,7 @@ for a ``LIFNode`` or a ``layer.Conv2d`` (reset, step mode, monitors, energy coun
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal, Self
 
@@ -21,6 +22,8 @@ from qsnn_ext.layers import (
     QuantizedWeight,
     _Binary,
     _Integer,
+    fold_,
+    normalization_affine,
 )
 from qsnn_ext.quantizers import (
     BinaryWeight,
@@ -32,6 +35,7 @@ from qsnn_ext.quantizers import (
 
 try:
     from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+    from spikingjelly.activation_based.functional import conv_bn_fusion
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -295,6 +299,22 @@ SISTERS: dict[type[nn.Module], dict[type[Quantizer], type[QuantizedWeight]]] = {
     layer.Conv3d: {BinaryWeight: BinaryConv3d, IntWeight: QuantConv3d},
     layer.Linear: {BinaryWeight: BinaryLinear, IntWeight: QuantLinear},
 }
+
+
+def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers."""
+    if not isinstance(conv, QuantizedWeight):
+        fused: nn.Module = _stock_fusion(conv, bn, *args, **kwargs)
+        return fused
+    copied = copy.deepcopy(conv)
+    fold_(copied, *normalization_affine(bn))
+    return copied
+
+
+# The host finds pairs by isinstance, so it would fuse batch norm into the latent float weights of
+# our layers, which are then quantized to something else. It looks this function up by name.
+_stock_fusion = conv_bn_fusion.fuse_conv_bn_eval
+conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
 
 
 def is_spiking(module: nn.Module) -> bool:

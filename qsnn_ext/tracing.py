@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
+from qsnn_ext.quantizers import MembraneQuantizer
 
 #: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
 _STORES = ("_buffers", "_memories")
@@ -23,6 +24,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     module, and torch's random numbers on the CPU.
     """
     modules = list(model.modules())
+    uncalibrated = [m for m in modules if isinstance(m, MembraneQuantizer) and not m.calibrated]
     attributes = [module.__dict__.copy() for module in modules]
     stores = [
         {name: dict(module.__dict__[name]) for name in _STORES if name in module.__dict__}
@@ -32,6 +34,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
             hosts.reset(model)
+            for quantizer in uncalibrated:
+                quantizer.mode = "dynamic"  # a frozen scale without a value cannot run
             yield
         finally:
             for module, before, held in zip(modules, attributes, stores, strict=True):
