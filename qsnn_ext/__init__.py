@@ -68,9 +68,6 @@ _SUBMODULES = (
 __all__ = [*_HOMES, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from qsnn_ext.energy import EnergyTable as EnergyTable
-    from qsnn_ext.footprint import Footprint as Footprint
-    from qsnn_ext.footprint import footprint as footprint
     from qsnn_ext.calibration import calibrate as calibrate
     from qsnn_ext.checkpoint import load_checkpoint as load_checkpoint
     from qsnn_ext.checkpoint import save_checkpoint as save_checkpoint
@@ -81,8 +78,11 @@ if TYPE_CHECKING:
     from qsnn_ext.convert import ConversionReport as ConversionReport
     from qsnn_ext.convert import conversion_report as conversion_report
     from qsnn_ext.convert import quantize_ as quantize_
+    from qsnn_ext.energy import EnergyTable as EnergyTable
     from qsnn_ext.errors import QSNNError as QSNNError
     from qsnn_ext.folding import fold_batchnorm_ as fold_batchnorm_
+    from qsnn_ext.footprint import Footprint as Footprint
+    from qsnn_ext.footprint import footprint as footprint
     from qsnn_ext.layers import BinaryConv1d as BinaryConv1d
     from qsnn_ext.layers import BinaryConv2d as BinaryConv2d
     from qsnn_ext.layers import BinaryConv3d as BinaryConv3d
