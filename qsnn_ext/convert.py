@@ -460,7 +460,7 @@ class _Plan:
         return self.weighted[0], self.weighted[-1], "definition order"
 
     def _plan_opaque(self, unit: _Unit) -> None:
-        if unit.is_weighted or unit.module._parameters:
+        if unit.is_weighted or unit.module._parameters or isinstance(unit.module, _OPAQUE):
             self._forbid_request(unit, f"{unit.opaque} computes with its weights itself")
             unit.settle("unsupported", f"{unit.opaque} computes with its weights in a fused call")
 
@@ -675,7 +675,8 @@ def _cannot_quantize(unit: _Unit, quantizer: Quantizer | None) -> str | None:
         )
     if not weight.is_floating_point():
         return f"weights of {weight.dtype} cannot be quantized"
-    if not torch.isfinite(weight).all():
+    # The extremes tell as much as every single weight, and take no memory.
+    if weight.numel() and not all(map(torch.isfinite, torch.aminmax(weight.detach()))):
         raise ConversionError(
             f"the weight of {unit.name} holds NaN or infinity, which no quantizer can represent; "
             "mend it before quantizing the model."

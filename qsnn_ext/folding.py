@@ -135,7 +135,7 @@ def _neighbours(model: nn.Module) -> _Found:
     reasons: dict[int, str] = {}
     uses: dict[int, int] = {}
     for parent in model.modules():
-        for child in parent.children():
+        for child in parent._modules.values():  # children() would name a repeated one once
             uses[id(child)] = uses.get(id(child), 0) + 1
     for layer, norm in _adjacent(model):
         if uses[id(layer)] > 1 or uses[id(norm)] > 1:
@@ -154,7 +154,7 @@ def _adjacent(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         if isinstance(parent, ConvBN):
             yield parent.conv, parent.bn
         elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            children = list(parent)
+            children = [child for child in parent._modules.values() if child is not None]
             for layer, norm in pairwise(children):
                 if isinstance(layer, _LAYERS) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                     yield layer, norm
