@@ -89,6 +89,9 @@ class Quantizer(nn.Module):
         """The constructor arguments: ``type(q)(**q.options())`` is an equal quantizer."""
         raise NotImplementedError
 
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raise a :class:`~qsnn_ext.errors.QSNNError` if that shape cannot be quantized."""
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes (int8, like ``x``) and the scale; ``codes * scale == self(x)`` exactly."""
         raise NotImplementedError
@@ -165,11 +168,17 @@ class BinaryWeight(Quantizer):
             options["temperature"] = round(self.temperature.item(), 6)
         return options
 
-    def _signs_and_scale(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if weight.dim() < 2:
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raise for weights without two dimensions, or with too few to standardise."""
+        if len(shape) < 2:
             raise InputError(
-                f"binary weights need an output and an input dimension, got {tuple(weight.shape)}."
+                f"binary weights need an output and an input dimension, got {tuple(shape)}."
             )
+        if self.standardize is not None:
+            F.check_standardize(shape, self.standardize)
+
+    def _signs_and_scale(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_shape(weight.shape)
         what = weight if self.standardize is None else F.standardize(weight, self.standardize)
         signs = F.sign(what, self.gradient, self.temperature)
         magnitude = what.detach().abs()

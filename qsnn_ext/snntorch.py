@@ -5,6 +5,7 @@ The only file that imports snnTorch.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, Self
 
 import torch
@@ -273,6 +274,51 @@ def reset(model: nn.Module) -> None:
                 state = getattr(module, name)
                 if isinstance(state, Tensor):
                     setattr(module, name, torch.zeros_like(state))
+
+
+#: Which class takes a host neuron's place, by exact type: other neurons subclass Leaky's base.
+NEURONS: dict[type[nn.Module], type[QLeaky]] = {snn.Leaky: QLeaky}
+
+#: snnTorch has no layers of its own: its models use torch's.
+SISTERS: dict[type[nn.Module], Any] = {}
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether ``module`` is a neuron of snnTorch of any kind (or ours)."""
+    return is_spiking(module) or type(module).__module__.startswith("snntorch._neurons.")
+
+
+def is_readout(module: nn.Module) -> bool:
+    """Whether the neuron is never reset, and so only integrates."""
+    return getattr(module, "reset_mechanism", None) == "none"
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """A neuron that already quantizes its state by the host's own means is left alone."""
+    return "it has a state_quant of its own" if getattr(module, "state_quant", False) else None
+
+
+def converted(model: nn.Module) -> None:
+    """Nothing to do: the neurons on the host's list are still the same objects."""
+
+
+def copied(model: nn.Module) -> None:
+    """Put the copied neurons on the host's list, so that ``utils.reset`` finds them.
+
+    The list holds its neurons for ever; it gets weak proxies of these, which leave it when the
+    copy dies, so that copying a model many times costs nothing.
+    """
+    instances = snn.SpikingNeuron.instances
+    for module in model.modules():
+        if isinstance(module, snn.SpikingNeuron):
+            proxy = weakref.proxy(module)
+            instances.append(proxy)
+            weakref.finalize(module, _discard, instances, id(proxy))
+
+
+def _discard(instances: list[Any], proxy: int) -> None:
+    """Drop one object from a list, by identity: comparing a dead proxy is an error."""
+    instances[:] = [entry for entry in instances if id(entry) != proxy]
 
 
 def restart(module: nn.Module) -> None:

@@ -6,6 +6,8 @@ for a ``LIFNode`` or a ``layer.Conv2d`` (reset, step mode, monitors, energy coun
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +22,8 @@ from qsnn_ext.layers import (
     QuantizedWeight,
     _Binary,
     _Integer,
+    fold_,
+    normalization_affine,
 )
 from qsnn_ext.quantizers import (
     BinaryWeight,
@@ -30,7 +34,8 @@ from qsnn_ext.quantizers import (
 )
 
 try:
-    from spikingjelly.activation_based import base, layer, neuron, surrogate
+    from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+    from spikingjelly.activation_based.functional import conv_bn_fusion
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -296,6 +301,22 @@ SISTERS: dict[type[nn.Module], dict[type[Quantizer], type[QuantizedWeight]]] = {
 }
 
 
+def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers."""
+    if not isinstance(conv, QuantizedWeight):
+        fused: nn.Module = _stock_fusion(conv, bn, *args, **kwargs)
+        return fused
+    copied = copy.deepcopy(conv)
+    fold_(copied, *normalization_affine(bn))
+    return copied
+
+
+# The host finds pairs by isinstance, so it would fuse batch norm into the latent float weights of
+# our layers, which are then quantized to something else. It looks this function up by name.
+_stock_fusion = conv_bn_fusion.fuse_conv_bn_eval
+conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
+
+
 def is_spiking(module: nn.Module) -> bool:
     """Whether ``module`` is one of SpikingJelly's spiking neurons (or ours)."""
     return isinstance(module, neuron.BaseNode) or (
@@ -323,6 +344,30 @@ def reset(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, base.MemoryModule):
             module.reset()
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether ``module`` is a neuron of SpikingJelly of any kind, spiking or not (or ours)."""
+    return is_spiking(module) or type(module).__module__.startswith(neuron.__name__ + ".")
+
+
+def is_readout(module: nn.Module) -> bool:
+    """Whether the neuron has no threshold to reach, and so only integrates."""
+    return getattr(module, "v_threshold", None) == math.inf
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Nothing stands in the way of a node of a known type."""
+    return None
+
+
+def converted(model: nn.Module) -> None:
+    """Make ``functional.reset_net`` look at ``model`` anew."""
+    functional.invalidate_reset_cache(model)
+
+
+def copied(model: nn.Module) -> None:
+    """Nothing to do: SpikingJelly keeps no list of neurons."""
 
 
 def restart(module: nn.Module) -> None:
