@@ -82,31 +82,28 @@ class Core:
     """One core: ``fn`` compiled on first call, or run as it stands.
 
     Args:
-        fn: pure function of tensors; dimensions of size ``size`` are compiled as a symbol.
+        fn: pure function of tensors.
+        free: per argument, how many of its last dimensions are symbols of the compiled code.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], free: tuple[int, ...]) -> None:
         self._plain = fn
+        self._free = free
         self._compiled: Callable[..., Any] | None = None
 
-    def __call__(self, size: int, *args: Tensor | None) -> Any:
-        """Run on ``args``.
-
-        Args:
-            size: the number that is a symbol of the compiled code.
-            args: tensors, or ``None`` where the core has no use for one.
-        """
+    def __call__(self, *args: Tensor | None) -> Any:
+        """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
         global _broken
-        # A single neuron would be compiled as the constant 1.
-        if size < 2 or not compiles():
+        if not compiles():
             return self._plain(*args)
         if self._compiled is not None:
             return self._compiled(*args)
-        for tensor in args:
+        for tensor, count in zip(args, self._free, strict=True):
             if tensor is not None:
-                for dim, length in enumerate(tensor.shape):
-                    if length == size and dim == tensor.dim() - 1:
-                        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                for dim in range(tensor.dim() - count, tensor.dim()):
+                    if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
+                        return self._plain(*args)
+                    torch._dynamo.mark_dynamic(tensor, dim)
         compiled = torch.compile(_with_own_code(self._plain), fullgraph=True)
         try:
             result = compiled(*args)
@@ -136,20 +133,27 @@ def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
 _cores: dict[Hashable, Core] = {}
 
 
-def core(key: tuple[Hashable, ...], like: Tensor, size: int, build: Callable[[], Any]) -> Core:
+def core(
+    key: tuple[Hashable, ...],
+    like: Tensor,
+    size: int,
+    free: tuple[int, ...],
+    build: Callable[[], Any],
+) -> Core:
     """The core of these options, built on first use.
 
     Args:
         key: everything ``build`` depends on.
         like: tensor whose dtype and device the core is for.
-        size: number of neurons: few and many have a core each, because the compiler decides
-            between serial and parallel loops by the first size it sees.
+        size: length of its loops: short and long ones have a core each, because the compiler
+            decides between serial and parallel loops by the first size it sees.
+        free: see :class:`Core`.
         build: makes the function.
     """
     full = (key, like.dtype, like.device, size >= PARALLEL_FROM, torch.get_num_threads())
     found = _cores.get(full)
     if found is None:
-        found = _cores[full] = Core(build())
+        found = _cores[full] = Core(build(), free)
     return found
 
 

@@ -315,10 +315,9 @@ def _lif_op(
     if not x.numel():
         return _empty_result(x, v, params, alpha, o)
     key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(key, x, size, lambda: _forward_core(o, steps, x.dtype))
+    core = B.core(key, x, size, (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype))
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
-            size,
             x.detach(),
             None if v is None else v.detach(),
             params.detach(),
@@ -373,13 +372,18 @@ def _lif_backward_op(
         g_v0 = saved.new_zeros(size if v is not None else 0)
         return torch.zeros_like(saved), g_v0, torch.zeros_like(params)
     key = ("lif_backward", options, steps, g_spikes is None, g_v is None, v is None, need_params)
-    core = B.core(key, saved, size, lambda: _backward_core(o, steps, saved.dtype, need_params))
+    core = B.core(
+        key,
+        saved,
+        size,
+        (1, 1, 0, 1, 1, 0, 0),
+        lambda: _backward_core(o, steps, saved.dtype, need_params),
+    )
     if g_counts is None:
         g_counts = params.new_zeros(steps).float()
     with torch.no_grad():
         results = list(
             core(
-                size,
                 None if g_spikes is None else g_spikes.detach().contiguous(),
                 None if g_v is None else g_v.detach().contiguous(),
                 g_counts.detach(),
