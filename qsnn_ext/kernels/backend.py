@@ -27,8 +27,10 @@ _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", def
 # Why compilation failed in this process; None as long as it has not.
 _broken: str | None = None
 
+#: From this many values on ``"auto"`` compiles; below it nothing is won that pays for compiling.
+COMPILE_FROM = 1 << 15
 #: From this many neurons on a core is compiled with parallel loops.
-PARALLEL_FROM = 1 << 15
+PARALLEL_FROM = 1 << 13
 
 
 def check_backend(name: object) -> Backend:
@@ -49,8 +51,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (compiled where a compiler works, else ``"function"``; a layer no kernel
-            covers runs ``"eager"``), ``"compiled"`` (an error of the compiler is raised),
+        name: ``"auto"`` (compiled where a compiler works and the layer is not tiny, else
+            ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of the compiler is raised),
             ``"function"`` (the same code without compilation) or ``"eager"`` (the reference loop in
             plain autograd).
 
@@ -72,10 +74,12 @@ def current_backend() -> Backend:
     return _chosen.get()
 
 
-def compiles() -> bool:
-    """Whether kernels called now run compiled, as far as is known before trying."""
+def compiles(work: int) -> bool:
+    """Whether a kernel over ``work`` values runs compiled, as far as is known before trying."""
     backend = _chosen.get()
-    return backend == "compiled" or (backend == "auto" and _broken is None)
+    return backend == "compiled" or (
+        backend == "auto" and _broken is None and work >= COMPILE_FROM
+    )
 
 
 class Core:
@@ -94,7 +98,7 @@ class Core:
     def __call__(self, *args: Tensor | None) -> Any:
         """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
         global _broken
-        if not compiles():
+        if not compiles(max(a.numel() for a in args if a is not None)):
             return self._plain(*args)
         if self._compiled is not None:
             return self._compiled(*args)
