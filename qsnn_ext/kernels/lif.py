@@ -14,8 +14,8 @@ nothing that is saved grows with the options.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +27,6 @@ from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate, recognise
-
-_log = logging.getLogger(__name__)
 
 AlphaMode = Literal["dynamic", "running", "given"]
 Save = Literal["nothing", "input", "charge"]
@@ -203,7 +201,7 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
 
 
 def _backward_core(
-    o: LIFOptions, steps: int, dtype: torch.dtype, need_params: bool
+    o: LIFOptions, steps: int, dtype: torch.dtype, need_v: bool, need_params: bool
 ) -> Callable[..., Any]:
     """``(g_spikes, g_v, g_counts, saved, v, params, alphas) -> g_x, g_v0 (, g_params [4])``."""
     half = dtype in (torch.float16, torch.bfloat16)
@@ -279,7 +277,7 @@ def _backward_core(
             g_state = params[0] * g_h
         assert g_state is not None
         results = [torch.stack(g_x[::-1])]
-        if v is not None:
+        if need_v:
             results.append(g_state.to(dtype))
         if need_params:
             zero = params.new_zeros(())
@@ -292,6 +290,49 @@ def _backward_core(
 # --------------------------------------------------------------------------- the operation
 
 
+class _Layout:
+    """Between ``[T, N, ...]`` in any memory order and the cores' ``[T, M]``.
+
+    Neurons are flattened in the order in which they lie in memory, time outermost, so that a
+    channels-last input is neither copied nor given back in another layout.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride(d))]
+        self.shape = [x.shape[d] for d in self.order]
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """``[T, N, ...]`` as ``[T, M]``; a copy only where the memory is not dense."""
+        ordered = x.detach().permute(self.order).contiguous()
+        return ordered.view(self.shape[0], -1) if ordered.numel() else ordered.new_empty(0, 0)
+
+    def state(self, v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """``[N, ...]`` as ``[M]``."""
+        if v is None:
+            return None
+        return v.detach().permute([d - 1 for d in self.order[1:]]).to(dtype).reshape(-1)
+
+    def back(self, flat: Tensor) -> Tensor:
+        """``[T, M]`` or ``[M]`` as it came."""
+        if flat.dim() == 2:
+            shaped = flat.view(self.shape).permute(self._inverse())
+        else:
+            shaped = flat.view(self.shape[1:]).permute([d - 1 for d in self._inverse()[1:]])
+        # Not a view in autograd's books: hosts call detach_() on states, which views refuse.
+        return shaped.data
+
+    def _inverse(self) -> list[int]:
+        return [self.order.index(d) for d in range(len(self.order))]
+
+    def like(self, x: Tensor) -> Tensor:
+        """An unwritten tensor of the input's shape in the layout of :meth:`back`."""
+        return x.new_empty(self.shape).permute(self._inverse())
+
+    def state_like(self, x: Tensor) -> Tensor:
+        """Likewise for a state ``[N, ...]``."""
+        return x.new_empty(self.shape[1:]).permute([d - 1 for d in self._inverse()[1:]])
+
+
 @torch.library.custom_op("qsnn_ext::lif_multi_step", mutates_args=())
 def _lif_op(
     x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, options: str
@@ -299,57 +340,69 @@ def _lif_op(
     """All steps of one layer.
 
     Args:
-        x: input ``[T, M]``, contiguous.
-        v: state before the first step ``[M]``; ``None`` is zero.
+        x: input ``[T, N, ...]``.
+        v: state before the first step ``[N, ...]``; ``None`` is zero.
         params: decay, gain, offset, threshold ``[4]``, in the compute dtype.
         alpha: 0-dim scale, for ``"given"`` and ``"running"``.
         options: :meth:`LIFOptions.encode`.
 
     Returns:
-        Spikes ``[T, M]``; state after the last step ``[M]``; scale of each step and, last, the
-        running scale afterwards ``[T + 1]``; spikes of each step ``[T]`` (float32); charges
-        ``[T, M]`` with ``save="charge"``, else empty.
+        Spikes ``[T, N, ...]``; state after the last step ``[N, ...]``; scale of each step and,
+        last, the running scale afterwards ``[T + 1]``; spikes of each step ``[T]`` (float32);
+        charges like the input with ``save="charge"``, else empty.
     """
     o = _decode(options)
-    steps, size = x.shape
+    layout = _Layout(x)
+    steps = x.shape[0]
     if not x.numel():
-        return _empty_result(x, v, params, alpha, o)
+        return _empty_result(x, v, params, alpha, o, layout)
+    flat = layout.sequence(x)
     key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(key, x, size, (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype))
+    core = B.core(
+        key, x, flat.shape[1], (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype)
+    )
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
-            x.detach(),
-            None if v is None else v.detach(),
+            flat,
+            layout.state(v, x.dtype),
             params.detach(),
             None if alpha is None else alpha.detach(),
         )
-    return spikes, last, alphas, counts, charges[0] if charges else x.new_empty(0)
+    kept = layout.back(charges[0]) if charges else x.new_empty(0)
+    return layout.back(spikes), layout.back(last), alphas, counts, kept
 
 
 def _empty_result(
-    x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, o: LIFOptions
+    x: Tensor,
+    v: Tensor | None,
+    params: Tensor,
+    alpha: Tensor | None,
+    o: LIFOptions,
+    layout: _Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    steps, size = x.shape
-    state = x.new_zeros(size) if v is None else v.to(x.dtype).clone()
-    alphas = params.new_zeros(steps + 1)
+    state = layout.state_like(x).zero_()
+    if v is not None:
+        state.copy_(v)
+    alphas = params.new_zeros(x.shape[0] + 1)
     if alpha is not None:
         alphas += alpha
-    charges = torch.empty_like(x) if o.save == "charge" else x.new_empty(0)
-    return torch.empty_like(x), state, alphas, params.new_zeros(steps).float(), charges
+    charges = layout.like(x) if o.save == "charge" else x.new_empty(0)
+    counts = x.new_zeros(x.shape[0], dtype=torch.float32)
+    return layout.like(x), state, alphas, counts, charges
 
 
 @_lif_op.register_fake
 def _(
     x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, options: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    steps, size = x.shape
-    charges = torch.empty_like(x) if _decode(options).save == "charge" else x.new_empty(0)
+    steps = x.shape[0]
+    layout = _Layout(x)
     return (
-        torch.empty_like(x),
-        x.new_empty(size),
+        layout.like(x),
+        layout.state_like(x),
         params.new_empty(steps + 1),
         x.new_empty(steps, dtype=torch.float32),
-        charges,
+        layout.like(x) if _decode(options).save == "charge" else x.new_empty(0),
     )
 
 
@@ -363,38 +416,45 @@ def _lif_backward_op(
     params: Tensor,
     alphas: Tensor,
     options: str,
+    need_v: bool,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input ``[T, M]``, first state ``[M]`` (or empty) and params ``[4]``."""
+    """Gradients of input and first state (or empty), like them, and of params ``[4]``."""
     o = _decode(options)
-    steps, size = saved.shape
+    layout = _Layout(saved)
+    steps = saved.shape[0]
     if not saved.numel():
-        g_v0 = saved.new_zeros(size if v is not None else 0)
-        return torch.zeros_like(saved), g_v0, torch.zeros_like(params)
-    key = ("lif_backward", options, steps, g_spikes is None, g_v is None, v is None, need_params)
+        g_v0 = layout.state_like(saved).zero_() if need_v else saved.new_empty(0)
+        return layout.like(saved), g_v0, torch.zeros_like(params)
+    key = (
+        ("lif_backward", options, steps, need_v, need_params),
+        (g_spikes is None, g_v is None, v is None),
+    )
+    flat = layout.sequence(saved)
     core = B.core(
         key,
         saved,
-        size,
+        flat.shape[1],
         (1, 1, 0, 1, 1, 0, 0),
-        lambda: _backward_core(o, steps, saved.dtype, need_params),
+        lambda: _backward_core(o, steps, saved.dtype, need_v, need_params),
     )
     if g_counts is None:
-        g_counts = params.new_zeros(steps).float()
+        g_counts = params.new_zeros(steps, dtype=torch.float32)
     with torch.no_grad():
         results = list(
             core(
-                None if g_spikes is None else g_spikes.detach().contiguous(),
-                None if g_v is None else g_v.detach().contiguous(),
+                None if g_spikes is None else layout.sequence(g_spikes),
+                layout.state(g_v, saved.dtype),
                 g_counts.detach(),
-                saved.detach(),
-                None if v is None else v.detach(),
+                flat,
+                layout.state(v, saved.dtype),
                 params.detach(),
                 alphas.detach(),
             )
         )
     g_params = results.pop() if need_params else torch.zeros_like(params)
-    return results[0], results[1] if v is not None else saved.new_empty(0), g_params
+    g_v0 = layout.back(results[1]) if need_v else saved.new_empty(0)
+    return layout.back(results[0]), g_v0, g_params
 
 
 @_lif_backward_op.register_fake
@@ -407,10 +467,12 @@ def _(
     params: Tensor,
     alphas: Tensor,
     options: str,
+    need_v: bool,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_v0 = torch.empty_like(v) if v is not None else saved.new_empty(0)
-    return torch.empty_like(saved), g_v0, torch.empty_like(params)
+    layout = _Layout(saved)
+    g_v0 = layout.state_like(saved) if need_v else saved.new_empty(0)
+    return layout.like(saved), g_v0, torch.empty_like(params)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -418,27 +480,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # An unused membrane potential then costs no tensor of zeros as its gradient.
     ctx.set_materialize_grads(False)
     ctx.options = options
-    save = _decode(options).save
     _, _, alphas, _, charges = output
-    # With the charges saved only a gradient of params would need the first state, and the caller
-    # does not choose "charge" then.
-    ctx.has_v = v is not None
-    ctx.save_for_backward(
-        charges if save == "charge" else x, None if save == "charge" else v, params, alphas
-    )
+    if _decode(options).save == "charge":
+        # Only a gradient of params would need the first state, and then the input is saved.
+        ctx.save_for_backward(charges, None, params, alphas)
+    else:
+        ctx.save_for_backward(x, v, params, alphas)
 
 
 def _backward(ctx: Any, g_spikes: Any, g_v: Any, _a: Any, g_counts: Any, _c: Any) -> Any:
-    saved, v, params, alphas = ctx.saved_tensors
     if g_spikes is None and g_v is None and g_counts is None:
         return None, None, None, None, None
-    need_params = bool(ctx.needs_input_grad[2])
-    if ctx.has_v and v is None:
-        v = saved[0]  # its values are not read, its presence asks for the gradient
+    _, need_v, need_params = ctx.needs_input_grad[:3]
     g_x, g_v0, g_params = torch.ops.qsnn_ext.lif_multi_step_backward(
-        g_spikes, g_v, g_counts, saved, v, params, alphas, ctx.options, need_params
+        g_spikes, g_v, g_counts, *ctx.saved_tensors, ctx.options, need_v, need_params
     )
-    return g_x, g_v0 if ctx.has_v else None, g_params if need_params else None, None, None
+    return g_x, g_v0 if need_v else None, g_params if need_params else None, None, None
 
 
 _lif_op.register_autograd(_backward, setup_context=_setup_context)
@@ -488,11 +545,6 @@ def _params(values: tuple[float | Tensor, ...], dtype: torch.dtype, device: torc
 def fits(*values: float | Tensor) -> bool:
     """Whether decay, gain, offset and threshold are numbers or single-element tensors."""
     return all(not isinstance(value, Tensor) or value.numel() == 1 for value in values)
-
-
-def _memory_order(x: Tensor) -> list[int]:
-    """Dimensions of ``[T, N, ...]`` from outermost to innermost in memory, time first."""
-    return [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride(d))]
 
 
 def lif_multi_step(
@@ -545,33 +597,16 @@ def lif_multi_step(
         )
     dtype = compute_dtype(x)
     params = _params((decay, gain, offset, threshold), dtype, x.device)
-    order = _memory_order(x)
-    plain = order == list(range(x.dim()))
-    ordered = x if plain else x.permute(order)
-    shape = ordered.shape
-    flat = ordered.reshape(shape[0], -1).contiguous()
-    state = None
-    if v is not None:
-        first = v if plain else v.permute([d - 1 for d in order[1:]])
-        state = first.to(x.dtype).reshape(-1)
     needed = torch.is_grad_enabled() and (
-        flat.requires_grad
-        or params.requires_grad
-        or (state is not None and state.requires_grad)
+        x.requires_grad or params.requires_grad or (v is not None and v.requires_grad)
     )
     save: Save = "nothing"
     if needed:
-        save = "input" if params.requires_grad or (state is None and _recompute(x)) else "charge"
-    text = LIFOptions(**{**options.__dict__, "save": save}).encode()
-    if alpha is not None:
-        alpha = alpha.to(dtype)
+        save = "input" if params.requires_grad or (v is None and _recompute(x)) else "charge"
+    text = dataclasses.replace(options, save=save).encode()
     spikes, last, alphas, counts, _ = torch.ops.qsnn_ext.lif_multi_step(
-        flat, state, params, alpha, text
+        x, v, params, None if alpha is None else alpha.to(dtype), text
     )
-    spikes, last = spikes.view(shape), last.view(shape[1:])
-    if not plain:
-        back = [order.index(d) for d in range(x.dim())]
-        spikes, last = spikes.permute(back), last.permute([d - 1 for d in back[1:]])
     alphas = alphas.detach()
     return LIFResult(spikes, last, alphas[:-1], alphas[-1], counts)
 
