@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-<<<<<<< HEAD
-from qsnn_ext import hosts
-from qsnn_ext.errors import ConfigError, InputError, InputTypeError
-=======
 from qsnn_ext import hosts, kernels
-from qsnn_ext.errors import ConfigError, InputTypeError
->>>>>>> 3fe12a5 (Let SpikingJelly neurons and the regularizer use the fused recurrence)
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
     QuantizedConv,
     QuantizedMatmul,

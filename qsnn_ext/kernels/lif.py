@@ -162,7 +162,9 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
         assert running is not None
         alpha = running
         if o.alpha == "running":
-            running = alpha + o.momentum * (_maximum(v, o).clamp(min=0) - alpha)
+            observed = _maximum(v, o).clamp(min=0)
+            alpha = torch.where(alpha > 0, alpha, observed)  # 0: no value yet
+            running = alpha + o.momentum * (observed - alpha)
         return _round(v, alpha, o), alpha, running
 
     def forward(x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None) -> Any:
@@ -171,9 +173,7 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
         for t in range(steps):
             h = _charge(state, x[t].to(params.dtype), params)
             if o.save == "charge":
-                charges.append(h.to(dtype))
-                if half:
-                    h = charges[-1].to(params.dtype)
+                charges.append(h)
             if o.bits and o.order == "quantize_first":
                 h, alpha, running = quantize(h, running)
                 alphas.append(alpha)
@@ -602,7 +602,11 @@ def lif_multi_step(
     )
     save: Save = "nothing"
     if needed:
-        save = "input" if params.requires_grad or (v is None and _recompute(x)) else "charge"
+        # Charges have the compute dtype, twice as wide as a half-precision input. A gradient of
+        # the parameters needs input and first state.
+        narrow = dtype != x.dtype
+        recompute = v is None and _recompute(x)
+        save = "input" if params.requires_grad or narrow or recompute else "charge"
     text = dataclasses.replace(options, save=save).encode()
     spikes, last, alphas, counts, _ = torch.ops.qsnn_ext.lif_multi_step(
         x, v, params, None if alpha is None else alpha.to(dtype), text
@@ -645,6 +649,7 @@ def lif_multi_step_eager(
         used = F.membrane_alpha(squashed, o.scale) if running is None else running
         if o.alpha == "running":
             observed = F.membrane_alpha(squashed, o.scale).clamp(min=0)
+            used = torch.where(used > 0, used, observed)
             running = used + o.momentum * (observed - used)
         alphas.append(used)
         return F.quantize_symmetric(squashed, used, o.bits)

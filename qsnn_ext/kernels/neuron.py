@@ -91,7 +91,8 @@ def run_layer(
     alpha = None if mode == "dynamic" else membrane.alpha
     result = lif_multi_step(x, v, options, **charge, threshold=threshold, alpha=alpha)
     if mode == "running":
-        membrane.alpha = result.running_alpha.to(membrane.alpha.dtype)
+        membrane.alpha.copy_(result.running_alpha)
+        membrane.calibrated = True
     if not torch.compiler.is_compiling():
         setattr(result.spikes, _COUNTS, (result.spikes._version, result.counts))
     return result.spikes, result.v
@@ -111,8 +112,10 @@ def _why_eager(
         return "its quantizer has hooks, which want every time step"
     if membrane.sync_scale:
         return "its scale is the maximum over several processes"
-    if membrane.mode == "frozen" and not membrane.calibrated:
-        return "its scale has no value yet"
+    if membrane.observer is not None:
+        return "its membrane potentials are being observed"
+    if membrane.mode == "frozen" and not membrane.training and not membrane.calibrated:
+        return "its scale has no value"
     if membrane.mode == "frozen" and membrane.training and compute_dtype(x) != membrane.alpha.dtype:
         return "its running scale has another dtype"
     if not fits(*numbers):
