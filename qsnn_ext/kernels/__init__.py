@@ -6,7 +6,7 @@ backward and was measured to take is in ``docs/performance.md``.
 
 from qsnn_ext.kernels.backend import current_backend, use_backend
 from qsnn_ext.kernels.lif import LIFOptions, LIFResult, lif_multi_step, lif_multi_step_eager
-from qsnn_ext.kernels.neuron import run_layer, spike_count
+from qsnn_ext.kernels.neuron import run_delayed_step, run_layer, spike_count
 from qsnn_ext.kernels.surrogates import Surrogate, recognise
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "lif_multi_step",
     "lif_multi_step_eager",
     "recognise",
+    "run_delayed_step",
     "run_layer",
     "spike_count",
     "use_backend",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
+from qsnn_ext.kernels.leaky import leaky_step
 from qsnn_ext.kernels.lif import (
     AlphaMode,
     LIFOptions,
@@ -18,7 +19,7 @@ from qsnn_ext.kernels.lif import (
     fits,
     lif_multi_step,
 )
-from qsnn_ext.kernels.surrogates import recognise
+from qsnn_ext.kernels.surrogates import Surrogate, recognise
 from qsnn_ext.quantizers import MembraneQuantizer
 
 _log = logging.getLogger(__name__)
@@ -73,11 +74,61 @@ def run_layer(
             order=order,
         )
     assert known is not None
+    options = _options(membrane, known, order, reset, v_reset, detach_reset)
+    alpha = None if options.alpha == "dynamic" else membrane.alpha
+    result = lif_multi_step(x, v, options, **charge, threshold=threshold, alpha=alpha)
+    _account(membrane, options, result.running_alpha, result.spikes, result.counts)
+    return result.spikes, result.v
+
+
+def run_delayed_step(
+    x: Tensor,
+    mem: Tensor,
+    membrane: MembraneQuantizer,
+    *,
+    params: Tensor,
+    reset: F.Reset,
+    surrogate: Callable[[Tensor], Tensor],
+    order: F.StepOrder,
+) -> tuple[Tensor, Tensor] | None:
+    """One step of a layer with delayed reset, or ``None`` where no operation covers it.
+
+    Args:
+        x: input ``[N, ...]``.
+        mem: stored state, like ``x``.
+        membrane: quantizes the state; its running scale is updated as by calling it.
+        params: see :func:`qsnn_ext.kernels.leaky.leaky_step`.
+        reset: ``"soft"``, ``"hard"`` or ``"none"``.
+        surrogate: maps ``u - theta`` to spikes.
+        order: see :func:`qsnn_ext.functional.lif_step`.
+
+    Returns:
+        Spikes and the state to store, like ``x``.
+    """
+    known = recognise(surrogate)
+    if _why_eager(x, membrane, known is None, ()) or x.dtype != torch.float32:
+        return None
+    assert known is not None
+    options = _options(membrane, known, order, reset)
+    alpha = None if options.alpha == "dynamic" else membrane.alpha
+    spikes, stored, running, count = leaky_step(x, mem.to(x.dtype), params, options, alpha)
+    _account(membrane, options, running, spikes, count)
+    return spikes, stored
+
+
+def _options(
+    membrane: MembraneQuantizer,
+    surrogate: Surrogate,
+    order: F.StepOrder,
+    reset: F.Reset,
+    v_reset: float = 0.0,
+    detach_reset: bool = False,
+) -> LIFOptions:
     mode: AlphaMode = "dynamic"
     if membrane.mode == "frozen":
         mode = "running" if membrane.training else "given"
-    options = LIFOptions(
-        known,
+    return LIFOptions(
+        surrogate,
         membrane.bits,
         membrane.scale,
         mode,
@@ -88,14 +139,21 @@ def run_layer(
         v_reset,
         detach_reset,
     )
-    alpha = None if mode == "dynamic" else membrane.alpha
-    result = lif_multi_step(x, v, options, **charge, threshold=threshold, alpha=alpha)
-    if mode == "running":
-        membrane.alpha.copy_(result.running_alpha)
+
+
+def _account(
+    membrane: MembraneQuantizer,
+    options: LIFOptions,
+    running: Tensor,
+    spikes: Tensor,
+    counts: Tensor,
+) -> None:
+    """Keep the running scale, and let the spikes carry their count."""
+    if options.alpha == "running":
+        membrane.alpha.copy_(running)
         membrane.calibrated = True
     if not torch.compiler.is_compiling():
-        setattr(result.spikes, _COUNTS, (result.spikes._version, result.counts))
-    return result.spikes, result.v
+        setattr(spikes, _COUNTS, (spikes._version, counts))
 
 
 def _why_eager(
