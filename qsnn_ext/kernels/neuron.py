@@ -162,6 +162,8 @@ def _why_eager(
     """Why no operation covers the layer, or ``None`` where one does."""
     if B.current_backend() == "eager":
         return "it was asked for"
+    if not x.numel():
+        return "it is empty"
     if unknown:
         return "its surrogate gradient has no known closed form"
     if type(membrane) is not MembraneQuantizer:
