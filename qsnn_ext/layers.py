@@ -19,6 +19,7 @@ from torch.nn import functional as nn_functional
 from qsnn_ext import hosts
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.functional import check_floating
+from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer, weight_quantizer
 
 
@@ -96,8 +97,14 @@ class QuantizedWeight:
 
     @property
     def quantized_weight(self) -> Tensor:
-        """The weights the layer computes with, like ``weight``; differentiable."""
-        value: Tensor = self.quantizer(self.weight)  # type: ignore[attr-defined]
+        """The weights the layer computes with, like ``weight``; differentiable.
+
+        Prepared once for all time steps and micro-batches between two changes of ``weight``.
+        """
+        prepared = self.__dict__.get("_prepared")
+        if prepared is None:
+            prepared = self.__dict__["_prepared"] = PreparedWeight()
+        value: Tensor = prepared.get(self.weight, self.quantizer)  # type: ignore[attr-defined]
         return value
 
     @property

@@ -349,7 +349,8 @@ class MembraneQuantizer(Quantizer):
         # checkpointing runs a step again from the buffers' old values, and must then get the same.
         used = torch.where(self.alpha > 0, self.alpha, observed)
         # In place: data-parallel wrappers and gradient checkpointing hold on to the buffer itself.
-        self.alpha.copy_(torch.lerp(used, observed, self.momentum))
+        # Written out, not torch.lerp: the fused kernels round it the same way.
+        self.alpha.copy_(used + self.momentum * (observed - used))
         self.calibrated = True
         return used.to(v.dtype)
 

@@ -10,11 +10,10 @@ import copy
 import math
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-from qsnn_ext import hosts
+from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
     QuantizedConv,
@@ -159,7 +158,10 @@ class QuantizedNode:
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[object, ...], step_mode: str
     ) -> tuple[object, ...]:
-        """The host's: states shaped and typed like the input, after the input has been checked."""
+        """The host's: states shaped and typed like the input, after the input has been checked.
+
+        A state still at zero stays the number, ``None`` here: kernels need not read zeros.
+        """
         x = inputs[0]
         F.check_floating(x, type(self).__name__)
         if step_mode == "m":
@@ -168,6 +170,8 @@ class QuantizedNode:
                 raise InputError(f"{type(self).__name__} got a sequence of no time steps (T = 0).")
         else:
             F.check_rank(x, f"{type(self).__name__} in step mode 's'", 1, "[N, ...]")
+        if self.membrane is not None and isinstance(states[0], float) and states[0] == 0.0:
+            return (None, *states[1:])
         result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
         return result
 
@@ -177,19 +181,8 @@ class QuantizedNode:
         """``((spikes,), (v, ...))`` of one step ``[N, ...]``; reads and writes no module state."""
         if self.membrane is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spike, v = F.lif_step(
-            inputs[0],
-            states[0],
-            **self._charge(),
-            threshold=self.v_threshold,
-            reset="soft" if self.v_reset is None else "hard",
-            v_reset=self.v_reset or 0.0,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate_function,
-            quantize=self.membrane,
-            order=self.order,
-        )
-        return (spike,), (v, *states[1:])
+        spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
+        return (spikes[0],), (v, *states[1:])
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
@@ -197,11 +190,23 @@ class QuantizedNode:
         """``((spikes,), (v, ...))`` of a sequence ``[T, N, ...]``; touches no module state."""
         if self.membrane is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spike_seq = []
-        for x in inputs[0]:
-            (spike,), states = self.single_step_functional_forward((x,), states, **kwargs)
-            spike_seq.append(spike)
-        return (torch.stack(spike_seq),), states
+        spike_seq, v = self._run(inputs[0], states[0])
+        return (spike_seq,), (v, *states[1:])
+
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.membrane is not None
+        return kernels.run_layer(
+            x_seq,
+            v,
+            self.membrane,
+            charge=self._charge(),
+            threshold=self.v_threshold,
+            reset="soft" if self.v_reset is None else "hard",
+            v_reset=self.v_reset or 0.0,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate_function,
+            order=self.order,
+        )
 
     def extra_repr(self) -> str:
         """The host's, with bits and step order."""
