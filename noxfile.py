@@ -159,8 +159,9 @@ def table(records: list[dict[str, object]]) -> str:
         "lowest torch with neither host installed, where the tests of the hosts are skipped.\n\n"
         + "\n".join(lines)
         + "\n\n"
-        "torchaudio appears because SpikingJelly requires it. It installs beside any torch and works\n"
-        "with its own: elsewhere `import spikingjelly.datasets` fails, which the tests do not need.\n"
+        "torchaudio appears because SpikingJelly requires it. It installs beside any torch and\n"
+        "works with its own: elsewhere `import spikingjelly.datasets` fails, which the tests do\n"
+        "not need.\n"
     )
 
 

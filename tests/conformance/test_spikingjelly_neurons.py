@@ -320,7 +320,7 @@ def test_is_a_host_node(cls):
     assert isinstance(node, neuron.BaseNode)
     assert isinstance(node, cls.float_type())
     assert [name for name, _ in node.named_memories()] == ["v"]
-    assert not any("v" == key.rsplit(".", 1)[-1] for key in node.state_dict())
+    assert not any(key.rsplit(".", 1)[-1] == "v" for key in node.state_dict())
 
 
 @nodes
