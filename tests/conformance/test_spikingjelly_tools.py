@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import types
 
@@ -469,10 +470,13 @@ def test_container_refuses_a_neuron_in_the_wrong_mode():
 
 
 def zoo_constructors():
-    """``module.function`` of every public function of the zoo that takes ``spiking_neuron``."""
+    """Every public function of the zoo that takes ``spiking_neuron``, one of each family.
+
+    Of networks that differ in depth alone (resnet18, resnet34, ...) only the first is built.
+    """
     from spikingjelly.activation_based import model
 
-    found = []
+    found = {}
     for info in pkgutil.iter_modules(model.__path__):
         try:
             module = importlib.import_module(f"{model.__name__}.{info.name}")
@@ -482,8 +486,9 @@ def zoo_constructors():
             if inspect.isfunction(function) and not name.startswith("_"):
                 takes = "spiking_neuron" in inspect.signature(function).parameters
                 if takes and function.__module__ == module.__name__:
-                    found.append(pytest.param(function, id=f"{info.name}.{name}"))
-    return found
+                    family = re.sub(r"\d+", "", f"{info.name}.{name}")
+                    found.setdefault(family, pytest.param(function, id=f"{info.name}.{name}"))
+    return list(found.values())
 
 
 @pytest.mark.parametrize("constructor", zoo_constructors())
