@@ -156,7 +156,8 @@ def table(records: list[dict[str, object]]) -> str:
         "Written by `nox -s matrix` from `docs/compatibility.json`; not edited by hand.\n\n"
         "*lowest* is the lower bound of every range in `pyproject.toml`, *pinned* is\n"
         "`constraints.txt`, *newest* is the newest that the ranges admit, and *alone* is the\n"
-        "lowest torch with neither host installed, where the tests of the hosts are skipped.\n\n"
+        "lowest torch with neither host installed, where the tests of the hosts are skipped.\n"
+        "*skipped* counts the tests that are expected to fail as well.\n\n"
         + "\n".join(lines)
         + "\n\n"
         "torchaudio appears because SpikingJelly requires it. It installs beside any torch and\n"

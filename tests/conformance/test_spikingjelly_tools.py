@@ -253,6 +253,7 @@ def test_memopt_chunks_over_time_carry_the_state(spikes_in):
 # --------------------------------------------------------------------------- profilers
 
 
+@pytest.mark.gpu
 def test_profilers():
     if not torch.cuda.is_available():
         pytest.skip("the host's profilers measure CUDA only")
