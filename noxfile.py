@@ -50,8 +50,9 @@ def lowest(python: str) -> list[str]:
     bounds = {name: re.search(r">=\s*([\d.]+)", spec) for name, spec in declared().items()}
     names = ["torch", "numpy", *HOSTS]
     if python == "3.13":
-        # numpy has no wheels for Python 3.13 before 2.1: the resolver takes what there is.
-        names.remove("numpy")
+        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: here
+        # the resolver takes what there is.
+        names = [name for name in names if name not in ("numpy", "tonic")]
     return [f"{name}=={bound[1]}" for name in names if (bound := bounds.get(name))]
 
 
