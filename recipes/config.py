@@ -170,7 +170,7 @@ class Config:
         return Path("runs") / name
 
     def but(self, **changes: Any) -> Config:
-        """This configuration with some fields changed."""
+        """The same configuration with some fields changed."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,5 +14,6 @@ def on_digits(full: Config, data: str) -> Config:
 
     Returns:
         The same method with a narrower network, fewer epochs and smaller batches.
+
     """
     return full.but(data=data, width=0.125, epochs=12, batch=64, workers=0)

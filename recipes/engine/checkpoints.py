@@ -51,6 +51,7 @@ class EpochCheckpoints(Checkpoint):
         folder: Where they go.
         record: Callback whose ``is_best`` tells whether the epoch just ended is the best so far.
         keep: How many of the newest to keep, so that a damaged one has a predecessor.
+
     """
 
     def __init__(self, folder: Path, record: Any, keep: int = 2) -> None:
@@ -78,6 +79,7 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
     Raises:
         CheckpointError: The file is cut short, changed, or no checkpoint of this engine.
+
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -99,6 +101,7 @@ def newest_sound(folder: Path) -> Path | None:
 
     Raises:
         CheckpointError: There are checkpoints and all are damaged.
+
     """
     candidates = saved(folder)
     for path in candidates:

@@ -40,6 +40,7 @@ def build_parser(defaults: Config, description: str | None) -> ArgumentParser:
     Args:
         defaults: The recipe's configuration; its values become the options' defaults.
         description: Text above the options.
+
     """
     parser = ArgumentParser(description=description, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -69,6 +70,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
         recipe: Function of a recipe file, called with ``data`` and ``as_published``.
         argv: Arguments without the program's name; none takes the process's own.
         text: Description shown by ``--help``.
+
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

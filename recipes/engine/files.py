@@ -23,6 +23,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises:
         TrainingError: The disk is full or the folder cannot be written.
+
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -62,6 +63,7 @@ def require_writable(folder: Path) -> None:
 
     Raises:
         TrainingError: It cannot.
+
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,7 @@ def require_space(folder: Path, needed: int) -> None:
 
     Raises:
         TrainingError: There is less room than that.
+
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -98,6 +101,7 @@ def lock(folder: Path) -> IO[str]:
 
     Raises:
         TrainingError: Another run is using it.
+
     """
     file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open is the point)
     try:

@@ -58,6 +58,7 @@ class EpochSampler(Sampler[Draw]):
         rank: This process's number.
         world: Number of processes. In training all shares are equally long; in testing each
             sample is in exactly one.
+
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1) -> None:
@@ -89,6 +90,7 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
         samples: The data set.
         classes: Labels must lie in ``0 .. classes - 1``.
         name: What to call it in an error.
+
     """
 
     def __init__(self, samples: Any, classes: int, name: str) -> None:
@@ -117,6 +119,7 @@ class Loading(LightningDataModule):
         test: Test set of (x, label).
         classes: Number of classes.
         collate: How samples become a batch; none stacks them along a new first dimension.
+
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One training run as Lightning sees it: the loss of Eq. 18, its optimizer, and what is measured."""
+"""One training run as Lightning sees it: the loss of Eq. 18, its optimizer, its measurements."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Tally:
 
         Args:
             everyone: Function that sums a tensor over the processes.
+
         """
         samples, correct, loss, term = everyone(self.sums).tolist()
         return {
@@ -55,6 +56,7 @@ class Training(LightningModule):
         config: The run.
         model: Network giving logits [T, N, classes].
         steps_per_epoch: Optimizer steps in one epoch, for the schedules.
+
     """
 
     def __init__(self, config: Config, model: nn.Module, steps_per_epoch: int) -> None:
@@ -184,6 +186,7 @@ def first_nonfinite(training: Training, x: Tensor) -> str:
 
     Returns:
         A description that names the layer, or the input, or the loss.
+
     """
     if not torch.isfinite(x).all():
         return "the input batch itself (check the data)"

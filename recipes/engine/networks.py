@@ -18,6 +18,7 @@ def build(config: Config, spec: Any) -> nn.Module:
     Args:
         config: The run.
         spec: :class:`recipes.data.DataSpec` of the data set: classes, channels.
+
     """
     make = getattr(models, config.network)
     model: nn.Module = make(

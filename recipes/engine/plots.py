@@ -17,6 +17,7 @@ def plot_run(result: dict[str, Any], path: Path) -> None:
     Args:
         result: What :func:`recipes.engine.results.collect` returns.
         path: Image to write.
+
     """
     history = result["history"]
     epochs = [entry["epoch"] for entry in history]

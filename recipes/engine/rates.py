@@ -16,6 +16,7 @@ class RateMeter:
 
     Args:
         model: Network whose spiking layers are watched, in the order of their registration.
+
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,6 +55,7 @@ class RateMeter:
 
         Args:
             everyone: Function that sums a tensor over the processes.
+
         """
         rates = {}
         for name, counts in self.counts.items():

@@ -21,6 +21,7 @@ class Record(Callback):
         history: One dictionary per finished epoch.
         best: The entry with the highest test accuracy; the earliest where several share it.
         is_best: Whether the newest entry is that one.
+
     """
 
     def __init__(self) -> None:

@@ -78,6 +78,7 @@ def collect(
         Plain values, ready for JSON. ``last_accuracy`` is the accuracy after the last epoch;
         ``best_accuracy`` is the highest of all epochs, chosen on the test set itself and therefore
         optimistic. Both are percentages.
+
     """
     last = history[-1]
     return {

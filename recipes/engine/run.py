@@ -47,6 +47,7 @@ def train(config: Config) -> dict[str, Any]:
         DataError: The data set is absent, incomplete or damaged.
         ConfigError: Options that do not go together.
         CheckpointError: There is no sound checkpoint to resume from.
+
     """
     folder = config.folder
     # Other processes of the same run are started after the first one has prepared the folder.
