@@ -32,6 +32,11 @@ class Config:
     """Folder the data sets lie in; CIFAR is downloaded into it when missing."""
     size: int | None = None
     """Side of the square input in pixels; none keeps the data set's own choice for this recipe."""
+    augment: bool = True
+    """Augment the training set as the recipe's protocol says."""
+    split: Literal["tebn", "last", "random"] = "tebn"
+    """How DVS-CIFAR10 is divided into training and test set; other data sets have their own
+    split."""
     batch: int = 256
     """Samples per optimizer step and process, before gradient accumulation."""
     workers: int = 4

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsnn_ext import BinaryWeight, hosts, models
+from recipes import data as datasets
 from recipes.config import Config
 
 
@@ -140,8 +141,10 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def data_options(config: Config) -> dict[str, Any]:
-    """What a run asks of its data set."""
-    options: dict[str, Any] = {}
-    if config.size is not None:
-        options["size"] = config.size
-    return options
+    """What :func:`recipes.data.datasets` is asked for, without what only it needs.
+
+    Returns:
+        ``size``, and ``steps`` for event data; still images are repeated by the network.
+    """
+    events = datasets.spec(config.data).events
+    return {"size": config.size, "steps": config.steps if events else None}

@@ -88,7 +88,9 @@ def prepare(config: Config, folder: Path) -> None:
 def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     options = networks.data_options(config)
     spec = datasets.spec(config.data, **options)
-    train_set, test_set = datasets.datasets(config.data, config.data_dir, **options)
+    train_set, test_set = datasets.datasets(
+        config.data, config.data_dir, augment=config.augment, split=config.split, **options
+    )
     collate = datasets.collate_frames if spec.events else None
     loading = Loading(config, train_set, test_set, spec.classes, collate)
 
