@@ -50,7 +50,7 @@ class Config:
     width: float = 1.0
     """Multiplier of every hidden channel count."""
     steps: int = 2
-    """Time steps T."""
+    """Time steps T: repetitions of an image, or frames of a recording."""
     bits: Bits = "1w-2u"
     """Bits of hidden weights (w) and membrane potentials (u); 32w-32u is full precision."""
     preset: Literal["paper", "official"] = "paper"

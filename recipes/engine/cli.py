@@ -86,10 +86,10 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> None:
     """Run a recipe from the command line; deliberate errors end it with one clear line."""
-    config = parse(recipe, argv, text)
-    from recipes.engine.run import train  # the training libraries take seconds; --help does not
-
     try:
+        config = parse(recipe, argv, text)
+        from recipes.engine.run import train  # takes seconds to import, which --help need not
+
         train(config)
     except QSNNError as error:
         kind = "usage" if isinstance(error, ConfigError) else "stopped"
