@@ -6,6 +6,7 @@ an interruption changes what the network sees.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from qsnn_ext.errors import ConfigError, TrainingError
 from recipes.config import Config
@@ -83,6 +84,28 @@ class EpochSampler(Sampler[Draw]):
             yield Draw(index, mix(self.seed, epoch, index))
 
 
+class EvenBatches(Sampler[list[Draw]]):
+    """A sampler's draws in a given number of batches, whose sizes differ by one at most.
+
+    Args:
+        sampler: Where the draws come from.
+        count: Number of batches.
+
+    """
+
+    def __init__(self, sampler: EpochSampler, count: int) -> None:
+        self.sampler, self.count = sampler, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws = list(self.sampler)
+        for batch in range(self.count):
+            start, end = (len(draws) * k // self.count for k in (batch, batch + 1))
+            yield draws[start:end]
+
+
 class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
     """A data set whose samples are fetched under their own seed and whose labels are checked.
 
@@ -146,15 +169,22 @@ class Loading(LightningDataModule):
         world = self.trainer.world_size if self.trainer else 1
         config = self.config
         sampler = EpochSampler(len(samples), config.seed, shuffle, rank, world)
-        if shuffle and len(sampler) == 0:
-            raise ConfigError(f"{samples.name} has fewer samples than there are processes.")
+        batches: Sampler[list[Draw]]
+        if shuffle:
+            batches = BatchSampler(sampler, config.batch, drop_last=len(sampler) >= config.batch)
+        else:
+            # As many batches in every process, because they may wait for each other in each.
+            count = math.ceil(math.ceil(len(samples) / world) / config.batch)
+            batches = EvenBatches(sampler, count)
+        if len(batches) == 0 or len(sampler) < len(batches):  # type: ignore[arg-type]
+            raise ConfigError(
+                f"{samples.name} has too few samples ({len(samples)}) for {world} processes."
+            )
         return DataLoader(
             samples,
-            batch_size=config.batch,
-            sampler=sampler,
+            batch_sampler=batches,
             num_workers=config.workers,
             persistent_workers=config.workers > 0,
             collate_fn=self.collate,
-            drop_last=shuffle and len(sampler) >= config.batch,
             pin_memory=torch.cuda.is_available(),
         )

@@ -33,11 +33,11 @@ def test_paper_defaults():
 
 
 def test_options_common_to_all():
-    config = parse(
-        cifar10_resnet19.config,
+    line = (
         "--bits 1w-8u --preset official --no-wsdr --strength 0.01 --host snntorch --seed 3 "
-        "--epochs 5 --data-dir elsewhere --resume --precision bf16-mixed --devices 2".split(),
+        "--epochs 5 --data-dir elsewhere --resume --precision bf16-mixed --devices 2"
     )
+    config = parse(cifar10_resnet19.config, line.split())
     assert (config.bits, config.preset, config.host) == ("1w-8u", "official", "snntorch")
     assert (config.strength, config.seed, config.epochs) == (0.01, 3, 5)
     assert (config.data_dir, config.resume) == (Path("elsewhere"), True)

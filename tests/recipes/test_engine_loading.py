@@ -28,7 +28,7 @@ class Noisy(Dataset):
 
 def epoch_of(config, epoch):
     loader = Loading(config, Noisy(), Noisy(), 2).train_dataloader()
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.sampler.set_epoch(epoch)
     return [x for x, _ in loader]
 
 
@@ -74,6 +74,18 @@ def test_shares_of_four_processes(size):
     test = [EpochSampler(size, 0, False, rank, 4) for rank in range(4)]
     assert sorted(d.index for share in test for d in share) == list(range(size))
     assert sum(len(share) for share in test) == size
+
+
+@pytest.mark.parametrize(("size", "batch"), [(51, 25), (52, 13), (7, 100)])
+def test_processes_test_in_step(size, batch):
+    loaders = []
+    for rank in (0, 1):
+        loading = Loading(Config(batch=batch, workers=0), Noisy(), Noisy(size), 2)
+        loading.trainer = type("Pair", (), {"global_rank": rank, "world_size": 2})
+        loaders.append(list(loading.val_dataloader()))
+    assert len(loaders[0]) == len(loaders[1])
+    assert all(1 <= len(labels) <= batch for share in loaders for _, labels in share)
+    assert sorted(i for share in loaders for x, _ in share for i in x[:, 0]) == list(range(size))
 
 
 def test_a_share_of_one_process_is_the_union_of_two():
