@@ -9,6 +9,8 @@ Importing this package imports neither host: names load on first use.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -34,14 +36,31 @@ _HOMES = {
     "QLeaky": "snntorch",
     "WSDRRegularizer": "regularizers",
     "SignGradientSchedule": "regularizers",
+    "summarize": "report",
+    "Summary": "report",
+    "footprint": "footprint",
+    "Footprint": "footprint",
+    "EnergyTable": "energy",
 }
 
-_SUBMODULES = ("functional", "models", "quantizers", "layers", "regularizers", "errors")
+_SUBMODULES = (
+    "functional",
+    "models",
+    "quantizers",
+    "layers",
+    "regularizers",
+    "errors",
+    "report",
+    "energy",
+)
 
 __all__ = [*_HOMES, *_SUBMODULES]
 
 if TYPE_CHECKING:
+    from qsnn_ext.energy import EnergyTable as EnergyTable
     from qsnn_ext.errors import QSNNError as QSNNError
+    from qsnn_ext.footprint import Footprint as Footprint
+    from qsnn_ext.footprint import footprint as footprint
     from qsnn_ext.layers import BinaryConv1d as BinaryConv1d
     from qsnn_ext.layers import BinaryConv2d as BinaryConv2d
     from qsnn_ext.layers import BinaryConv3d as BinaryConv3d
@@ -56,10 +75,26 @@ if TYPE_CHECKING:
     from qsnn_ext.quantizers import MembraneQuantizer as MembraneQuantizer
     from qsnn_ext.regularizers import SignGradientSchedule as SignGradientSchedule
     from qsnn_ext.regularizers import WSDRRegularizer as WSDRRegularizer
+    from qsnn_ext.report import Summary as Summary
+    from qsnn_ext.report import summarize as summarize
     from qsnn_ext.snntorch import QLeaky as QLeaky
     from qsnn_ext.spikingjelly import QuantIFNode as QuantIFNode
     from qsnn_ext.spikingjelly import QuantLIFNode as QuantLIFNode
     from qsnn_ext.spikingjelly import QuantParametricLIFNode as QuantParametricLIFNode
+
+
+class _Package(types.ModuleType):
+    """A package in which importing the file ``footprint`` does not hide the function of that name.
+
+    Python sets a submodule as an attribute of its package; for public names that is left out.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -22,10 +22,27 @@ class Adapter(Protocol):
     def is_spiking(self, module: nn.Module) -> bool:
         """Whether the module emits spikes and so has a firing rate."""
 
+    def state(self, module: nn.Module) -> Tensor | None:
+        """The membrane potential a neuron keeps between calls."""
+
     def starts_sequence(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        left: Tensor | None,
     ) -> bool:
-        """Whether this call, given its arguments, is the first since the state was reset."""
+        """Whether this call is the first since the state was reset.
+
+        Args:
+            module: the neuron, before the call.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            left: the state the neuron kept after the call before.
+        """
+
+    def reset(self, model: nn.Module) -> None:
+        """Put all state of the host's modules in ``model`` back to its reset value."""
 
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
@@ -53,6 +70,12 @@ def adapter(host: str) -> Any:
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter for which ``module`` is a spiking neuron, or ``None``."""
     return next((host for host in adapters() if host.is_spiking(module)), None)
+
+
+def reset(model: nn.Module) -> None:
+    """Put all state of all hosts' modules in ``model`` back to its reset value."""
+    for host in adapters():
+        host.reset(model)
 
 
 def missing(host: str, error: ImportError) -> MissingDependencyError:

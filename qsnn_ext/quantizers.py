@@ -10,6 +10,7 @@ nothing but a set of options that can each be given on its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +81,10 @@ class Quantizer(nn.Module):
         n = F.levels(self.bits)
         return tuple(range(-n, n + 1))
 
+    def scale_count(self, x: Tensor) -> int:
+        """How many scale factors quantizing ``x`` takes."""
+        return 1
+
     def options(self) -> dict[str, Any]:
         """The constructor arguments: ``type(q)(**q.options())`` is an equal quantizer."""
         raise NotImplementedError
@@ -144,6 +149,10 @@ class BinaryWeight(Quantizer):
     def levels(self) -> tuple[int, ...]:
         """-1 and +1."""
         return (-1, 1)
+
+    def scale_count(self, x: Tensor) -> int:
+        """One per output channel; none where the scale is 1."""
+        return 0 if self.scale is None else x.shape[0]
 
     def options(self) -> dict[str, Any]:
         """The constructor arguments; the temperature is the current one."""
@@ -236,6 +245,10 @@ class MembraneQuantizer(Quantizer):
     ``alpha`` enters the ``state_dict`` only when frozen and calibrated, so checkpoints of float
     models load strictly.
 
+    Attributes:
+        observer: called with the (squashed) potentials of every time step before they are
+            quantized; ``None`` for nobody. Calibration sets it.
+
     Args:
         bits: 2 to 8.
         scale: ``"max"`` (the paper) or ``"absmax"`` (the authors' code); what frozen mode tracks.
@@ -276,6 +289,7 @@ class MembraneQuantizer(Quantizer):
         self.momentum = momentum
         self.sync_scale = sync_scale
         self.calibrated = False
+        self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("alpha", torch.zeros(()))
 
     def options(self) -> dict[str, Any]:
@@ -298,7 +312,7 @@ class MembraneQuantizer(Quantizer):
         value = torch.as_tensor(alpha, dtype=self.alpha.dtype, device=self.alpha.device).detach()
         if value.dim() or not torch.isfinite(value) or value < 0:
             raise ConfigError(f"frozen membrane scale {alpha!r} must be one finite number >= 0.")
-        self.alpha = value.clone()
+        self.alpha.copy_(value)
         self.mode = "frozen"
         self.calibrated = True
 
@@ -310,6 +324,8 @@ class MembraneQuantizer(Quantizer):
         return alpha
 
     def _current_alpha(self, v: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(v)
         if self.mode == "dynamic":
             return self.observe(v)
         if not self.training:
@@ -320,13 +336,12 @@ class MembraneQuantizer(Quantizer):
                 )
             return self.alpha.to(v.dtype)
         observed = self.observe(v).clamp(min=0).to(self.alpha.dtype)
-        if not self.calibrated:
-            self.calibrated = True
-            self.alpha = observed
-            return observed.to(v.dtype)
-        used = self.alpha
-        # A new tensor, not an update in place: earlier steps' graphs may still refer to the old.
-        self.alpha = torch.lerp(used, observed, self.momentum)
+        # 0 stands for "no value yet". The tensor says so, and not a Python flag, because gradient
+        # checkpointing runs a step again from the buffers' old values, and must then get the same.
+        used = torch.where(self.alpha > 0, self.alpha, observed)
+        # In place: data-parallel wrappers and gradient checkpointing hold on to the buffer itself.
+        self.alpha.copy_(torch.lerp(used, observed, self.momentum))
+        self.calibrated = True
         return used.to(v.dtype)
 
     def quantize(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,11 +457,15 @@ def membrane_quantizer(
         bits: 2 to 8, or ``None``/32.
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
-            ``None`` are left to the preset.
+            ``None`` are left to the preset, and ``squash="none"`` means no squash.
     """
     checked = check_bits(bits, MEMBRANE_BITS, "membrane")
     base = preset(preset_name).membrane
     if checked is None:
         return None
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {
+        name: None if value == "none" else value
+        for name, value in options.items()
+        if value is not None
+    }
     return MembraneQuantizer(checked, **{**base, **given})

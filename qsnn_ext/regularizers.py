@@ -40,7 +40,7 @@ class _Hook:
         if self.before:
             owner._before(self.name, module, args, kwargs)
         else:
-            owner._after(self.name, hosts.spikes(output[0]))
+            owner._after(self.name, module, hosts.spikes(output[0]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Hook, (None, self.name, self.before))
@@ -57,8 +57,8 @@ class WSDRRegularizer:
         loss = criterion(model(x), y) + wsdr()
 
     Multi-step calls and single-step loops both work. Steps accumulate until the neuron's state is
-    reset or the term has been taken, whichever comes first. snnTorch neurons whose state is passed
-    by hand cannot be seen to reset, so there only taking the term starts anew.
+    reset, the term has been taken, or gradients are switched on or off. snnTorch neurons whose
+    state is passed by hand cannot be seen to reset, so there only the latter two start anew.
 
     Args:
         model: a model with SpikingJelly or snnTorch neurons, quantized or not.
@@ -108,23 +108,35 @@ class WSDRRegularizer:
         # In running order, because a dictionary keeps the order in which keys first came.
         self._spikes: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        # The state each layer kept, held weakly: a new tensor in its place means a reset.
+        self._states: dict[str, weakref.ref[Tensor]] = {}
+        self._differentiable = torch.is_grad_enabled()
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._taken:
+        # An evaluation pass must not reach into the next training loss, nor the other way round.
+        if self._taken or self._differentiable != torch.is_grad_enabled():
             self._restart()
+        if name not in self._counts:
+            return
+        kept = self._states.get(name)
+        left = kept() if kept is not None else None
         host = hosts.adapter_of(module)
-        if name in self._counts and host is not None and host.starts_sequence(module, args, kwargs):
+        if host is not None and host.starts_sequence(module, args, kwargs, left):
             del self._spikes[name], self._counts[name]
 
-    def _after(self, name: str, spikes: Tensor) -> None:
+    def _after(self, name: str, module: nn.Module, spikes: Tensor) -> None:
         # float32 whatever the spikes' dtype: a half-precision sum stops growing at 2048.
         total = spikes.sum(dtype=torch.promote_types(spikes.dtype, torch.float32))
         if name in self._counts:
             total = total + self._spikes[name]
         self._spikes[name] = total
         self._counts[name] = self._counts.get(name, 0) + spikes.numel()
+        host = hosts.adapter_of(module)
+        state = host.state(module) if host is not None else None
+        if state is not None:
+            self._states[name] = weakref.ref(state)
 
     def _rates(self) -> dict[str, Tensor]:
         if not self._counts:
@@ -192,7 +204,7 @@ class WSDRRegularizer:
         state = self.__dict__.copy()
         state["_watching"] = bool(state.pop("_handles"))
         # Sums belong to a graph, which can be neither copied nor pickled.
-        state.update(_taken=False, _spikes={}, _counts={})
+        state.update(_taken=False, _spikes={}, _counts={}, _states={})
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

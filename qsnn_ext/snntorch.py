@@ -64,7 +64,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         membrane: a ready quantizer; overrides ``bits`` and the options below.
         preset: ``"paper"`` or ``"official"``: defaults of the options below.
         scale: ``"max"`` or ``"absmax"``.
-        squash: ``"tanh"``, or ``None`` for the preset's.
+        squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
         mode: ``"dynamic"`` (default) or ``"frozen"``.
         order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
 
@@ -82,7 +82,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         membrane: MembraneQuantizer | None = None,
         preset: str = "paper",
         scale: F.MembraneScale | None = None,
-        squash: F.Squash | None = None,
+        squash: F.Squash | Literal["none"] | None = None,
         mode: Literal["dynamic", "frozen"] | None = None,
         order: F.StepOrder = "fire_first",
         **kwargs: Any,
@@ -160,7 +160,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
-        self.reset = self.mem_reset(self.mem)
+        self.reset = self._start_reset()
         u = self.state_function(input_)
         if self.order == "quantize_first":
             u = self.membrane(u)
@@ -170,6 +170,15 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         alone = self.init_hidden and not self.output
         returned: Tensor | tuple[Tensor, Tensor] = spk if alone else (spk, self.mem)
         return returned
+
+    def _start_reset(self) -> Tensor:
+        """Which neurons the step resets before it charges them, read from the stored state."""
+        if self.reset_mechanism == "zero" and not self.reset_delay:
+            # What fired is at zero already. A state above the threshold can only have been rounded
+            # there, and to reset it now would be a reset without a spike.
+            return torch.zeros_like(self.mem)
+        reset: Tensor = self.mem_reset(self.mem)
+        return reset
 
     def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
         """The membrane potential after a reset in the same step (``reset_delay=False``)."""
@@ -231,16 +240,39 @@ def is_spiking(module: nn.Module) -> bool:
     return isinstance(module, snn.SpikingNeuron)
 
 
-def starts_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the membrane potential given or kept has not yet the input's shape.
+def state(module: nn.Module) -> Tensor | None:
+    """The membrane potential the neuron keeps."""
+    mem: Tensor | None = getattr(module, "mem", None)
+    return mem
 
-    A state of zeros of the right shape cannot be told from one that is running without reading it,
-    so the answer is then "no".
+
+def starts_sequence(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
+) -> bool:
+    """Whether the neuron's own state was replaced since the last call, or has another shape.
+
+    A membrane potential passed by hand may be any of several, or a detached one, so of those only
+    the shape is looked at.
     """
-    mem = args[1] if len(args) > 1 else kwargs.get("mem")
-    if mem is None:
-        mem = getattr(module, "mem", None)
-    return mem is None or (bool(args) and mem.shape != args[0].shape)
+    given: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mem")
+    mem = state(module) if given is None else given
+    if mem is None or (given is None and mem is not left):
+        return True
+    return bool(args) and mem.shape != args[0].shape
+
+
+def reset(model: nn.Module) -> None:
+    """Put the states that the neurons in ``model`` keep back to zero.
+
+    Only those of ``model``, unlike ``utils.reset``. The host keeps states, and nothing else, in
+    non-persistent buffers.
+    """
+    for module in model.modules():
+        if is_spiking(module):
+            for name in module._non_persistent_buffers_set:
+                state = getattr(module, name)
+                if isinstance(state, Tensor):
+                    setattr(module, name, torch.zeros_like(state))
 
 
 def restart(module: nn.Module) -> None:

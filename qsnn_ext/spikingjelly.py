@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts
-from qsnn_ext.errors import ConfigError, InputTypeError
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
     QuantizedConv,
     QuantizedMatmul,
@@ -30,7 +30,7 @@ from qsnn_ext.quantizers import (
 )
 
 try:
-    from spikingjelly.activation_based import layer, neuron, surrogate
+    from spikingjelly.activation_based import base, layer, neuron, surrogate
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -77,7 +77,7 @@ class QuantizedNode:
         membrane: a ready quantizer; overrides ``bits`` and the options below.
         preset: ``"paper"`` or ``"official"``: defaults of the options below.
         scale: ``"max"`` or ``"absmax"``.
-        squash: ``"tanh"``, or ``None`` for the preset's.
+        squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
         mode: ``"dynamic"`` (default) or ``"frozen"``.
         order: ``"fire_first"`` (Eq. 12: fire, reset, quantize what is carried) or
             ``"quantize_first"`` (Algorithm 1: quantize the charge, then fire).
@@ -100,7 +100,7 @@ class QuantizedNode:
         membrane: MembraneQuantizer | None = None,
         preset: str = "paper",
         scale: F.MembraneScale | None = None,
-        squash: F.Squash | None = None,
+        squash: F.Squash | Literal["none"] | None = None,
         mode: Literal["dynamic", "frozen"] | None = None,
         order: F.StepOrder = "fire_first",
         **kwargs: Any,
@@ -159,6 +159,8 @@ class QuantizedNode:
         F.check_floating(x, type(self).__name__)
         if step_mode == "m":
             F.check_rank(x, f"{type(self).__name__} in step mode 'm'", 2, "[T, N, ...]")
+            if x.shape[0] == 0:
+                raise InputError(f"{type(self).__name__} got a sequence of no time steps (T = 0).")
         else:
             F.check_rank(x, f"{type(self).__name__} in step mode 's'", 1, "[N, ...]")
         result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
@@ -303,9 +305,24 @@ def is_spiking(module: nn.Module) -> bool:
     )
 
 
-def starts_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def state(module: nn.Module) -> Tensor | None:
+    """The membrane potential the neuron keeps; ``None`` before the first step."""
+    v = getattr(module, "v", None)
+    return v if isinstance(v, Tensor) else None
+
+
+def starts_sequence(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
+) -> bool:
     """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
-    return not isinstance(getattr(module, "v", None), Tensor)
+    return state(module) is None
+
+
+def reset(model: nn.Module) -> None:
+    """Put every memory in ``model`` back to its reset value, as ``functional.reset_net`` does."""
+    for module in model.modules():
+        if isinstance(module, base.MemoryModule):
+            module.reset()
 
 
 def restart(module: nn.Module) -> None:

@@ -1,0 +1,523 @@
+"""How much memory a network takes for inference.
+
+``python -m qsnn_ext.footprint`` prints Table 2 of the paper beside the values counted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from qsnn_ext import hosts
+from qsnn_ext.errors import ConfigError, InputError, QSNNError
+from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.quantizers import MembraneQuantizer, Quantizer
+from qsnn_ext.trace import Membrane, call, check_model, untouched, watching
+
+Accounting = Literal["paper", "resident"]
+Execution = Literal["step", "layer"]
+
+WORD_BITS = 32  # of a packed word
+
+
+def words(bits: int) -> int:
+    """Number of 32-bit words that hold ``bits`` bits."""
+    return -(-bits // WORD_BITS)
+
+
+@dataclass(frozen=True)
+class LayerFootprint:
+    """Bytes of one layer.
+
+    Attributes:
+        name: module name.
+        kind: class name.
+        weight_bits: bits of one weight; ``None`` for a layer without weights.
+        membrane_bits: bits of one membrane potential; ``None`` for a layer without.
+        weights: bytes of the weights.
+        scales: bytes of the scale factors of weights and membrane potentials.
+        others: bytes of biases, batch norm and further parameters.
+        membrane_elements: membrane potentials of one sample.
+        membrane: bytes of the membrane potentials of one sample.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    membrane_bits: int | None
+    weights: float
+    scales: float
+    others: float
+    membrane_elements: int
+    membrane: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory for inference. ``dataclasses.replace(f, batch=64)`` gives that of another batch.
+
+    Attributes:
+        layers: one row per layer with parameters or membrane potentials, in definition order; all
+            numbers are per sample.
+        batch: number of samples held at once.
+        accounting: ``"paper"`` or ``"resident"``.
+        execution: ``"step"`` or ``"layer"``: which membrane potentials live at the same time.
+    """
+
+    layers: tuple[LayerFootprint, ...]
+    batch: int
+    accounting: Accounting
+    execution: Execution
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they hold: ``weights``, ``scales``, ``others``, ``membrane``."""
+        membranes = [layer.membrane for layer in self.layers]
+        held = max(membranes, default=0.0) if self.execution == "layer" else sum(membranes)
+        return {
+            "weights": sum(layer.weights for layer in self.layers),
+            "scales": sum(layer.scales for layer in self.layers),
+            "others": sum(layer.others for layer in self.layers),
+            "membrane": self.batch * held,
+        }
+
+    @property
+    def bytes(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def megabytes(self) -> float:
+        """All parts together, in units of 10^6 bytes."""
+        return self.bytes / 1e6
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for JSON."""
+        return {
+            "accounting": self.accounting,
+            "execution": self.execution,
+            "batch": self.batch,
+            "megabytes": self.megabytes,
+            "parts": self.parts,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        """A table: bytes per layer, parts and total."""
+        head = ("layer", "kind", "w bits", "u bits", "weights", "scales", "others", "membrane")
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                _cell(layer.weight_bits),
+                _cell(layer.membrane_bits),
+                *(f"{n:,.0f}" for n in (layer.weights, layer.scales, layer.others)),
+                f"{self.batch * layer.membrane:,.0f}",
+            )
+            for layer in self.layers
+        ]
+        parts = ", ".join(f"{part} {n / 1e6:.3f}" for part, n in self.parts.items())
+        which = "the largest membrane" if self.execution == "layer" else "every membrane"
+        return (
+            f"{table(head, rows)}\n"
+            f"bytes, batch {self.batch}, {self.accounting} accounting, {which} held\n"
+            f"total {self.megabytes:.3f} MB ({parts})"
+        )
+
+
+def _cell(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Text in columns, the first ``left`` of them left-aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(head), "-" * (sum(widths) + 2 * (len(head) - 1)), *map(line, rows)])
+
+
+# --------------------------------------------------------------------------- one layer
+
+
+def rows_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that get a row: neurons, and owners of parameters or buffers.
+
+    What a quantizer holds belongs to its layer.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            continue
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None for tensor in tensors) or hosts.adapter_of(module) is not None:
+            found[name] = module
+    return found
+
+
+def membrane_quantizer_of(module: nn.Module) -> MembraneQuantizer | None:
+    """The quantizer of a neuron's membrane potential; ``None`` for a float one."""
+    quantizer = getattr(module, "membrane", None)
+    return quantizer if isinstance(quantizer, MembraneQuantizer) else None
+
+
+class LayerBytes:
+    """Counts bytes, layer by layer; a tensor that several layers share is counted once."""
+
+    def __init__(self) -> None:
+        self._counted: set[int] = set()
+
+    def _new(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or id(tensor) in self._counted:
+            return False
+        self._counted.add(id(tensor))
+        return True
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that ``module`` itself owns and no layer before it did."""
+        own = module._parameters.items()
+        return {name: p for name, p in own if p is not None and self._new(p)}
+
+    def buffers(self, module: nn.Module, persistent: bool = False) -> list[torch.Tensor]:
+        """Buffers of ``module`` and its quantizers, membrane potentials left out.
+
+        Args:
+            module: whose buffers.
+            persistent: only those that a checkpoint keeps, and of ``module`` itself.
+        """
+        spiking = hosts.adapter_of(module) is not None
+        transient = module._non_persistent_buffers_set
+        own = [
+            buffer
+            for name, buffer in module._buffers.items()
+            if name not in transient or not (spiking or persistent)
+        ]
+        if not persistent:
+            for child in module.children():
+                if isinstance(child, Quantizer):
+                    own += child.buffers()
+        return [buffer for buffer in own if buffer is not None and self._new(buffer)]
+
+
+def weight_bits(module: nn.Module) -> int | None:
+    """Bits of one weight; 8 times the element size in floating point, ``None`` without weights."""
+    if isinstance(module, QuantizedWeight):
+        return module.bits
+    weight = module._parameters.get("weight")
+    return None if weight is None else 8 * weight.element_size()
+
+
+def packed_weight(module: nn.Module, weight: torch.Tensor) -> int:
+    """Bytes of a quantized layer's packed weights.
+
+    A row holds what one input position gives to every output channel of its group, and is padded to
+    whole words: bits for 1-bit weights, else a byte per code.
+
+    Args:
+        module: layer with quantized weights.
+        weight: its latent weights ``[C_out, C_in / groups, ...]``.
+    """
+    assert isinstance(module, QuantizedWeight)
+    groups = int(getattr(module, "groups", 1))
+    width = weight.shape[0] // groups
+    rows = groups * weight[0].numel()
+    return rows * words(width * (1 if module.bits == 1 else 8)) * WORD_BITS // 8
+
+
+def packed_membrane(shape: Sequence[int], bits: int) -> int:
+    """Bytes of packed membrane codes: per position, ``bits`` bit planes over the channels.
+
+    Args:
+        shape: ``[N, C, ...]``; each plane of C bits is padded to whole words.
+        bits: of one code.
+    """
+    channels = shape[1] if len(shape) > 1 else 1
+    positions = math.prod(shape) // max(1, channels)
+    return positions * bits * words(channels) * WORD_BITS // 8
+
+
+def layer_footprint(
+    name: str,
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    constants: int,
+    membrane: Membrane | None,
+    accounting: Accounting,
+    bits: int | None = None,
+) -> LayerFootprint:
+    """Bytes of one layer in one accounting.
+
+    Args:
+        name: for the row.
+        module: the layer.
+        parameters: those of its parameters that are counted here.
+        constants: bytes of the buffers that inference needs.
+        membrane: what a pass has seen of its membrane potential.
+        accounting: see :func:`footprint`.
+        bits: counts the weights at this width instead of their own.
+    """
+    resident = accounting == "resident"
+    width = bits if bits is not None else weight_bits(module)
+    weights = scales = others = 0.0
+    for key, parameter in parameters.items():
+        if key == "weight" and (isinstance(module, QuantizedWeight) or bits is not None):
+            assert width is not None
+            weights += parameter.numel() * width / 8
+            if resident and isinstance(module, QuantizedWeight) and bits is None:
+                weights = packed_weight(module, parameter)
+                scales += module.quantizer.scale_count(parameter) * parameter.element_size()
+        elif key == "weight" and parameter.dim() > 1:
+            weights += parameter.numel() * parameter.element_size()
+        else:
+            others += parameter.numel() * parameter.element_size()
+    if resident and isinstance(module, _NormBase):
+        # Statistics, scale and shift fold into one factor and one summand per channel.
+        if module.running_mean is not None:
+            others = 2 * module.num_features * module.running_mean.element_size()
+    elif resident:
+        others += constants
+
+    elements, held, quantizer = 0, 0.0, None
+    if membrane is not None:
+        quantizer = membrane_quantizer_of(module)
+        elements = membrane.elements
+        held = elements * (membrane.itemsize if quantizer is None else quantizer.bits / 8)
+        if resident and quantizer is not None:
+            held = membrane.states * packed_membrane(membrane.shape, quantizer.bits)
+            scales += 4
+    return LayerFootprint(
+        name=name or "(model)",
+        kind=type(module).__name__,
+        weight_bits=width if "weight" in module._parameters else None,
+        membrane_bits=None
+        if membrane is None
+        else (8 * membrane.itemsize if quantizer is None else quantizer.bits),
+        weights=weights,
+        scales=scales,
+        others=others,
+        membrane_elements=elements,
+        membrane=held,
+    )
+
+
+# --------------------------------------------------------------------------- a network
+
+
+def footprint(
+    model: nn.Module,
+    batch: int = 1,
+    input_shape: Sequence[int] = (3, 32, 32),
+    accounting: Accounting = "paper",
+    *,
+    execution: Execution | None = None,
+    time_steps: int | None = None,
+    weight_bits: Mapping[str, int] | None = None,
+    run: Callable[[nn.Module, Any], Any] | None = None,
+) -> Footprint:
+    """Memory that ``model`` takes for inference.
+
+    The sizes of the membrane potentials are those of a forward pass on zeros. The model is left as
+    it was.
+
+    ``"paper"`` counts as Table 2 of the paper does: weights at their bits, all other parameters at
+    their own precision, and the potentials of the single largest layer; no scale factors, no
+    statistics, no padding. ``"resident"`` counts what inference holds: packed words with their
+    padding, scale factors, batch norm folded to a factor and a summand per channel, constants of
+    the neurons, and potentials as ``execution`` says. The buffers in which spikes travel between
+    layers, and code, are in neither.
+
+    Args:
+        model: SpikingJelly or snnTorch network, quantized or not.
+        batch: number of samples held at once.
+        input_shape: shape of one sample, without batch and time.
+        accounting: ``"paper"`` or ``"resident"``.
+        execution: ``"step"`` when all layers do one time step after the other, so that every
+            membrane potential is held; ``"layer"`` when each layer does all its time steps at
+            once, so that only the largest is. The default is ``"layer"`` for the paper's
+            accounting and ``"step"`` for the resident one.
+        time_steps: for a model whose input is ``[T, N, ...]``: T of the pass. Without it the input
+            is ``[N, ...]``.
+        weight_bits: layers, by name, whose weights are counted at another width than their own.
+            The paper's quantized VGG16 rows come out with ``{"head": 32}``.
+        run: ``run(model, x)`` for models that are not called as ``model(x)``.
+
+    Raises:
+        InputTypeError: ``model`` is not a module.
+        ConfigError: an unknown accounting, execution or layer name, or a size below 1.
+        InputError: the model cannot process zeros of the shape asked for.
+    """
+    model = check_model(model, "footprint")
+    if accounting not in ("paper", "resident"):
+        raise ConfigError(f"accounting={accounting!r} is unknown; choose 'paper' or 'resident'.")
+    if execution is None:
+        execution = "layer" if accounting == "paper" else "step"
+    if execution not in ("step", "layer"):
+        raise ConfigError(f"execution={execution!r} is unknown; choose 'step' or 'layer'.")
+    shape = tuple(input_shape)
+    sizes = (batch, *shape, *([] if time_steps is None else [time_steps]))
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise ConfigError(
+            f"batch={batch!r}, input_shape={shape!r} and time_steps={time_steps!r} must be whole "
+            "numbers of at least 1."
+        )
+    widths = dict(weight_bits or {})
+    modules = rows_of(model)
+    for name, width in widths.items():
+        if name not in modules or "weight" not in modules[name]._parameters:
+            raise ConfigError(f"weight_bits names {name!r}, which is no layer with weights.")
+        if type(width) is not int or not 1 <= width <= 64:
+            raise ConfigError(f"weight_bits of {name!r} is {width!r}; choose 1 to 64.")
+
+    membranes = _membranes(model, shape, time_steps, run)
+    counter = LayerBytes()
+    layers = tuple(
+        layer_footprint(
+            name,
+            module,
+            counter.parameters(module),
+            sum(b.numel() * b.element_size() for b in counter.buffers(module, persistent=True)),
+            membranes.get(name),
+            accounting,
+            widths.get(name),
+        )
+        for name, module in modules.items()
+    )
+    return Footprint(layers, batch, accounting, execution)
+
+
+def _membranes(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    time_steps: int | None,
+    run: Callable[[nn.Module, Any], Any] | None,
+) -> dict[str, Membrane]:
+    """Membrane potentials of one sample, by name of the neuron."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    leading = (1,) if time_steps is None else (time_steps, 1)
+    zeros = torch.zeros(*leading, *shape, dtype=like.dtype, device=like.device)
+    seen: dict[str, Membrane] = {}
+
+    def watch(name: str, module: nn.Module) -> Any:
+        if hosts.adapter_of(module) is None:
+            return None
+        return lambda module, args, kwargs, output: seen.setdefault(name, Membrane()).observe(
+            module, args, kwargs, output
+        )
+
+    with untouched(model):
+        for module in model.modules():
+            # Batch norm cannot normalise a single sample; frozen scales that have never been
+            # calibrated can only be used in training mode.
+            module.training = isinstance(module, MembraneQuantizer)
+        try:
+            with watching(model, watch):
+                call(model, zeros, run)
+        except QSNNError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} cannot process zeros of shape {tuple(zeros.shape)} "
+                f"({error}); give input_shape for one sample, time_steps=T if the input is "
+                "[T, N, ...], or run=... if the model is called in another way."
+            ) from error
+    return seen
+
+
+# --------------------------------------------------------------------------- Table 2
+
+#: Table 2 of the paper, MB: batch -> bits -> (ResNet19, VGG16, VGGSNN).
+PAPER_TABLE_2: dict[int, dict[str, tuple[float, float, float]]] = {
+    1: {
+        "32w-32u": (50.80, 59.16, 37.44),
+        "1w-8u": (1.75, 1.96, 1.31),
+        "1w-4u": (1.68, 1.93, 1.25),
+        "1w-2u": (1.65, 1.91, 1.21),
+    },
+    64: {
+        "32w-32u": (83.83, 75.67, 70.47),
+        "1w-8u": (10.0, 6.09, 9.57),
+        "1w-4u": (5.81, 3.99, 5.38),
+        "1w-2u": (3.72, 2.94, 3.28),
+    },
+    256: {
+        "32w-32u": (184.49, 126.01, 171.13),
+        "1w-8u": (35.17, 18.67, 34.74),
+        "1w-4u": (18.40, 10.28, 17.96),
+        "1w-2u": (10.01, 6.09, 9.57),
+    },
+}
+
+
+def table_2(
+    accounting: Accounting = "paper", host: Literal["spikingjelly", "snntorch"] = "spikingjelly"
+) -> dict[int, dict[str, tuple[float, ...]]]:
+    """Table 2 as counted here, in MB, laid out as :data:`PAPER_TABLE_2`.
+
+    The paper counts every network at 32x32 pixels and 10 classes, and VGG16's read-out at 32 bits
+    also where the network is quantized.
+
+    Args:
+        accounting: see :func:`footprint`.
+        host: whose neurons the networks use.
+    """
+    from qsnn_ext import models
+
+    networks = ((models.resnet19, 3), (models.vgg16, 3), (models.vggsnn, 2))
+    result: dict[int, dict[str, tuple[float, ...]]] = {batch: {} for batch in PAPER_TABLE_2}
+    for bits in PAPER_TABLE_2[1]:
+        with torch.device("meta"):  # sizes only: no weight is drawn, nothing is computed
+            built = [build(in_channels=c, bits=bits, host=host) for build, c in networks]
+        counted = [
+            footprint(
+                model,
+                input_shape=(channels, 32, 32),
+                accounting=accounting,
+                time_steps=1,  # the sizes do not depend on it
+                weight_bits={"head": 32} if build is models.vgg16 else None,
+            )
+            for model, (build, channels) in zip(built, networks, strict=True)
+        ]
+        for batch in result:
+            result[batch][bits] = tuple(replace(f, batch=batch).megabytes for f in counted)
+    return result
+
+
+def _main() -> None:
+    ours, resident = table_2(), table_2("resident")
+    names = ("ResNet19", "VGG16", "VGGSNN")
+    head = ["batch", "bits"]
+    for name in names:
+        head += [name, "paper", "resident"]
+    rows = []
+    worst = 0.0
+    for batch, by_bits in PAPER_TABLE_2.items():
+        for bits, paper in by_bits.items():
+            row = [str(batch), bits]
+            for i in range(len(names)):
+                worst = max(worst, abs(ours[batch][bits][i] - paper[i]))
+                row += [
+                    f"{ours[batch][bits][i]:.2f}",
+                    f"{paper[i]:.2f}",
+                    f"{resident[batch][bits][i]:.2f}",
+                ]
+            rows.append(row)
+    print("Memory footprint in MB (10^6 bytes). Under the network's name: counted as the paper")
+    print("does; paper: its Table 2; resident: what step-by-step inference holds.\n")
+    print(table(head, rows))
+    print(f"\nLargest difference from the paper: {worst:.3f} MB")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,206 @@
+"""A forward pass that leaves the model exactly as it was, and what the pass tells of membranes."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qsnn_ext import hosts
+from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.regularizers import _Hook
+
+#: Attributes of every module. Of these only the buffers are state; hooks must stay where they are,
+#: because the handles that remove them point to their dictionaries.
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}
+
+
+def check_model(model: Any, what: str) -> nn.Module:
+    """``model`` without the wrapper of ``torch.compile``.
+
+    Raises:
+        InputTypeError: not a module.
+        InputError: a lazy layer has no weights yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"{what} needs a module, got {type(model).__name__}.")
+    original = getattr(model, "_orig_mod", model)
+    for name, parameter in original.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise InputError(f"{name} has no weights yet; run the model once, then {what}.")
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """``value`` with every tensor in it cloned; what is no tensor or plain container is kept."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        memo[id(value)] = value.detach().clone()
+    elif type(value) is list:
+        memo[id(value)] = [_copied(v, memo) for v in value]
+    elif type(value) in (dict, OrderedDict):
+        memo[id(value)] = type(value)((k, _copied(v, memo)) for k, v in value.items())
+    elif type(value) is tuple:
+        memo[id(value)] = tuple(_copied(v, memo) for v in value)
+    elif type(value) is set:
+        memo[id(value)] = set(value)
+    else:
+        return value
+    return memo[id(value)]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` as often as you like in here; afterwards nothing of it has changed.
+
+    Meanwhile buffers and membrane potentials are copies, which start from their reset values, and
+    gradients are off. Kept as they were: parameters, buffers, batch-norm statistics, membrane
+    potentials, frozen scales, training mode, plain attributes, and the random generators of
+    torch, NumPy and Python. The firing-rate regularizers of the model do not see the pass; other
+    forward hooks run as in any pass.
+    """
+    modules = list(model.modules())
+    saved = [(dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in modules]
+    muted = [
+        (hook, hook.owner)
+        for m in modules
+        for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        if isinstance(hook, _Hook)
+    ]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    generators = random.getstate(), np.random.get_state()
+    try:
+        memo: dict[int, Any] = {}
+        for module in modules:
+            for name, value in vars(module).items():
+                if name not in _MODULE_ATTRIBUTES:
+                    vars(module)[name] = _copied(value, memo)
+        for hook, _ in muted:
+            hook.owner = None
+        hosts.reset(model)
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        for module, (attributes, children, parameters) in zip(modules, saved, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for hook, owner in muted:
+            hook.owner = owner
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+
+
+def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> None:
+    """One pass: ``run(model, sample)``, or the model called with ``sample``.
+
+    Args:
+        model: what to run.
+        sample: a tensor, a tuple or list of positional, or a dictionary of keyword arguments.
+        run: for models that are called in another way, such as once per time step.
+    """
+    if run is not None:
+        run(model, sample)
+    elif isinstance(sample, (tuple, list)):
+        model(*sample)
+    elif isinstance(sample, dict):
+        model(**sample)
+    else:
+        model(sample)
+
+
+@dataclass
+class _Chain:
+    """One membrane potential that is handed from call to call."""
+
+    start: int
+    end: int
+    last: Tensor
+
+
+@dataclass
+class Membrane:
+    """The membrane potential of one neuron layer, as a pass has seen it.
+
+    Attributes:
+        shape: of one time step, batch first.
+        itemsize: bytes of one element as the host holds it.
+        calls: number of calls seen.
+        states: how many such potentials are alive at once: more than one where a neuron is called
+            with several explicit membranes in a step.
+    """
+
+    shape: tuple[int, ...] = ()
+    itemsize: int = 4
+    calls: int = 0
+    _chains: list[_Chain] = field(default_factory=list, repr=False)
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Take note of one call of the neuron."""
+        spikes = hosts.spikes(output)
+        if not isinstance(spikes, Tensor):
+            return
+        multi_step = getattr(module, "step_mode", "s") == "m"
+        shape = tuple(spikes.shape[1:] if multi_step else spikes.shape)
+        if np.prod(shape) >= np.prod(self.shape) or not self.calls:
+            self.shape, self.itemsize = shape, spikes.element_size()
+        given = args[-1] if len(args) > 1 else kwargs.get("mem")
+        if isinstance(given, Tensor) and isinstance(output, tuple):
+            self._follow(given, output[-1])
+        self.calls += 1
+
+    def _follow(self, given: Tensor, returned: Tensor) -> None:
+        # By storage: a potential may be detached or reshaped between calls. Chains keep their last
+        # tensor alive, so no later one can take its address.
+        address = given.untyped_storage().data_ptr()
+        for chain in self._chains:
+            if chain.last.untyped_storage().data_ptr() == address:
+                chain.end, chain.last = self.calls, returned
+                return
+        self._chains.append(_Chain(self.calls, self.calls, returned))
+
+    @property
+    def states(self) -> int:
+        """How many potentials are alive at once, at least 1."""
+        return max(
+            [1] + [sum(c.start <= at.start <= c.end for c in self._chains) for at in self._chains]
+        )
+
+    @property
+    def elements(self) -> int:
+        """Number of potentials held at once, over the whole batch."""
+        return int(np.prod(self.shape)) * self.states
+
+
+@contextmanager
+def watching(model: nn.Module, watch: Callable[[str, nn.Module], Any]) -> Iterator[None]:
+    """Forward hooks for the time of a pass.
+
+    Args:
+        model: whose modules to watch.
+        watch: gives, for a name and a module, a forward hook with keyword arguments, or ``None``.
+    """
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            hook = watch(name, module)
+            if hook is not None:
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

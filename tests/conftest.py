@@ -1,0 +1,27 @@
+"""Shared fixtures: every test starts from the same seed and leaves no neuron behind."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# A test that shares its machine must not fail for being slow, and must repeat exactly.
+settings.register_profile("qsnn_ext", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("qsnn_ext")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
