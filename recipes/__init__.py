@@ -1,1 +1,1 @@
-"""Recipes that train and evaluate quantized spiking networks on the paper's benchmarks."""
+"""One short file per benchmark of the paper, on one shared training engine."""

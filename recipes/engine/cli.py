@@ -1,0 +1,101 @@
+"""The command line of every recipe, made from :class:`recipes.config.Config`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from qsnn_ext.errors import ConfigError, QSNNError
+from recipes.config import Config, flag
+
+Recipe = Callable[..., Config]
+
+# First field of each group in the help, in the order of the dataclass.
+GROUPS = {
+    "data": "data",
+    "network": "network",
+    "wsdr": "weight-spike dual regulation",
+    "epochs": "optimization",
+    "seed": "machine",
+    "out": "run",
+}
+
+
+def field_help(cls: type = Config) -> dict[str, str]:
+    """What the string under each field of a dataclass says."""
+    described = docstring_parser.parse_from_object(cls).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in described}
+
+
+def build_parser(defaults: Config, description: str | None) -> ArgumentParser:
+    """A parser whose options, types and help are the fields of the configuration.
+
+    Args:
+        defaults: The recipe's configuration; its values become the options' defaults.
+        description: Text above the options.
+
+    """
+    parser = ArgumentParser(description=description, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    texts, types = field_help(), typing.get_type_hints(Config)
+    group: Any = parser
+    for field in fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        if field.name == "recipe":
+            continue
+        value, kind = getattr(defaults, field.name), types[field.name]
+        text, option = texts[field.name], flag(field.name)
+        if kind is bool:
+            switch = ActionYesNo(yes_prefix="", no_prefix="no-")
+            group.add_argument(option, action=switch, default=value, help=text)
+        else:
+            group.add_argument(option, type=kind, default=value, help=text)
+    return parser
+
+
+def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> Config:
+    """The configuration a command line asks for.
+
+    The data set and ``--as-published`` choose the recipe's defaults, so they are read first.
+
+    Args:
+        recipe: Function of a recipe file, called with ``data`` and ``as_published``.
+        argv: Arguments without the program's name; none takes the process's own.
+        text: Description shown by ``--help``.
+
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default=None)
+    first.add_argument("--as-published", "--as_published", action="store_true")
+    known, _ = first.parse_known_args(argv)
+    chosen = {"data": known.data} if known.data in _datasets() else {}
+    defaults = recipe(as_published=known.as_published, **chosen)
+    given = build_parser(defaults, text).parse_args(argv)
+    values = {f.name: given[f.name] for f in fields(Config) if f.name != "recipe"}
+    return defaults.but(**values)
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> None:
+    """Run a recipe from the command line; deliberate errors end it with one clear line."""
+    try:
+        config = parse(recipe, argv, text)
+        from recipes.engine.run import train  # takes seconds to import, which --help need not
+
+        train(config)
+    except QSNNError as error:
+        kind = "usage" if isinstance(error, ConfigError) else "stopped"
+        print(f"{kind}: {error}", file=sys.stderr)
+        raise SystemExit(2 if kind == "usage" else 1) from error
+
+
+def _datasets() -> tuple[str, ...]:
+    return typing.get_args(typing.get_type_hints(Config)["data"])

@@ -1,0 +1,79 @@
+"""Several runs side by side, one process and one CPU thread each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from recipes.config import Config, differences
+
+
+def run_all(
+    configs: Sequence[Config], processes: int | None = None
+) -> Iterator[tuple[Config, dict[str, Any]]]:
+    """Train every configuration, several at a time.
+
+    A run that has its result already is not trained again; an interrupted one is resumed. What
+    the runs print goes to ``log.txt`` in their folders.
+
+    Args:
+        configs: The runs, each with a folder of its own; start long ones first.
+        processes: How many at a time; none takes one per CPU core.
+
+    Yields:
+        Each configuration with its result, as they finish.
+
+    """
+    todo = []
+    for config in configs:
+        done = finished(config)
+        if done is None:
+            todo.append(config)
+        else:
+            yield config, done
+    if not todo:
+        return
+    workers = min(processes or os.cpu_count() or 1, len(todo))
+    # Fresh processes: a forked one would inherit the threads of an already used torch.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = {pool.submit(_run, config): config for config in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """The result of a run that is complete and was made with this configuration, or none."""
+    path = config.folder / "result.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return None if differences(config.to_dict(), result["config"]) else result
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(config: Config) -> dict[str, Any]:
+    from recipes.engine.run import train
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        open(config.folder / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        warnings.catch_warnings(),
+    ):
+        return train(config.but(resume=True, progress=False))

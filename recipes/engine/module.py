@@ -1,0 +1,220 @@
+"""One training run as Lightning sees it: the loss of Eq. 18, its optimizer, its measurements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from qsnn_ext import SignGradientSchedule, WSDRRegularizer
+from qsnn_ext.errors import TrainingError
+from recipes.config import Config
+from recipes.engine.loading import mix
+from recipes.engine.networks import uses_annealing
+from recipes.engine.rates import RateMeter
+
+
+class Tally:
+    """Sums over an epoch, kept on the device so that no step waits for them."""
+
+    names = ("samples", "correct", "loss", "regularization")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, term: Tensor | float) -> None:
+        """Count one batch; ``logits`` [T, N, classes] are averaged over time to answer."""
+        n = len(labels)
+        correct = (logits.detach().mean(0).argmax(1) == labels).sum()
+        values = [torch.tensor(n), correct, loss.detach() * n, torch.as_tensor(term).detach() * n]
+        self.sums += torch.stack([v.to(self.sums) for v in values])
+
+    def means(self, everyone: Any) -> dict[str, float]:
+        """Accuracy (%), losses and sample count over all processes.
+
+        Args:
+            everyone: Function that sums a tensor over the processes.
+
+        """
+        samples, correct, loss, term = everyone(self.sums).tolist()
+        return {
+            "accuracy": 100 * correct / samples,
+            "loss": loss / samples,
+            "regularization": term / samples,
+            "samples": int(samples),
+        }
+
+
+class Training(LightningModule):
+    """Trains a network of :mod:`qsnn_ext.models` by the paper's loss.
+
+    Args:
+        config: The run.
+        model: Network giving logits [T, N, classes].
+        steps_per_epoch: Optimizer steps in one epoch, for the schedules.
+
+    """
+
+    def __init__(self, config: Config, model: nn.Module, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
+        self.regularizer: WSDRRegularizer | None = None
+        if config.regularized:
+            self.regularizer = WSDRRegularizer(
+                model,
+                strength=config.strength,
+                reduction="mean" if config.preset == "official" else "sum",
+            )
+        self.annealing = (
+            SignGradientSchedule(model, config.epochs) if uses_annealing(model) else None
+        )
+        self.meter = RateMeter(model)
+        self.train_tally = self.test_tally = Tally(torch.device("cpu"))
+
+    # -- forward and loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [T, N, classes] of images [N, C, H, W] or frames [T, N, C, H, W]."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy averaged over time steps and samples (first term of Eq. 18)."""
+        steps = logits.shape[0]
+        return nnf.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(steps))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """The loss of one batch; data parallel training averages its gradient over processes."""
+        x, labels = batch
+        logits = self(x)
+        loss = self.loss(logits, labels)
+        term: Tensor | float = 0.0
+        if self.regularizer is not None:
+            term = self.regularizer()
+        total = loss + term
+        if not torch.isfinite(total):
+            self._stop(x, total, index)
+        self.train_tally.add(logits, labels, loss, term)
+        return total
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Count right answers and spikes of one test batch."""
+        x, labels = batch
+        logits = self(x)
+        # Also taken here, so that no spikes of the test set are left in the next training step's.
+        term = 0.0 if self.regularizer is None else self.regularizer()
+        self.test_tally.add(logits, labels, self.loss(logits, labels), term)
+
+    def _stop(self, x: Tensor, loss: Tensor, index: int) -> None:
+        culprit = first_nonfinite(self, x)
+        raise TrainingError(
+            f"The loss became {loss.item()} in epoch {self.current_epoch + 1}, batch {index + 1}; "
+            f"first to go non-finite: {culprit}. Try a lower --lr, --clip 1, or "
+            "--precision 32-true; checkpoints of earlier epochs are kept."
+        )
+
+    # -- epochs
+
+    def on_train_epoch_start(self) -> None:
+        """Start counting."""
+        self.train_tally = Tally(self.device)
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        """Whatever is random inside the network depends on seed, epoch, batch and process."""
+        if index == 0 and self.annealing is not None:
+            self.annealing.load_state_dict({"epoch": self.current_epoch})
+        torch.manual_seed(mix(self.config.seed, self.current_epoch, index, self.global_rank))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting answers and spikes."""
+        self.test_tally = Tally(self.device)
+        self.meter.start()
+
+    def on_validation_epoch_end(self) -> None:
+        """Stop counting spikes."""
+        self.meter.stop()
+
+    # -- optimizer
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and a cosine from the highest rate to zero, after the warm-up."""
+        config = self.config
+        groups = decay_groups(self.model, config.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        else:
+            optimizer = torch.optim.Adam(groups, lr=config.lr)
+        total = config.epochs * self.steps_per_epoch
+        warm = config.warmup * self.steps_per_epoch
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay.
+
+    Weights of convolutions and linear layers have two or more dimensions; batch norm's scales and
+    shifts, biases and learnable neuron constants have fewer, and do not decay.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def first_nonfinite(training: Training, x: Tensor) -> str:
+    """Where NaN or infinity first appears when a batch passes through the network.
+
+    Args:
+        training: The run.
+        x: The batch's input.
+
+    Returns:
+        A description that names the layer, or the input, or the loss.
+
+    """
+    if not torch.isfinite(x).all():
+        return "the input batch itself (check the data)"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if found:
+                return
+            kind = type(module).__name__
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for key, tensor in own:
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    found.append(f"layer '{name}' ({kind}), whose {key} is not finite")
+                    return
+            for tensor in output if isinstance(output, tuple | list) else (output,):
+                if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                    found.append(f"layer '{name}' ({kind}), whose output is not finite")
+                    return
+
+        return hook
+
+    # Innermost modules finish first, so the first report is the innermost culprit.
+    handles = [m.register_forward_hook(watch(n)) for n, m in training.model.named_modules() if n]
+    try:
+        with torch.no_grad():
+            training(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss alone (every layer's output is finite)"

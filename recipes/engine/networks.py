@@ -1,0 +1,150 @@
+"""Builds the network a configuration asks for, and answers questions about its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qsnn_ext import BinaryWeight, hosts, models
+from recipes import data as datasets
+from recipes.config import Config
+
+
+def build(config: Config, spec: Any) -> nn.Module:
+    """The network of a run, float32 or float64 as its precision says.
+
+    Args:
+        config: The run.
+        spec: :class:`recipes.data.DataSpec` of the data set: classes, channels.
+
+    """
+    make = getattr(models, config.network)
+    model: nn.Module = make(
+        num_classes=spec.classes,
+        in_channels=spec.channels,
+        width=config.width,
+        T=config.steps,
+        bits=config.bits,
+        preset=config.preset,
+        host=config.host,
+        neuron=neuron_options(config),
+    )
+    if not config.standardized:
+        unstandardize(model)
+    return model
+
+
+def neuron_options(config: Config) -> dict[str, Any]:
+    """The options of a quantized neuron in which the run departs from its preset."""
+    if not config.quantized:
+        return {}
+    options: dict[str, Any] = {"mode": config.membrane_mode}
+    if config.order is not None:
+        options["order"] = config.order
+    if config.membrane_scale is not None:
+        options["scale"] = config.membrane_scale
+    return options
+
+
+def unstandardize(model: nn.Module) -> None:
+    """Let every binary layer take the sign of its latent weights as they are (plain Q-SNN)."""
+    for module in model.modules():
+        if isinstance(getattr(module, "quantizer", None), BinaryWeight):
+            module.quantizer = BinaryWeight(**{**module.quantizer.options(), "standardize": None})
+
+
+def uses_annealing(model: nn.Module) -> bool:
+    """Whether any binary layer's sign gradient is annealed over the epochs."""
+    return any(isinstance(m, BinaryWeight) and m.gradient == "annealed" for m in model.modules())
+
+
+def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All spiking neurons by name, in the order of their registration."""
+    return {n: m for n, m in model.named_modules() if hosts.adapter_of(m) is not None}
+
+
+def hidden_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and linear layers by name, without the first and the last."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {n: found[n] for n in list(found)[1:-1]}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters at the bits their layer computes with; scales are not counted."""
+    bits = 0
+    for module in model.modules():
+        quantizer = getattr(module, "quantizer", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            quantized = name == "weight" and quantizer is not None
+            bits += parameter.numel() * (quantizer.bits if quantized else 32)
+    return -(-bits // 8)
+
+
+def sync_scales(model: nn.Module) -> None:
+    """Let every membrane quantizer take its scale over all processes."""
+    for module in model.modules():
+        if hasattr(module, "sync_scale"):
+            module.sync_scale = True
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let batch norm take its statistics over all processes.
+
+    torch's own class works on accelerators only; on CPUs :class:`CPUSyncBatchNorm2d` does it.
+    """
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = CPUSyncBatchNorm2d
+    return model
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose backward is the same sum over the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class CPUSyncBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` over the batches of all processes, for gloo on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N, C, H, W]; processes may hold batches of different size."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        n = x.new_tensor([x.numel() / x.shape[1]])
+        total = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), n]))
+        count, mean = total[-1], total[:-1] / total[-1]
+        centred = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            unbiased = variance * count / (count - 1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def data_options(config: Config) -> dict[str, Any]:
+    """What :func:`recipes.data.datasets` is asked for, without what only it needs.
+
+    Returns:
+        ``size``, and ``steps`` for event data; still images are repeated by the network.
+    """
+    events = datasets.spec(config.data).events
+    return {"size": config.size, "steps": config.steps if events else None}

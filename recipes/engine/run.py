@@ -1,0 +1,180 @@
+"""Train one configuration from start to result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from qsnn_ext.errors import ConfigError, TrainingError
+from recipes import data as datasets
+from recipes.config import Config, differences
+from recipes.engine import checkpoints, files, networks
+from recipes.engine.loading import Loading
+from recipes.engine.module import Training
+from recipes.engine.plots import plot_run
+from recipes.engine.record import Record
+from recipes.engine.results import collect, write_json
+
+CONFIG, RESULT, PLOT = "config.json", "result.json", "run.png"
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train a network as configured and write its result.
+
+    The run's folder gets ``config.json``, checkpoints, ``tensorboard/``, and at the end
+    ``result.json`` and ``run.png``.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The result as of the last epoch done (see :func:`recipes.engine.results.collect`).
+
+    Raises:
+        TrainingError: The folder cannot be used, or training cannot go on.
+        DataError: The data set is absent, incomplete or damaged.
+        ConfigError: Options that do not go together.
+        CheckpointError: There is no sound checkpoint to resume from.
+
+    """
+    folder = config.folder
+    # Other processes of the same run are started after the first one has prepared the folder.
+    first = rank_zero_only.rank == 0
+    owner = None
+    if first:
+        files.require_writable(folder)
+        owner = files.lock(folder)
+    try:
+        if first:
+            prepare(config, folder)
+        return _train(config, folder, checkpoints.newest_sound(folder) if config.resume else None)
+    finally:
+        if owner is not None:
+            owner.close()
+
+
+def prepare(config: Config, folder: Path) -> None:
+    """Refuse a folder that holds another run; note this run's configuration in a new one."""
+    note = folder / CONFIG
+    if note.exists():
+        if not config.resume:
+            raise TrainingError(
+                f"{folder} already holds a run. Continue it with --resume, or give another folder "
+                "with --out."
+            )
+        changed = differences(config.to_dict(), json.loads(note.read_text()))
+        if changed:
+            listed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in changed.items())
+            raise ConfigError(
+                f"The run in {folder} was started with other options ({listed}). Resume it with "
+                "the same ones, or give another folder with --out."
+            )
+    else:
+        write_json(note, config.to_dict())
+
+
+def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    options = networks.data_options(config)
+    spec = datasets.spec(config.data, **options)
+    train_set, test_set = datasets.datasets(
+        config.data, config.data_dir, augment=config.augment, split=config.split, **options
+    )
+    collate = datasets.collate_frames if spec.events else None
+    loading = Loading(config, train_set, test_set, spec.classes, collate)
+
+    quieten()
+    seed_everything(config.seed, workers=False, verbose=False)
+    model = networks.build(config, spec)
+    # Weights, optimizer state (one copy for SGD, two for Adam), and three files besides the newest.
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    files.require_space(folder, 4 * (3 if config.optimizer == "adam" else 2) * size)
+
+    record = Record()
+    show_bar = config.progress and sys.stderr.isatty()
+    trainer = Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices or ("auto" if torch.cuda.is_available() else 1),
+        num_nodes=config.nodes,
+        precision=config.precision,
+        max_epochs=min(config.epochs, config.stop_after or config.epochs),
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.clip,
+        limit_train_batches=config.limit_batches,
+        limit_val_batches=config.limit_batches,
+        callbacks=[
+            record,
+            checkpoints.EpochCheckpoints(folder, record),
+            *([TQDMProgressBar()] if show_bar else []),
+        ],
+        logger=TensorBoardLogger(folder, name=None, version="tensorboard"),
+        plugins=[checkpoints.AtomicCheckpointIO()],
+        enable_progress_bar=show_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        # The loaders shard the data themselves, so that testing counts every sample once.
+        use_distributed_sampler=False,
+    )
+    loading.trainer = trainer
+    batches = len(loading.train_dataloader())
+    batches = min(batches, config.limit_batches or batches)
+    if trainer.world_size > 1:
+        networks.sync_scales(model)
+        if config.sync_batchnorm:
+            model = networks.sync_batchnorm(model, trainer.strategy.root_device)
+    if config.compile:
+        model.compile()
+    training = Training(config, model, math.ceil(batches / config.accumulate))
+    introduce(config, model, folder, checkpoint)
+    trainer.fit(training, datamodule=loading, ckpt_path=checkpoint)
+
+    result = collect(config, model, record.history, record.best, trainer.strategy.root_device)
+    if trainer.is_global_zero and len(record.history) == config.epochs:
+        write_json(folder / RESULT, result)
+        plot_run(result, folder / PLOT)
+        print(
+            f"Last epoch: {result['last_accuracy']:.2f} %. Best epoch "
+            f"({result['best_epoch']}, chosen on the test set): {result['best_accuracy']:.2f} %.\n"
+            f"Result: {folder / RESULT}  Plot: {folder / PLOT}"
+        )
+    elif trainer.is_global_zero:
+        print(f"Stopped after epoch {len(record.history)} of {config.epochs}; go on with --resume.")
+    return result
+
+
+@rank_zero_only
+def introduce(config: Config, model: nn.Module, folder: Path, checkpoint: Path | None) -> None:
+    """Say what is about to be trained and where it goes."""
+    parameters = sum(p.numel() for p in model.parameters())
+    start = f"from {checkpoint}" if checkpoint else "from the beginning"
+    print(
+        f"{config.recipe}: {config.network} ({parameters:,} parameters, width {config.width:g}, "
+        f"T = {config.steps}) on {config.data}, {config.bits}, {config.variant}, preset "
+        f"{config.preset}, {config.host}, seed {config.seed}\n"
+        f"{config.epochs} epochs {start}; folder {folder}"
+    )
+
+
+def quieten() -> None:
+    """Silence Lightning's advice that does not apply to these runs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for advice in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*You defined a `validation_step`.*",
+        ".*LeafSpec.*",
+        ".*lightning_fabric_simpleflake.*",
+    ):
+        warnings.filterwarnings("ignore", advice)

@@ -1,0 +1,286 @@
+"""Training runs from start to result, interrupted, damaged and refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qsnn_ext.errors import CheckpointError, ConfigError, TrainingError
+from recipes import data as datasets
+from recipes.config import Config
+from recipes.engine import checkpoints, networks
+from recipes.engine.module import Training, decay_groups, first_nonfinite
+from recipes.engine.run import train
+
+
+def tiny(out: Path, **changes) -> Config:
+    """A run of a few steps on the digits."""
+    return Config(
+        **{
+            "data": "digits",
+            "size": 8,
+            "width": 1 / 32,
+            "batch": 16,
+            "limit_batches": 2,
+            "epochs": 3,
+            "workers": 0,
+            "accelerator": "cpu",
+            "progress": False,
+            "out": out,
+            **changes,
+        }
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.read(path)["state_dict"]
+
+
+def assert_equal_runs(ours: Path, theirs: Path, epoch: int) -> None:
+    name = f"epoch-{epoch:04d}.ckpt"
+    a, b = weights(ours / name), weights(theirs / name)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A whole run: its folder, its result, and what it printed is not kept."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, train(tiny(folder))
+
+
+def test_what_a_run_leaves(unbroken):
+    folder, result = unbroken
+    written = json.loads((folder / "result.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert len(written["history"]) == 3
+    last, best = written["history"][-1], written["history"][written["best_epoch"] - 1]
+    assert written["last_accuracy"] == last["test_accuracy"]
+    assert written["best_accuracy"] == best["test_accuracy"]
+    assert written["best_accuracy"] == max(e["test_accuracy"] for e in written["history"])
+    assert written["config"]["width"] == 1 / 32
+    assert written["seed"] == 0
+    assert written["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len(written["git"]["commit"] or "0" * 40) == 40
+    assert len(written["layer_rates"]) == 17
+    assert len(written["sign_probabilities"]) == 18
+    for name, rate in written["layer_rates"].items():
+        p = min(max(rate, 1e-12), 1 - 1e-12)
+        h = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        assert written["layer_entropies"][name] == pytest.approx(h, abs=1e-6)
+    assert last["firing_rate"] > 0 < last["throughput"]
+    assert (folder / "run.png").read_bytes()[:4] == b"\x89PNG"
+    kept = sorted(p.name for p in folder.glob("*.ckpt"))
+    assert kept == ["best.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt"]
+
+
+def test_tensorboard_has_scalars_and_histograms(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(unbroken[0] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"accuracy/test", "accuracy/train", "loss/train", "firing_rate", "throughput", "lr"} <= {
+        *tags["scalars"]
+    }
+    assert len([t for t in tags["histograms"] if t.startswith("neuron firing rates/")]) == 17
+    accuracy = [e.value for e in events.Scalars("accuracy/test")]
+    history = [entry["test_accuracy"] for entry in unbroken[1]["history"]]
+    assert accuracy == pytest.approx(history, abs=1e-3)
+
+
+def test_the_best_checkpoint_is_of_the_best_epoch(unbroken):
+    folder, result = unbroken
+    assert checkpoints.read(folder / "best.ckpt")["epoch"] + 1 == result["best_epoch"]
+
+
+def test_rates_are_the_spikes_of_the_test_set(unbroken):
+    folder, result = unbroken
+    config = tiny(folder)
+    spec = datasets.spec("digits", size=8)
+    model = networks.build(config, spec)
+    state = weights(folder / "epoch-0003.ckpt")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+    model.eval()
+    test = datasets.datasets("digits", size=8)[1]
+    spikes = {}
+    for name, module in networks.spiking_layers(model).items():
+        module.register_forward_hook(lambda m, a, out, n=name: spikes.setdefault(n, []).append(out))
+    with torch.no_grad():
+        for batch in (range(15), range(15, 31)):  # 450 samples in 29 even batches
+            model(torch.stack([test[i][0] for i in batch]))
+    for name, rate in result["layer_rates"].items():
+        assert rate == pytest.approx(torch.cat(spikes[name], 1).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("change", [{}, {"preset": "official", "membrane_mode": "frozen"}])
+def test_a_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, change):
+    whole, result = unbroken
+    if change:
+        whole = tmp_path / "whole"
+        result = train(tiny(whole, **change))
+    broken = tmp_path / "broken"
+    train(tiny(broken, stop_after=1, workers=2, **change))
+    assert not (broken / "result.json").exists()
+    resumed = train(tiny(broken, resume=True, **change))
+    assert_equal_runs(whole, broken, 3)
+    timeless = [
+        [{k: v for k, v in e.items() if k != "throughput"} for e in r["history"]]
+        for r in (result, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_damaged_checkpoint_falls_back(tmp_path, unbroken, recwarn):
+    folder = tmp_path / "run"
+    train(tiny(folder, stop_after=2))
+    newest = folder / "epoch-0002.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, which unpickling alone may well not notice
+    newest.write_bytes(content)
+    train(tiny(folder, resume=True))
+    assert any("epoch-0002.ckpt" in str(w.message) for w in recwarn)
+    assert_equal_runs(unbroken[0], folder, 3)
+
+
+def test_nothing_sound_to_resume_from(tmp_path):
+    for epoch in (1, 2):
+        (tmp_path / f"epoch-000{epoch}.ckpt").write_bytes(b"cut sho")
+    with (
+        pytest.warns(UserWarning, match=r"epoch-0002\.ckpt"),
+        pytest.raises(CheckpointError, match="Every checkpoint"),
+    ):
+        checkpoints.newest_sound(tmp_path)
+    assert checkpoints.newest_sound(tmp_path / "empty") is None
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"state_dict": {}, "epoch": 0, "evil": Evil()}, tmp_path / "epoch-0001.ckpt")
+    with pytest.raises(CheckpointError):
+        checkpoints.read(tmp_path / "epoch-0001.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_folder_holds_one_experiment(unbroken):
+    folder, _ = unbroken
+    with pytest.raises(TrainingError, match="--resume"):
+        train(tiny(folder))
+    with pytest.raises(ConfigError, match=r"lr was 0\.1, is 0\.2"):
+        train(tiny(folder, resume=True, lr=0.2))
+
+
+def test_a_finished_run_resumes_to_its_result(unbroken):
+    folder, result = unbroken
+    again = train(tiny(folder, resume=True))
+    assert again["last_accuracy"] == result["last_accuracy"]
+    assert again["layer_rates"] == result["layer_rates"]
+
+
+def test_a_killed_run_resumes(tmp_path, unbroken):
+    code = (
+        "import sys, pathlib; from tests.recipes.test_engine_training import tiny, train;"
+        "train(tiny(pathlib.Path(sys.argv[1])))"
+    )
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (folder / "epoch-0001.ckpt").exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(tiny(folder, resume=True))
+    assert_equal_runs(unbroken[0], folder, 3)
+
+
+def test_the_layer_that_first_went_non_finite_is_named(tmp_path):
+    config = tiny(tmp_path)
+    model = networks.build(config, datasets.spec("digits", size=8))
+    training = Training(config, model, 1)
+    x = torch.randn(4, 1, 8, 8)
+    assert "every layer's output is finite" in first_nonfinite(training, x)
+    with torch.no_grad():
+        model.features[3].conv1.bn.bias[0] = float("inf")
+        model.features[5].conv2.conv.weight[0] = float("nan")
+    assert "'features.3.conv1.bn' (BatchNorm2d), whose bias" in first_nonfinite(training, x)
+    x[0, 0, 0, 0] = float("nan")
+    assert "input batch" in first_nonfinite(training, x)
+
+
+def test_a_diverging_run_stops(tmp_path):
+    with pytest.raises(TrainingError, match=r"loss became (nan|inf) in epoch 1.*layer '.*--lr"):
+        train(tiny(tmp_path / "run", bits="32w-32u", lr=1e38, limit_batches=4))
+
+
+def test_what_decays(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
+    decaying, others = decay_groups(model, 1e-4)
+    assert {id(p) for p in decaying["params"]} == {id(model[0].weight), id(model[3].weight)}
+    assert len(others["params"]) == 4
+    assert (decaying["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)
+
+
+def test_the_loss_is_the_papers():
+    logits, labels = torch.randn(3, 4, 5), torch.tensor([0, 4, 2, 2])
+    loss = Training.loss(None, logits, labels)
+    by_hand = 0.0
+    for t in range(3):
+        for n in range(4):
+            p = torch.softmax(logits[t, n], 0)[labels[n]].item()
+            by_hand -= math.log(p) / 12
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(tmp_path):
+    config = tiny(tmp_path, lr=0.5, warmup=1.0, epochs=4)
+    training = Training(config, networks.build(config, datasets.spec("digits", size=8)), 10)
+    made = training.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == 0.5
+    assert rates.index(0.5) == 10
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[25] == pytest.approx(0.25)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_gradients_are_accumulated(tmp_path, unbroken):
+    train(tiny(tmp_path, accumulate=2))
+    assert checkpoints.read(tmp_path / "epoch-0003.ckpt")["global_step"] == 3
+    assert checkpoints.read(unbroken[0] / "epoch-0003.ckpt")["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "64-true"},
+        {"clip": 0.1},
+        {"order": "quantize_first"},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_options_that_change_the_arithmetic_run(tmp_path, unbroken, change):
+    result = train(tiny(tmp_path, epochs=1, **change))
+    ours, plain = result["history"][0], unbroken[1]["history"][0]
+    assert math.isfinite(ours["train_loss"])
+    assert ours["train_loss"] != plain["train_loss"]
