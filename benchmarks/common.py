@@ -39,8 +39,8 @@ def machine(device: str) -> str:
         name = torch.cuda.get_device_name()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
-        f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, load average {load:.1f}"
+        f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, load average {load:.1f}"
     )
 
 
@@ -75,7 +75,11 @@ def interleaved(
 
 
 def report(
-    benchmark: str, case: str, times: dict[str, list[float]], baseline: str, args: argparse.Namespace
+    benchmark: str,
+    case: str,
+    times: dict[str, list[float]],
+    baseline: str,
+    args: argparse.Namespace,
 ) -> dict[str, float]:
     """Print medians, fastest times and ratios to the baseline; append them to the CSV.
 

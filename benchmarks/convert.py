@@ -1,6 +1,6 @@
 """Converting a model: seconds of ``quantize_`` beside building the float model.
 
-    python benchmarks/convert.py
+python benchmarks/convert.py
 """
 
 from __future__ import annotations

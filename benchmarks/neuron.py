@@ -1,8 +1,8 @@
 """One neuron layer, forward and backward: ours against SpikingJelly's LIFNode and snnTorch's Leaky.
 
-    python benchmarks/neuron.py                  # [4, 32, 128, 32, 32], k = 2, 4, 8
-    python benchmarks/neuron.py --sweep          # over T, batch and width, with a plot
-    python benchmarks/neuron.py --host snntorch  # a loop with explicit membrane, T = 4
+python benchmarks/neuron.py                  # [4, 32, 128, 32, 32], k = 2, 4, 8
+python benchmarks/neuron.py --sweep          # over T, batch and width, with a plot
+python benchmarks/neuron.py --host snntorch  # a loop with explicit membrane, T = 4
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A whole ResNet19 training step: 1w-2u against the float network on SpikingJelly's LIFNode.
 
-    python benchmarks/train_step.py              # T = 2, N = 16
+python benchmarks/train_step.py              # T = 2, N = 16
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def main():
         model = build(bits, args)
         variants[bits] = step(model, x, y, args)
         watched = build(bits, args)
-        variants[f"{bits}, WS-DR"] = step(
-            watched, x, y, args, regularizer=WSDRRegularizer(watched)
-        )
+        variants[f"{bits}, WS-DR"] = step(watched, x, y, args, regularizer=WSDRRegularizer(watched))
         if args.uncompiled:
             for backend in ("function", "eager"):
                 variants[f"{bits}, {backend}"] = step(model, x, y, args, backend)
