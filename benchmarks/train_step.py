@@ -68,7 +68,7 @@ def main():
         if args.uncompiled:
             for backend in ("function", "eager"):
                 variants[f"{bits}, {backend}"] = step(model, x, y, args, backend)
-    times = common.interleaved(variants, args.repeats, args.device)
+    times = common.interleaved(variants, args)
     case = f"ResNet19 step T={args.T} N={args.batch} width={args.width}"
     ratios = common.report("train_step", case, times, "float", args)
     for bits in args.bits:
