@@ -76,7 +76,16 @@ def run_layer(
     assert known is not None
     options = _options(membrane, known, order, reset, v_reset, detach_reset)
     alpha = None if options.alpha == "dynamic" else membrane.alpha
-    result = lif_multi_step(x, v, options, **charge, threshold=threshold, alpha=alpha)
+    result = lif_multi_step(
+        x,
+        v,
+        options,
+        decay=charge["decay"],
+        gain=charge["gain"],
+        offset=charge["offset"],
+        threshold=threshold,
+        alpha=alpha,
+    )
     _account(membrane, options, result.running_alpha, result.spikes, result.counts)
     return result.spikes, result.v
 
