@@ -53,13 +53,14 @@ def declared() -> dict[str, str]:
 
 def lowest(python: str) -> list[str]:
     """Pins to the lower bounds of ``pyproject.toml``."""
-    bounds = {name: re.search(r">=\s*([\d.]+)", spec) for name, spec in declared().items()}
-    names = ["torch", "numpy", *HOSTS]
-    if python == "3.13":
-        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: here
+    pins = []
+    for name in ("torch", "numpy", *HOSTS):
+        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: there
         # the resolver takes what there is.
-        names = [name for name in names if name not in ("numpy", "tonic")]
-    return [f"{name}=={bound[1]}" for name in names if (bound := bounds.get(name))]
+        free = python == "3.13" and name in ("numpy", "tonic")
+        bound = re.search(r">=\s*([\d.]+)", declared()[name])
+        pins.append(name + declared()[name] if free or not bound else f"{name}=={bound[1]}")
+    return pins
 
 
 def pinned() -> list[str]:
@@ -70,7 +71,7 @@ def pinned() -> list[str]:
 
 def newest() -> list[str]:
     """Whatever the ranges of ``pyproject.toml`` allow."""
-    return [name + declared()[name] for name in ("torch", *HOSTS) if name in declared()]
+    return [name + declared()[name] for name in ("torch", *HOSTS)]
 
 
 @nox.session(python=PYTHONS)
@@ -82,7 +83,7 @@ def matrix(session: nox.Session, versions: str) -> None:
     wanted, tests = f".[{EXTRAS}]", TESTS
     if versions == "alone":
         wanted, tests = ".", HOSTLESS_TESTS
-        pins = [pin for pin in pins if pin.split("=")[0] not in HOSTS]
+        pins = [pin for pin in pins if not pin.startswith(tuple(HOSTS))]
     record = {
         "python": session.run(
             "python", "-c", "import platform; print(platform.python_version())", silent=True

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
@@ -183,6 +184,8 @@ def _why_eager(
         return "its scale is the maximum over several processes"
     if membrane.observer is not None:
         return "its membrane potentials are being observed"
+    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
+        return "operations are being watched, as operation counters do, and shall be seen"
     if membrane.mode == "frozen" and not membrane.training and not membrane.calibrated:
         return "its scale has no value"
     if membrane.mode == "frozen" and membrane.training and compute_dtype(x) != membrane.alpha.dtype:
