@@ -53,13 +53,14 @@ def declared() -> dict[str, str]:
 
 def lowest(python: str) -> list[str]:
     """Pins to the lower bounds of ``pyproject.toml``."""
-    bounds = {name: re.search(r">=\s*([\d.]+)", spec) for name, spec in declared().items()}
-    names = ["torch", "numpy", *HOSTS]
-    if python == "3.13":
-        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: here
+    pins = []
+    for name in ("torch", "numpy", *HOSTS):
+        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: there
         # the resolver takes what there is.
-        names = [name for name in names if name not in ("numpy", "tonic")]
-    return [f"{name}=={bound[1]}" for name in names if (bound := bounds.get(name))]
+        free = python == "3.13" and name in ("numpy", "tonic")
+        bound = re.search(r">=\s*([\d.]+)", declared()[name])
+        pins.append(name + declared()[name] if free or not bound else f"{name}=={bound[1]}")
+    return pins
 
 
 def pinned() -> list[str]:
@@ -70,7 +71,7 @@ def pinned() -> list[str]:
 
 def newest() -> list[str]:
     """Whatever the ranges of ``pyproject.toml`` allow."""
-    return [name + declared()[name] for name in ("torch", *HOSTS) if name in declared()]
+    return [name + declared()[name] for name in ("torch", *HOSTS)]
 
 
 @nox.session(python=PYTHONS)
@@ -82,12 +83,13 @@ def matrix(session: nox.Session, versions: str) -> None:
     wanted, tests = f".[{EXTRAS}]", TESTS
     if versions == "alone":
         wanted, tests = ".", HOSTLESS_TESTS
-        pins = [pin for pin in pins if pin.split("=")[0] not in HOSTS]
+        pins = [pin for pin in pins if not pin.startswith(tuple(HOSTS))]
     record = {
         "python": session.run(
             "python", "-c", "import platform; print(platform.python_version())", silent=True
         ).strip(),
         "versions": versions,
+        "tests": "without hosts" if versions == "alone" else "all but recipes",
         "date": datetime.date.today().isoformat(),
     }
     report = Path(session.create_tmp()) / "junit.xml"
@@ -151,12 +153,9 @@ def remember(record: dict[str, object]) -> None:
 
 def table(records: list[dict[str, object]]) -> str:
     """``docs/compatibility.md``."""
-    head = ["Python", "set", *SHOWN, "passed", "failed", "skipped", "run on"]
-    rows = [
-        [str(r.get(k, "–")) for k in ("python", "versions", *SHOWN, "passed", "failed", "skipped")]
-        + [str(r["date"])]
-        for r in records
-    ]
+    head = ["Python", "set", *SHOWN, "tests", "passed", "failed", "skipped", "run on"]
+    keys = ["python", "versions", *SHOWN, "tests", "passed", "failed", "skipped", "date"]
+    rows = [[str(r.get(key, "–")) for key in keys] for r in records]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return (
         "# Compatibility\n\n"
