@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
@@ -174,8 +174,8 @@ def _why_eager(
         return "it was asked for"
     if not x.numel():
         return "it is empty"
-    if is_in_torch_dispatch_mode(include_infra_modes=False):
-        return "its operations are being watched one by one, by a counter or profiler"
+    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
+        return "operations are being watched, as operation counters do, and shall be seen"
     if unknown:
         return "its surrogate gradient has no known closed form"
     if type(membrane) is not MembraneQuantizer:
