@@ -720,7 +720,7 @@ def small_models(draw):
 
 
 @given(case=small_models())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_properties_of_conversion(case, tmp_path_factory):
     """Shapes and keys stay; idempotent; deterministic; a checkpoint gives the same outputs."""
     build, x, config = case
