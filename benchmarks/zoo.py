@@ -1,7 +1,9 @@
 """Quantize every model of SpikingJelly's zoo and train it for two steps; write ``docs/zoo.md``.
 
-    python -m benchmarks.zoo            # all models, some minutes; writes docs/zoo.md
-    python -m benchmarks.zoo vgg sew    # only models whose name contains one of the words; prints
+    python -m benchmarks.zoo            # all models, some minutes
+    python -m benchmarks.zoo vgg sew    # only models whose name contains one of the words
+
+The page is brought up to date after each model; rows of models not tried this time stay.
 
 Inputs are small and batches hold two samples: what is shown is that conversion, forward, backward
 and optimizer work, not accuracy.
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,7 @@ _SETTINGS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     (r"spiking_vgg\.SpikingVGG$", {"cfg": spiking_vgg.cfgs["A"]}, (2, 2, 3, 32, 32)),
     (r"spiking_vggws_ottt\.(OTTTSpikingVGG|ottt_spiking_vggws)$",
      {"cfg": spiking_vggws_ottt.cfgs["A"]}, (2, 2, 3, 32, 32)),
+    (r"spiking_vggws_ottt\.", {}, (1, 2, 3, 32, 32)),
     (r"masnn\.(MASNN|masnn)", {"T": 5}, (5, 2, 2, 32, 32)),
     (r"spikformer\.(Spikformer$|spikformer_s|spikformer_ti)",
      {"T": 2, "img_size_h": 32, "img_size_w": 32}, (2, 2, 3, 32, 32)),
@@ -327,15 +331,40 @@ def _fingerprint(layer: Any) -> float:
 # --------------------------------------------------------------------------- the page
 
 
-def page(outcomes: list[Outcome]) -> str:
+def row(outcome: Outcome) -> str:
+    """One line of the table."""
+    o = outcome
+    if o.report is None:
+        return f"| {o.family} | {o.name} | no: {o.error} | | | | |"
+    modules = o.report.modules
+    failed = o.error or ", ".join(name for name, held in o.checks.items() if not held)
+    cells = [
+        o.family,
+        o.name,
+        "yes" if o.works else f"no: {failed}",
+        str(sum(m.weight_bits == 1 for m in modules)),
+        str(sum(m.weight_bits == 8 for m in modules)),
+        str(sum(m.membrane_bits is not None for m in modules)),
+        o.reasons(),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def rows_of(text: str) -> dict[tuple[str, str], str]:
+    """The table's lines on a page, by family and name."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    return {(line.split(" | ")[0][2:], line.split(" | ")[1]): line for line in lines}
+
+
+def page(rows: dict[tuple[str, str], str]) -> str:
     """The Markdown page."""
-    works = sum(o.works for o in outcomes)
+    works = sum(" | yes | " in line for line in rows.values())
     lines = [
         "# Models that have been converted",
         "",
         "Written by `python -m benchmarks.zoo`. Every public constructor of SpikingJelly "
-        f"{_version('spikingjelly')}'s `activation_based.model` that takes `spiking_neuron`, and "
-        f"the five ways of writing a snnTorch {_version('snntorch')} model, converted by "
+        f"{version('spikingjelly')}'s `activation_based.model` that takes `spiking_neuron`, and "
+        f"the five ways of writing a snnTorch {version('snntorch')} model, converted by "
         f'`quantize_(model, "{CONFIG}", sample)` and trained for two optimizer steps on a batch '
         "of two small random inputs. A model works if all outputs and gradients are finite, every "
         "quantized layer ran, weights moved, the `state_dict` keys are those of the float model, "
@@ -343,51 +372,29 @@ def page(outcomes: list[Outcome]) -> str:
         "neurons with a quantized membrane potential. The last column says what stays in floating "
         "point because nothing here can quantize it.",
         "",
-        f"{works} of {len(outcomes)} work.",
+        f"{works} of {len(rows)} work.",
         "",
         "| family | model | works | 1 bit | 8 bit | neurons | stays in floating point |",
         "|---|---|---|---:|---:|---:|---|",
+        *rows.values(),
     ]
-    for o in outcomes:
-        if o.report is None:
-            lines.append(f"| {o.family} | {o.name} | no: {o.error} | | | | |")
-            continue
-        rows = o.report.modules
-        failed = o.error or ", ".join(name for name, held in o.checks.items() if not held)
-        cells = [
-            o.family,
-            o.name,
-            "yes" if o.works else f"no: {failed}",
-            str(sum(r.weight_bits == 1 for r in rows)),
-            str(sum(r.weight_bits == 8 for r in rows)),
-            str(sum(r.membrane_bits is not None for r in rows)),
-            o.reasons(),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
 def main(words: list[str]) -> None:
-    outcomes = []
-    for entry in (*spikingjelly_entries(), *snntorch_entries()):
+    """Try the models and bring the page up to date."""
+    entries = [*spikingjelly_entries(), *snntorch_entries()]
+    known = rows_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    for entry in entries:
         if words and not any(word in f"{entry.family}.{entry.name}" for word in words):
             continue
         outcome = try_out(entry)
-        outcomes.append(outcome)
         state = "ok" if outcome.works else outcome.error or outcome.checks
         print(f"{entry.family}.{entry.name}: {state} ({outcome.seconds:.1f} s)", flush=True)
+        known[entry.family, entry.name] = row(outcome)
+        keys = [(e.family, e.name) for e in entries]
+        PAGE.write_text(page({key: known[key] for key in keys if key in known}), encoding="utf-8")
         gc.collect()
-    if words:
-        print(page(outcomes))
-    else:
-        PAGE.write_text(page(outcomes), encoding="utf-8")
-        print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

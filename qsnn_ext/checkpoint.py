@@ -18,16 +18,22 @@ import torch
 from torch import Tensor, nn
 
 import qsnn_ext
-from qsnn_ext import convert, hosts, quantizers
+from qsnn_ext import convert, hosts
 from qsnn_ext.convert import ConversionReport, Target, conversion_report
 from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError, QSNNError
 from qsnn_ext.folding import FoldedNorm, replace_module
 from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.quantizers import BinaryWeight, IntWeight, MembraneQuantizer, Quantizer
 
 #: Version of the file's header; raised whenever an older reader would misread it.
 SCHEMA = 1
 
 _KEY = "qsnn_ext"
+
+#: The classes a file may name.
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (BinaryWeight, IntWeight, MembraneQuantizer)
+}
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -120,7 +126,7 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         quantizer = getattr(
             module, "quantizer" if isinstance(module, QuantizedWeight) else "membrane", None
         )
-        if isinstance(quantizer, quantizers.Quantizer):
+        if isinstance(quantizer, Quantizer):
             entry = {
                 "layer": _float_name(module),
                 "quantizer": type(quantizer).__name__,
@@ -229,8 +235,8 @@ def _restore(
             convert.quantized_neuron(module) is type(module)
         )
         if entry is not None:
-            kind = getattr(quantizers, entry["quantizer"])
-            target = Target(kind(**entry["options"]), entry.get("order"), device)
+            quantizer = _KINDS[entry["quantizer"]](**entry["options"])
+            target = Target(quantizer, entry.get("order"), device)
             changes.append((module, target))
         elif is_quantized:
             changes.append((module, Target(None)))

@@ -348,12 +348,16 @@ class _Unit:
     type: str
     device: torch.device
     rule: Rule | None = None
-    opaque: str | None = None
+    owner: _Unit | None = None  # the module whose fused call computes with these weights
     action: Action = "nothing"
     reason: str = "holds nothing to quantize"
     became: str = ""
     target: Target | None = None
     bits: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def opaque(self) -> str | None:
+        return self.owner.type if self.owner is not None else None
 
     def settle(self, action: Action, reason: str) -> None:
         self.action = action
@@ -461,6 +465,10 @@ class _Plan:
 
     def _plan_opaque(self, unit: _Unit) -> None:
         if unit.is_weighted or unit.module._parameters or isinstance(unit.module, _OPAQUE):
+            if unit.rule is None and unit.owner is not None:
+                unit.rule = unit.owner.rule  # who keeps the owner keeps what is in it
+            if unit.rule is not None and unit.rule.weight == "keep":
+                return unit.settle("kept", f"rule for {unit.rule.selector}")
             self._forbid_request(unit, f"{unit.opaque} computes with its weights itself")
             unit.settle("unsupported", f"{unit.opaque} computes with its weights in a fused call")
 
@@ -585,7 +593,7 @@ class _Plan:
 def _units(model: nn.Module) -> list[_Unit]:
     """Every module once, with all its names, in definition order, quantizers left out."""
     units: dict[int, _Unit] = {}
-    opaque: dict[str, str] = {}
+    owners: dict[str, _Unit] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Quantizer):
@@ -598,17 +606,14 @@ def _units(model: nn.Module) -> list[_Unit]:
             continue
         unit = _Unit(module, (name,), type(module).__name__, device)
         if isinstance(module, _OPAQUE):
-            opaque[name] = type(module).__name__
-        owner = next(
-            (kind for path, kind in opaque.items() if name == path or _inside(name, path)), None
-        )
-        unit.opaque = owner
+            owners[name] = unit
+        unit.owner = next((o for path, o in owners.items() if _inside(name, path)), None)
         units[id(module)] = unit
     return list(units.values())
 
 
 def _inside(name: str, path: str) -> bool:
-    return path == "" or name.startswith(path + ".")
+    return path == "" or name == path or name.startswith(path + ".")
 
 
 def _plan_other(unit: _Unit) -> None:

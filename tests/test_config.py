@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,6 +47,7 @@ CONFIGS = st.builds(
 
 
 @given(config=CONFIGS)
+@settings(max_examples=40)
 def test_dictionaries_and_files_hold_a_configuration_exactly(config, tmp_path_factory):
     assert QuantConfig.from_dict(config.to_dict()) == config
     folder = tmp_path_factory.mktemp("config")

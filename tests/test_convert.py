@@ -1,7 +1,9 @@
 """quantize_: what it changes, what it leaves, what it says, and that it never does half a job."""
 
 import gc
+import resource
 import time
+from pathlib import Path
 
 import pytest
 import snntorch as snn
@@ -350,6 +352,19 @@ def test_weights_a_fused_call_would_read_are_not_swapped():
     assert report["self_attn.out_proj"].action == "unsupported"
 
 
+def test_a_rule_keeps_attention_and_what_is_in_it():
+    net = nn.ModuleDict({"in": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
+    report = quantize_(net, QuantConfig(rules=(Rule.keep("attention"),)), strict=True)
+    assert report["attention"].action == report["attention.out_proj"].action == "kept"
+
+
+def test_lazy_layers_are_converted_once_a_sample_has_shaped_them():
+    net = nn.Sequential(nn.LazyLinear(4), neuron.LIFNode(), nn.LazyLinear(2))
+    report = quantize_(net, "1w-2u", sample=torch.rand(2, 5))
+    assert (report["0"].weight_bits, report["2"].weight_bits) == (8, 8)
+    assert net(torch.rand(2, 5)).shape == (2, 2)
+
+
 def test_weights_too_few_to_standardise_are_listed():
     net = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1, groups=3), nn.Linear(3, 3))
     report = quantize_(net, QuantConfig(preset="official"))
@@ -609,6 +624,22 @@ def test_a_hundred_copies_leave_nothing_on_the_hosts_list():
     assert len(snn.SpikingNeuron.instances) == held
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_a_hundred_copies_leave_no_memory_behind():
+    def resident():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    net = nn.Sequential(nn.Linear(512, 512), snn.Leaky(beta=0.9, init_hidden=True))
+    for _ in range(10):
+        quantize_(net, "1w-2u", inplace=False)
+    before = resident()
+    for _ in range(100):
+        quantize_(net, "1w-2u", inplace=False)
+    assert resident() - before < 20 * 512 * 512 * 4  # a fifth of what keeping all would take
+
+
 def test_a_hundred_conversions_in_place_add_nothing_either():
     snn.SpikingNeuron.instances.clear()
     net = leaky_net()
@@ -689,7 +720,7 @@ def small_models(draw):
 
 
 @given(case=small_models())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_properties_of_conversion(case, tmp_path_factory):
     """Shapes and keys stay; idempotent; deterministic; a checkpoint gives the same outputs."""
     build, x, config = case
