@@ -357,8 +357,9 @@ class _Builder:
         f["weight"] = self.put(weight)
         if op.binary and groups == 1 and src.planes:
             span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
-            slots = span * src.shape[2] * src.planes
-            need = slots * (1 + words(src.shape[0]) * 32 + 16) + rows + 64
+            width = src.shape[2]
+            row = width + 1 + width * words(src.shape[0]) * 32 + 16
+            need = span * src.planes * row + rows + 64
         else:
             need = 2 * rows + _round(columns * (32 if op.binary else 1), 64) + 64
         self.scratch = max(self.scratch, _round(need))

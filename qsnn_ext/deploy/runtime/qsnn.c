@@ -214,15 +214,19 @@ static inline vi quantize(vi v, const int32_t *bounds, const int32_t *n, int bit
     return vi_min(sum, vi_set(count));
 }
 
+/* `usual`: one threshold and leak for all channels, fire first, hard reset, no ceiling. */
 static inline void neuron_bits(const context *x, const int32_t *n, int32_t pixel,
-                               const int32_t *line, const int bits, const int delay) {
+                               const int32_t *line, const int bits, const int delay,
+                               const int usual) {
     const int32_t *v = value_of(x, n[N_SPIKES]);
     const int32_t words = words_of(v), state_bits = bits + (delay != 0);
     const int32_t *bounds = x->ints + n[N_BOUNDS], *leak = x->ints + n[N_LEAK];
     const int32_t *theta = x->ints + n[N_THRESHOLD], *value = x->ints + n[N_RESET_VALUE];
-    const int32_t per = n[N_PER_CHANNEL], reset = n[N_RESET], entries = 1 << state_bits;
-    const int quantize_first = n[N_ORDER] == ORDER_QUANTIZE_FIRST;
-    const int gate = n[N_DELAY] == DELAY_GATE, capped = n[N_CEILING] < n[N_LEVELS];
+    const int32_t per = !usual && n[N_PER_CHANNEL], entries = 1 << state_bits;
+    const int32_t reset = usual ? RESET_HARD : n[N_RESET];
+    const int quantize_first = !usual && n[N_ORDER] == ORDER_QUANTIZE_FIRST;
+    const int gate = !usual && n[N_DELAY] == DELAY_GATE;
+    const int capped = !usual && n[N_CEILING] < n[N_LEVELS];
     uint32_t *spikes = pixel_bits(x, v, pixel);
     uint32_t *state = x->state + n[N_STATE] + pixel * state_bits * words;
     int32_t w, g, p;
@@ -280,12 +284,14 @@ static inline void neuron_bits(const context *x, const int32_t *n, int32_t pixel
 }
 
 static void neuron_line(const context *x, const int32_t *n, int32_t pixel, const int32_t *line) {
-    int delayed = n[N_DELAY] != DELAY_NONE;
-    if (n[N_BITS] == 32 || n[N_MEMBRANE] >= 0) neuron_plain(x, n, pixel, line);
-    else if (n[N_BITS] == 2 && !delayed) neuron_bits(x, n, pixel, line, 2, 0);
-    else if (n[N_BITS] == 4 && !delayed) neuron_bits(x, n, pixel, line, 4, 0);
-    else if (n[N_BITS] == 8 && !delayed) neuron_bits(x, n, pixel, line, 8, 0);
-    else neuron_bits(x, n, pixel, line, n[N_BITS], delayed);
+    const int delayed = n[N_DELAY] != DELAY_NONE, bits = n[N_BITS];
+    const int usual = !n[N_PER_CHANNEL] && n[N_ORDER] == ORDER_FIRE_FIRST && !delayed &&
+                      n[N_CEILING] >= n[N_LEVELS] && n[N_RESET] == RESET_HARD;
+    if (bits == 32 || n[N_MEMBRANE] >= 0) neuron_plain(x, n, pixel, line);
+    else if (bits == 2 && usual) neuron_bits(x, n, pixel, line, 2, 0, 1);
+    else if (bits == 4 && usual) neuron_bits(x, n, pixel, line, 4, 0, 1);
+    else if (bits == 8 && usual) neuron_bits(x, n, pixel, line, 8, 0, 1);
+    else neuron_bits(x, n, pixel, line, bits, delayed, 0);
 }
 
 /* What follows the line of a convolution, a scale or an addition. */
@@ -305,14 +311,16 @@ static inline void finish(const context *x, const int32_t *op, int32_t *line, in
 
 /* ---- convolution of bits with single-bit weights: event-driven, bit-sliced ------------------- */
 
-/* Writes (index * step) for every set bit of `words` words; returns how many. May write up to 16
- * entries past the end. */
-static uint32_t list_bits(const uint32_t *bits, int32_t words, uint32_t step, uint32_t *list) {
+/* Writes (base + index * step) for every set bit of `words` words; returns how many. May write up
+ * to 16 entries past the end. */
+static uint32_t list_bits(const uint32_t *bits, int32_t words, uint32_t step, uint32_t base,
+                                 uint32_t *list) {
     uint32_t n = 0;
     int32_t w;
 #if defined(QSNN_AVX512)
     __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i at = _mm512_mullo_epi32(iota, _mm512_set1_epi32((int32_t)step));
+    __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(iota, _mm512_set1_epi32((int32_t)step)),
+                                  _mm512_set1_epi32((int32_t)base));
     __m512i sixteen = _mm512_set1_epi32((int32_t)(16 * step));
     for (w = 0; w < words; w++) {
         uint32_t low = bits[w] & 0xffffu, high = bits[w] >> 16;
@@ -325,9 +333,10 @@ static uint32_t list_bits(const uint32_t *bits, int32_t words, uint32_t step, ui
     }
 #else
     for (w = 0; w < words; w++) {
-        uint32_t rest = bits[w], base = (uint32_t)w * 32u;
+        uint32_t rest = bits[w];
+        const uint32_t start = base + (uint32_t)w * 32u * step;
         while (rest) {
-            list[n++] = (base + (uint32_t)lowest_bit(rest)) * step;
+            list[n++] = start + (uint32_t)lowest_bit(rest) * step;
             rest &= rest - 1u;
         }
     }
@@ -344,17 +353,29 @@ static void line_counts(int32_t *line, const uint32_t *planes, int32_t pitch, in
     int p;
 #if defined(QSNN_AVX512)
     const __m128i up = _mm_cvtsi32_si128(plane + 1);
-    for (w = 0; w < words; w++) {
-        __m512i sum = _mm512_setzero_si512(), half[2];
-        for (p = 0; p < depth; p++)
-            sum = _mm512_mask_add_epi16(sum, (__mmask32)planes[p * pitch + w], sum,
-                                        _mm512_set1_epi16((int16_t)(1u << p)));
-        half[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(sum));
-        half[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(sum, 1));
-        for (g = 0; g < 2; g++) {
-            int32_t *at = line + w * 32 + g * 16;
-            __m512i y = vi_add(_mm512_sll_epi32(half[g], up), minus);
-            vi_store(at, first ? y : vi_add(vi_load(at), y));
+    (void)g;
+    for (w = 0; w < words; w += 4) { /* 128 channels at a time, as 16-bit counts */
+        const uint32_t *from = planes + w;
+        const int32_t left = words - w < 4 ? words - w : 4;
+        __m512i sum[4], weight = _mm512_set1_epi16(1);
+        int k;
+        sum[0] = sum[1] = sum[2] = sum[3] = _mm512_setzero_si512();
+        for (p = 0; p < depth; p++) {
+            sum[0] = _mm512_mask_add_epi16(sum[0], (__mmask32)from[0], sum[0], weight);
+            sum[1] = _mm512_mask_add_epi16(sum[1], (__mmask32)from[1], sum[1], weight);
+            sum[2] = _mm512_mask_add_epi16(sum[2], (__mmask32)from[2], sum[2], weight);
+            sum[3] = _mm512_mask_add_epi16(sum[3], (__mmask32)from[3], sum[3], weight);
+            weight = _mm512_add_epi16(weight, weight);
+            from += pitch;
+        }
+        for (k = 0; k < left; k++) {
+            int32_t *at = line + (w + k) * 32;
+            __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(sum[k]));
+            __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(sum[k], 1));
+            low = vi_add(_mm512_sll_epi32(low, up), minus);
+            high = vi_add(_mm512_sll_epi32(high, up), minus);
+            vi_store(at, first ? low : vi_add(vi_load(at), low));
+            vi_store(at + 16, first ? high : vi_add(vi_load(at + 16), high));
         }
     }
 #elif defined(__AVX2__)
@@ -400,7 +421,7 @@ static void line_counts(int32_t *line, const uint32_t *planes, int32_t pitch, in
 #endif
 }
 
-/* Adds the rows at `offsets` (n of them; room for 8 more) to the line of dot products. */
+/* Adds the rows at `offsets` (n of them; room for 16 more) to the line of dot products. */
 static void add_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint32_t zero,
                      int32_t row_words, int32_t plane, int32_t *line, int first) {
     uint32_t planes[MAX_DEPTH * 16];
@@ -412,13 +433,13 @@ static void add_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint32_
         return;
     }
     while (done < n) {
-        uint32_t part = n - done < 65528u ? n - done : 65528u, padded = (part + 7u) & ~7u, i;
+        uint32_t part = n - done < 65520u ? n - done : 65520u, padded = (part + 15u) & ~15u, i;
         uint32_t *list = offsets + done;
         int depth = 0;
         int32_t w = 0;
         for (i = part; i < padded; i++) list[i] = zero; /* only ever the last part */
         while (part >> depth) depth++;
-        if (depth < 4) depth = 4;
+        if (depth < 5) depth = 5;
         while (w < row_words) {
             int32_t left = row_words - w, width;
             const uint8_t *at = rows + (size_t)w * 4;
@@ -456,48 +477,64 @@ static inline uint32_t *append(uint32_t *to, const uint32_t *from, uint32_t n, u
     return to + n;
 }
 
-/* Lists the active channels of every input pixel once, in a ring of as many rows as the kernel
- * is high; per output pixel joins the lists of its taps into one list of weight rows. */
+/* Lists the active inputs of every input row once, in a ring of as many rows as the kernel is
+ * high. An entry is (column * channels + channel) * row size, so that for one output pixel and one
+ * kernel row the weight rows of a whole run of columns are that run of the list plus a constant. */
 static void conv_events(const context *x, const int32_t *op) {
     const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
     const int32_t cin = src[V_CHANNELS], height = src[V_HEIGHT], width = src[V_WIDTH];
     const int32_t words = words_of(src), planes = src[V_PLANES], row_words = op[F_ROW_WORDS];
     const int32_t kh = op[F_KH], kw = op[F_KW], dh = op[F_DH], dw = op[F_DW];
     const int32_t span = dh * (kh - 1) + 1 < height ? dh * (kh - 1) + 1 : height;
-    const uint32_t step = (uint32_t)row_words * 4u, capacity = (uint32_t)words * 32u + 16u;
-    const uint32_t zero = (uint32_t)(kh * kw * cin) * step; /* a row of zeros ends the weights */
+    const uint32_t step = (uint32_t)row_words * 4u, pixel_step = (uint32_t)cin * step;
+    const size_t capacity = (size_t)width * (size_t)words * 32u + 16u;
+    const uint32_t zero = (uint32_t)(kh * kw) * pixel_step; /* a row of zeros ends the weights */
     const uint8_t *rows = (const uint8_t *)(x->image + op[F_WEIGHT]);
-    uint32_t *counts = x->scratch;
-    uint32_t *ring = counts + span * width * planes;
-    uint32_t *joined = ring + (size_t)(span * width * planes) * capacity;
+    uint32_t *starts = x->scratch; /* where the list of each column begins in its row */
+    uint32_t *ring = starts + (size_t)(span * planes) * (size_t)(width + 1);
+    uint32_t *joined = ring + (size_t)(span * planes) * capacity;
     int32_t next = 0, oy, ox, ky, kx, ix, p;
     for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
         int32_t first = oy * op[F_SH] - op[F_TOP], end = first + dh * (kh - 1) + 1;
         if (next < first) next = first;
         for (; next < end && next < height; next++) {
-            for (ix = 0; ix < width; ix++) {
-                const uint32_t *bits = pixel_bits(x, src, next * width + ix);
-                for (p = 0; p < planes; p++) {
-                    int32_t slot = ((next % span) * width + ix) * planes + p;
-                    counts[slot] = list_bits(bits + p * words, words, step,
-                                             ring + (size_t)slot * capacity);
+            for (p = 0; p < planes; p++) {
+                const int32_t slot = next % span * planes + p;
+                uint32_t *list = ring + (size_t)slot * capacity, n = 0;
+                uint32_t *start = starts + slot * (width + 1);
+                for (ix = 0; ix < width; ix++) {
+                    const uint32_t *bits = pixel_bits(x, src, next * width + ix) + p * words;
+                    start[ix] = n;
+                    n += list_bits(bits, words, step, (uint32_t)ix * pixel_step, list + n);
                 }
+                start[width] = n;
             }
         }
         for (ox = 0; ox < dst[V_WIDTH]; ox++) {
-            int32_t left = ox * op[F_SW] - op[F_LEFT];
+            const int32_t left = ox * op[F_SW] - op[F_LEFT];
             for (p = 0; p < planes; p++) {
                 uint32_t *to = joined;
-                for (ky = 0; ky < kh; ky++) {
-                    int32_t iy = first + ky * dh;
+                int32_t iy = first;
+                for (ky = 0; ky < kh; ky++, iy += dh) {
+                    int32_t slot;
+                    const uint32_t *list, *start;
                     if (iy < 0 || iy >= height) continue;
+                    slot = iy % span * planes + p;
+                    list = ring + (size_t)slot * capacity;
+                    start = starts + slot * (width + 1);
+                    if (dw == 1) {
+                        int32_t from = left < 0 ? 0 : left;
+                        int32_t until = left + kw > width ? width : left + kw;
+                        if (from < until)
+                            to = append(to, list + start[from], start[until] - start[from],
+                                        (uint32_t)(ky * kw - left) * pixel_step);
+                        continue;
+                    }
                     for (kx = 0; kx < kw; kx++) {
-                        int32_t slot;
                         ix = left + kx * dw;
                         if (ix < 0 || ix >= width) continue;
-                        slot = ((iy % span) * width + ix) * planes + p;
-                        to = append(to, ring + (size_t)slot * capacity, counts[slot],
-                                    (uint32_t)((ky * kw + kx) * cin) * step);
+                        to = append(to, list + start[ix], start[ix + 1] - start[ix],
+                                    (uint32_t)(ky * kw + kx - ix) * pixel_step);
                     }
                 }
                 add_rows(rows, joined, (uint32_t)(to - joined), zero, row_words, p, x->line,

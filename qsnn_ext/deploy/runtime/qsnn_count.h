@@ -1,52 +1,63 @@
 /* Bit-sliced counting: adds rows of single bits column by column with carry-save adders.
  *
  * COUNT_ROWS(name, V, ...) defines a function that adds the rows at base + offsets[0..n), n a
- * multiple of 8, and writes `depth` bit planes: bit c of plane p is bit p of the number of rows
+ * multiple of 16, and writes `depth` bit planes: bit c of plane p is bit p of the number of rows
  * whose bit c is set. A row is as wide as the vector type V. */
 #ifndef QSNN_COUNT_H
 #define QSNN_COUNT_H
 
 #define MAX_DEPTH 16 /* planes of a count: at most 2^16 - 1 rows at a time */
 
-/* Adds eight rows to the planes one, two and four; `carry` gets the carries out of them. */
+/* Adds the rows at eight offsets to the planes one, two and four; `carry` gets their carries. */
 #define ADD_EIGHT(carry, LOAD, XOR3, MAJ)                                                         \
     do {                                                                                          \
-        r0 = LOAD(base + offsets[i]); r1 = LOAD(base + offsets[i + 1]);                           \
+        r0 = LOAD(base + at[0]); r1 = LOAD(base + at[1]);                                         \
         t = XOR3(one, r0, r1); two_a = MAJ(one, r0, r1); one = t;                                 \
-        r0 = LOAD(base + offsets[i + 2]); r1 = LOAD(base + offsets[i + 3]);                       \
+        r0 = LOAD(base + at[2]); r1 = LOAD(base + at[3]);                                         \
         t = XOR3(one, r0, r1); two_b = MAJ(one, r0, r1); one = t;                                 \
         t = XOR3(two, two_a, two_b); four_a = MAJ(two, two_a, two_b); two = t;                    \
-        r0 = LOAD(base + offsets[i + 4]); r1 = LOAD(base + offsets[i + 5]);                       \
+        r0 = LOAD(base + at[4]); r1 = LOAD(base + at[5]);                                         \
         t = XOR3(one, r0, r1); two_a = MAJ(one, r0, r1); one = t;                                 \
-        r0 = LOAD(base + offsets[i + 6]); r1 = LOAD(base + offsets[i + 7]);                       \
+        r0 = LOAD(base + at[6]); r1 = LOAD(base + at[7]);                                         \
         t = XOR3(one, r0, r1); two_b = MAJ(one, r0, r1); one = t;                                 \
         t = XOR3(two, two_a, two_b); four_b = MAJ(two, two_a, two_b); two = t;                    \
         t = XOR3(four, four_a, four_b); carry = MAJ(four, four_a, four_b); four = t;              \
-        i += 8;                                                                                   \
+        at += 8;                                                                                  \
     } while (0)
 
 #define COUNT_ROWS(name, V, LOAD, STORE, ZERO, XOR, AND, XOR3, MAJ)                               \
-    static void name(const uint8_t *base, const uint32_t *offsets, uint32_t n, int depth,         \
-                     uint32_t *planes) {                                                          \
-        V high[MAX_DEPTH + 1];                                                                    \
-        V one = ZERO, two = ZERO, four = ZERO, eight = ZERO;                                      \
-        V a, b, c, d, t, r0, r1, two_a, two_b, four_a, four_b;                                    \
-        uint32_t i = 0;                                                                           \
-        int p;                                                                                    \
-        for (p = 0; p <= MAX_DEPTH; p++) high[p] = ZERO;                                          \
-        while (i < n) {                                                                           \
+    static inline void name(const uint8_t *base, const uint32_t *offsets, uint32_t n, int depth,  \
+                            uint32_t *planes) {                                                   \
+        const uint32_t *at = offsets, *end = offsets + n;                                         \
+        V high[MAX_DEPTH];                                                                        \
+        V one = ZERO, two = ZERO, four = ZERO, eight = ZERO, sixteen = ZERO;                      \
+        V a, b, c, d, t, r0, r1, two_a, two_b, four_a, four_b, held = ZERO;                       \
+        int p, pending = 0;                                                                       \
+        for (p = 5; p < depth; p++) high[p] = ZERO;                                               \
+        while (at < end) {                                                                        \
             ADD_EIGHT(a, LOAD, XOR3, MAJ);                                                        \
-            b = ZERO;                                                                             \
-            if (i < n) ADD_EIGHT(b, LOAD, XOR3, MAJ);                                             \
+            ADD_EIGHT(b, LOAD, XOR3, MAJ);                                                        \
             t = XOR3(eight, a, b); c = MAJ(eight, a, b); eight = t;                               \
-            for (p = 4; p < depth; p++) {                                                         \
+            if (!pending && at < end) { /* keep the carry until the next one joins it */          \
+                held = c;                                                                         \
+                pending = 1;                                                                      \
+                continue;                                                                         \
+            }                                                                                     \
+            t = XOR3(sixteen, c, held); c = MAJ(sixteen, c, held); sixteen = t;                   \
+            held = ZERO;                                                                          \
+            pending = 0;                                                                          \
+            for (p = 5; p < depth; p++) {                                                         \
                 d = AND(high[p], c);                                                              \
                 high[p] = XOR(high[p], c);                                                        \
                 c = d;                                                                            \
             }                                                                                     \
         }                                                                                         \
-        high[0] = one; high[1] = two; high[2] = four; high[3] = eight;                            \
-        for (p = 0; p < depth; p++) STORE(planes + p * (sizeof(V) / 4), high[p]);                 \
+        STORE(planes, one);                                                                       \
+        STORE(planes + sizeof(V) / 4, two);                                                       \
+        STORE(planes + 2 * (sizeof(V) / 4), four);                                                \
+        STORE(planes + 3 * (sizeof(V) / 4), eight);                                               \
+        STORE(planes + 4 * (sizeof(V) / 4), sixteen);                                             \
+        for (p = 5; p < depth; p++) STORE(planes + p * (sizeof(V) / 4), high[p]);                 \
     }
 
 #if defined(QSNN_AVX512)
