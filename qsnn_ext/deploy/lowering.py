@@ -445,7 +445,7 @@ class _Lowering:
             return self.adaptive(x, (out[0], out[1]), isinstance(module, nn.AdaptiveMaxPool2d))
         if getattr(module, "return_indices", False):
             raise self.fail("return_indices cannot be lowered")
-        if one and len(x.axes) - len(self.lead(x)) == 1 and (c, h, w)[1:] == (1, 1):
+        if one and (h, w) == (1, 1) and "C" in {label for label, _ in x.axes[-1]}:
             return self.vote(module, x)
         stride = module.stride if module.stride is not None else module.kernel_size
         first = (lambda v: (v, v)) if not one else (lambda v: (1, v[0] if isinstance(v, tuple) else v))
@@ -538,7 +538,7 @@ class _Lowering:
                 self.where, source, np.ones((c // k, k, 1), np.int8), (1, 1), (1, 1), (0, 0, 0, 0),
                 (1, 1), c // k, (c // k, 1, 1), k * self.state.high[source],
             )  # fmt: skip
-        axes = self._axes(self.lead(x), (c // k, 1, 1), 1)
+        axes = (*x.axes[:-1], (("C", c // k), ("H", 1), ("W", 1)))
         gain = np.full(c // k, x.scale / k)
         return replace(x, base=self._pendings[key], gain=gain, bias=np.zeros(c // k), axes=axes)
 
@@ -750,6 +750,7 @@ class _Lowering:
             a = self.settle(a)
             axes = a.axes[1:]
             steps = a.axes[0][0][1]
+            self.steps = max(self.steps, steps)
             return replace(a, axes=axes, reduction="sum", factor=1.0 if total else 1.0 / steps,
                            steps=frozenset(range(steps)))  # fmt: skip
         if set(labels) <= {"H", "W"} and "C" not in labels:
@@ -826,7 +827,10 @@ class _Lowering:
         if node.op == "placeholder":
             return self.sample_array
         if node.op == "get_attr":
-            return _Constant(node.meta["concrete"])
+            found: Any = self.model
+            for part in str(node.target).split("."):
+                found = getattr(found, part)
+            return _Constant(found)
         if node.op == "call_module":
             self.where = str(node.target)
             return self._module(self.modules[str(node.target)], str(node.target), args, kwargs)

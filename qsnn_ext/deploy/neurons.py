@@ -115,7 +115,7 @@ def _read_spikingjelly(name: str, module: Any, bases: set[str]) -> NeuronModel:
         decay, gain, offset = 1.0, 1.0, 0.0
     else:
         parametric = "ParametricLIFNode" in bases
-        rate = float(module.w.sigmoid()) if parametric else 1.0 / float(module.tau)
+        rate = float(module.w.detach().sigmoid()) if parametric else 1.0 / float(module.tau)
         decay, gain = 1.0 - rate, rate if module.decay_input else 1.0
         offset = rate * v_reset
     bits, alpha, squash = _membrane(name, module)
@@ -145,16 +145,19 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
         delayed=bool(module.reset_delay), bits=bits, alpha=alpha, squash=squash,
         order=getattr(module, "order", "fire_first"),
     )  # fmt: skip
-    if not model.delayed and model.reset != "none" and bits <= 8 and alpha > model.theta.min():
-        raise LoweringError(
-            f"{name}: with reset_delay=False a carried level above the threshold is reset a "
-            f"second time, and its largest level {alpha:.3g} is; use reset_delay=True"
-        )
-    if not model.delayed and bits == 32 and model.reset == "soft":
-        raise LoweringError(
-            f"{name}: a float membrane potential with reset_delay=False and subtraction can be "
-            "reset twice; use reset_delay=True"
-        )
+    if not model.delayed and model.reset == "soft":
+        if bits == 32:
+            raise LoweringError(
+                f"{name}: a float membrane potential with reset_delay=False and subtraction can "
+                "be reset twice; use reset_delay=True"
+            )
+        theta = float(model.theta.min())
+        carried = alpha if model.order == "fire_first" else alpha - theta
+        if carried > theta:
+            raise LoweringError(
+                f"{name}: with reset_delay=False a carried level above the threshold is reset "
+                f"without a spike, and its largest level {carried:.3g} is; use reset_delay=True"
+            )
     return model
 
 
