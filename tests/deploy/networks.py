@@ -177,11 +177,12 @@ class FramesLoop(nn.Module):
         return torch.stack(recorded)
 
 
-def make_dyadic(model: nn.Module, seed: int = 0) -> nn.Module:
+def make_dyadic(model: nn.Module, seed: int = 0, low: int = -2, high: int = 0) -> nn.Module:
     """Give a quantized model parameters whose float32 arithmetic is exact.
 
     All scales are powers of two and all constants multiples of 1/64, so the simulation rounds
-    nowhere and the integer program must agree with it spike by spike, ties included.
+    nowhere and the integer program must agree with it spike by spike, ties included. Membrane
+    levels are ``2**low`` to ``2**high`` apart.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -205,7 +206,8 @@ def make_dyadic(model: nn.Module, seed: int = 0) -> nn.Module:
             m.running_mean.copy_(draw(m.weight.shape, -8, 8, 1 / 4))
             m.bias.data.copy_(draw(m.weight.shape, -4, 16, 1 / 16))
         if isinstance(m, MembraneQuantizer):
-            m.freeze(2.0 ** int(torch.randint(-2, 1, (1,), generator=g)) * (2 ** (m.bits - 1) - 1))
+            step = 2.0 ** int(torch.randint(low, high + 1, (1,), generator=g))
+            m.freeze(step * (2 ** (m.bits - 1) - 1))
         if isinstance(m, qsj.QuantParametricLIFNode | neuron.ParametricLIFNode):
             m.w.data.zero_()  # sigmoid(0) = 1/2
         if hasattr(m, "beta") and isinstance(m.beta, torch.Tensor):

@@ -41,6 +41,15 @@ def multi_step(net: nn.Module) -> nn.Module:
     return net
 
 
+def small_vgg() -> nn.Module:
+    """The zoo's VGG11 without the width of its classifier, which is 90 % of its weights."""
+    net = spiking_vgg.spiking_vgg11_bn(**ZOO)
+    net.classifier = nn.Sequential(
+        layer.Linear(512 * 49, 64), neuron.LIFNode(), layer.Dropout(), layer.Linear(64, 10)
+    )
+    return multi_step(net)
+
+
 def grid(*shape: int, seed: int = 0) -> torch.Tensor:
     """Inputs that are multiples of 1/16."""
     g = torch.Generator().manual_seed(seed)
@@ -63,13 +72,15 @@ NETWORKS = {
     "sew_iand": lambda: (
         multi_step(sew_resnet.sew_resnet18(cnf="IAND", **ZOO)), grid(2, 2, 3, 16, 16)),
     "vgg11": lambda: (
-        multi_step(spiking_vgg.spiking_vgg11_bn(**ZOO)), grid(2, 2, 3, 32, 32)),
+        small_vgg(), grid(2, 2, 3, 32, 32)),
     "resnet19": lambda: (models.resnet19(width=0.125, bits="1w-32u"), grid(2, 3, 16, 16)),
     "resnet19-snntorch": lambda: (
         models.resnet19(width=0.1, bits="1w-32u", host="snntorch"), grid(2, 3, 16, 16)),
     "vgg16": lambda: (models.vgg16(width=0.125, bits="1w-32u", T=2), grid(2, 3, 32, 32)),
     "vggsnn": lambda: (models.vggsnn(width=0.125, bits="1w-32u", T=3), grid(2, 2, 16, 16)),
 }  # fmt: skip
+
+LARGE = ("spiking_resnet18", "sew_add", "sew_and", "sew_iand", "vgg11", "vgg16")
 
 
 def spikes_agree(model, program, x):
@@ -102,9 +113,13 @@ def quantize_models(net: nn.Module, bits, order):
 def test_exact_arithmetic_gives_equal_spikes(name, bits, order):
     if bits is None and order == "quantize_first":
         pytest.skip("a float membrane is not quantized, so there is no order")
+    if name in LARGE and (bits, order) != (2, "fire_first"):
+        pytest.skip("a large network is tried in one setting")
     torch.manual_seed(0)
     net, x = NETWORKS[name]()
-    net = make_dyadic(quantize_models(net, bits, order), seed=3)
+    # A 2-bit charge reaches the threshold only if its one level lies above it.
+    low, high = (1, 2) if (bits, order) == (2, "quantize_first") else (-2, 0)
+    net = make_dyadic(quantize_models(net, bits, order), seed=3, low=low, high=high)
     spikes_agree(net, lower(net, x), x)
 
 
@@ -278,7 +293,7 @@ class TestRefusals:
 
     def test_conv3d(self):
         net = nn.Sequential(own_layers.QuantConv3d(2, 4, 1))
-        self.refuse(net, "three-dimensional|axes", x=torch.rand(1, 2, 3, 3, 3), time_first=False)
+        self.refuse(net, "is not .* images", x=torch.rand(1, 2, 3, 3, 3), time_first=False)
 
     def test_double_reset(self):
         lif = QLeaky(beta=0.5, reset_delay=False, bits=2, init_hidden=True)

@@ -450,7 +450,7 @@ static void add_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint32_
 #elif defined(__AVX2__)
             if (left > 4) { count_256(at, list, padded, depth, planes); width = 8; }
             else { count_128(at, list, padded, depth, planes); width = 4; }
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(QSNN_PLAIN)
             count_128(at, list, padded, depth, planes); width = 4;
 #else
             count_32(at, list, padded, depth, planes); width = 1;
