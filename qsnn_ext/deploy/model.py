@@ -18,7 +18,7 @@ from qsnn_ext.deploy.engine import (
 from qsnn_ext.deploy.fileformat import load_program
 from qsnn_ext.deploy.image import Image, build_image
 from qsnn_ext.deploy.program import IntArray, Program
-from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.errors import FormatError, InputError, InputTypeError
 
 Answer = Any  # array, or tuple of arrays, as the model returned
 
@@ -45,10 +45,11 @@ class DeployedModel:
         self._image: Image | None = None if self.backend == "numpy" else build_image(program)
         metadata = program.metadata
         shape = program.values[0].shape
-        rank = int(metadata.get("input_rank", "3"))
+        rank = _ranks(metadata.get("input_rank", "3"), 1)[0]
         self.input_shape = shape if rank == 3 else (shape[0],) if rank == 1 else shape[::2]
         ranks = metadata.get("output_ranks", "")
-        self._ranks = [int(r) for r in ranks.split(",")] if ranks else [3] * len(program.outputs)
+        count = len(program.outputs)
+        self._ranks = _ranks(ranks, count) if ranks else [3] * count
 
     def session(self, batch: int = 1) -> Session:
         """A run of its own, one time step at a time: step, reset, state, restore."""
@@ -131,6 +132,14 @@ class DeployedModel:
             answers.append((value.reshape(*value.shape[:-3], *shape) * scale).astype(np.float32))
         del codes_rank
         return tuple(answers) if p.metadata.get("structure") == "tuple" else answers[0]
+
+
+def _ranks(text: str, count: int) -> list[int]:
+    """Comma-separated ranks 1 to 3, as the metadata hold them."""
+    parts = text.split(",")
+    if len(parts) != count or not set(parts) <= {"1", "2", "3"}:
+        raise FormatError(f"the program's metadata hold the impossible ranks {text[:40]!r}")
+    return [int(p) for p in parts]
 
 
 def load(

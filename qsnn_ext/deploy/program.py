@@ -520,6 +520,8 @@ class _Validator:
             raise _fail(op.name, f"leak needs 1 or {c} rows")
         if type(op.initial) is not int or type(op.ceiling) is not int:
             raise _fail(op.name, "initial and ceiling must be integers")
+        if not -127 <= op.ceiling <= 127:
+            raise _fail(op.name, "the ceiling must be -127 to 127")
         lo, hi = self._interval(op.source)
         if op.bits == 32:
             mlo, mhi = self._wide(op, lo, hi)

@@ -6,6 +6,7 @@ file that is accepted is executed. Anything but an answer or a FormatError ends 
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import struct
@@ -39,7 +40,7 @@ def _mutate_json(node, rng):
         elif choice < 0.5 and type(child) is int:
             node[key] = child + int(rng.integers(-3, 4))
         else:
-            node[key] = ODD[int(rng.integers(len(ODD)))]
+            node[key] = copy.deepcopy(ODD[int(rng.integers(len(ODD)))])
         return
 
 
@@ -94,7 +95,10 @@ def main(count: int) -> None:
             continue
         accepted += 1
         if sum(v.elements for v in program.values) < 100_000:
-            model = DeployedModel(program)
+            try:
+                model = DeployedModel(program)
+            except FormatError:
+                continue
             lo, hi = program.input_range
             model.integers(rng.integers(lo, hi + 1, (1, 1, *program.values[0].shape)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -78,7 +78,7 @@ static inline vi vi_lookup_small(vi table, vi index) {
     return _mm256_permutevar8x32_epi32(table, index);
 }
 
-#elif defined(__GNUC__) && !defined(QSNN_PLAIN) /* gcc and clang: 128-bit vectors on whatever the machine has */
+#elif defined(__GNUC__) && !defined(QSNN_PLAIN) /* 128-bit vectors on whatever there is */
 
 #define LANES 4
 typedef int32_t vi __attribute__((vector_size(16)));
