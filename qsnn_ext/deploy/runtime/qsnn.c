@@ -435,11 +435,10 @@ static void add_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint32_
     while (done < n) {
         uint32_t part = n - done < 65520u ? n - done : 65520u, padded = (part + 15u) & ~15u, i;
         uint32_t *list = offsets + done;
-        int depth = 0;
+        int depth = 5; /* planes the count functions always write */
         int32_t w = 0;
         for (i = part; i < padded; i++) list[i] = zero; /* only ever the last part */
-        while (part >> depth) depth++;
-        if (depth < 5) depth = 5;
+        if (part >= 32u) depth = highest_bit(part) + 1;
         while (w < row_words) {
             int32_t left = row_words - w, width;
             const uint8_t *at = rows + (size_t)w * 4;

@@ -33,7 +33,7 @@
         V one = ZERO, two = ZERO, four = ZERO, eight = ZERO, sixteen = ZERO;                      \
         V a, b, c, d, t, r0, r1, two_a, two_b, four_a, four_b, held = ZERO;                       \
         int p, pending = 0;                                                                       \
-        for (p = 5; p < depth; p++) high[p] = ZERO;                                               \
+        for (p = 5; p < MAX_DEPTH; p++) high[p] = ZERO;                                             \
         while (at < end) {                                                                        \
             ADD_EIGHT(a, LOAD, XOR3, MAJ);                                                        \
             ADD_EIGHT(b, LOAD, XOR3, MAJ);                                                        \

@@ -134,6 +134,16 @@ static inline vi vi_lookup(const int32_t *table, vi i) { return table[i]; }
 
 #endif
 
+static inline int highest_bit(uint32_t w) {
+#if defined(__GNUC__)
+    return 31 - __builtin_clz(w);
+#else
+    int i = 0;
+    while (w >>= 1) i++;
+    return i;
+#endif
+}
+
 static inline int lowest_bit(uint32_t w) {
 #if defined(__GNUC__)
     return __builtin_ctz(w);
