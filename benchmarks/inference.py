@@ -27,9 +27,9 @@ from qsnn_ext.deploy import DeployedModel, backends, export_c, load, lower, save
 
 RESULTS = Path(__file__).with_name("results")
 FIELDS = (
-    "date processor torch network timesteps batch threads contender firing_rate "
-    "median_ms rounds clock ratio"
-).split()
+    "date", "processor", "torch", "network", "timesteps", "batch", "threads", "contender",
+    "firing_rate", "median_ms", "rounds", "clock", "ratio",
+)  # fmt: skip
 
 
 def processor() -> str:
@@ -139,7 +139,8 @@ def resident(net: DeployedModel, folder: Path, x: torch.Tensor) -> None:
     codes = net.codes(x[:1]).tobytes()
     lines = 2 * net.program.values[net.program.outputs[0]].elements
     with subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin and process.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(codes * 2)
         process.stdin.flush()
         for _ in range(lines):

@@ -91,9 +91,7 @@ def resident_size(program: Program) -> ResidentSize:
     """
     image = build_image(program)
     io = program.values[0].elements + sum(program.values[i].elements for i in program.outputs)
-    return ResidentSize(
-        4 * image.words.size, 4 * image.state_words, 4 * image.arena_words, 4 * io
-    )
+    return ResidentSize(4 * image.words.size, 4 * image.state_words, 4 * image.arena_words, 4 * io)
 
 
 def export_c(
@@ -142,5 +140,7 @@ def export_c(
 def _constants(words: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
     lines = ['#include "model.h"', "", f"const uint32_t qsnn_model[{words.size}] = {{"]
     for start in range(0, words.size, 8):
-        lines.append("    " + ", ".join(f"0x{w:08x}u" for w in words[start : start + 8].tolist()) + ",")
+        lines.append(
+            "    " + ", ".join(f"0x{w:08x}u" for w in words[start : start + 8].tolist()) + ","
+        )
     return "\n".join([*lines, "};", ""])

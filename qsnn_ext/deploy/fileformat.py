@@ -31,7 +31,8 @@ _DTYPES = {"U32": "<u4", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 #: Fields of the operations that are tensors of the container.
 _ARRAYS = {
-    "weight", "multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value", "reading",
+    "weight", "multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value",
+    "reading",
 }  # fmt: skip
 
 
@@ -144,7 +145,14 @@ def parse_program(content: bytes, origin: str = "the data") -> Program:
         return _parse(content)
     except FormatError as error:
         raise FormatError(f"{origin}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise FormatError(f"{origin}: malformed ({type(error).__name__}: {error})") from None
 
 
@@ -179,7 +187,9 @@ def _parse(content: bytes) -> Program:
         raise FormatError("it is too short to be a .qsnn file")
     length = int.from_bytes(content[:8], "little")
     if length > MAX_HEADER or length > len(content) - 8:
-        raise FormatError(f"its header claims {length} bytes; the file is truncated or no .qsnn file")
+        raise FormatError(
+            f"its header claims {length} bytes; the file is truncated or no .qsnn file"
+        )
     header = _json(content[8 : 8 + length].decode("utf-8"), "header")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != "qsnn":
@@ -209,7 +219,9 @@ def _tensors(header: dict[str, Any], data: memoryview) -> dict[str, IntArray]:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise FormatError(f"tensor {name[:60]!r} has a malformed entry")
         if entry["dtype"] not in _DTYPES:
-            raise FormatError(f"tensor {name[:60]!r} has the unknown type {str(entry['dtype'])[:20]!r}")
+            raise FormatError(
+                f"tensor {name[:60]!r} has the unknown type {str(entry['dtype'])[:20]!r}"
+            )
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         shape, offsets = entry["shape"], entry["data_offsets"]
         for numbers, most in ((shape, 4), (offsets, 2)):

@@ -30,17 +30,20 @@ from qsnn_ext.deploy.program import (
 
 MAGIC, VERSION = 0x4E4E5351, 1
 HEADER = (
-    "magic version image_words state_words arena_words input_words output_words values "
-    "value_count ops op_count neurons neuron_count outputs output_count scratch line_words"
-).split()
+    "magic", "version", "image_words", "state_words", "arena_words", "input_words",
+    "output_words", "values", "value_count", "ops", "op_count", "neurons", "neuron_count",
+    "outputs", "output_count", "scratch", "line_words",
+)  # fmt: skip
 OP_FIELDS = (
-    "type source target weight binary row_words groups kh kw sh sw top left dh dw multiplier shift "
-    "bias product32 add self_factor add_factor neuron function list list_count"
-).split()
+    "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
+    "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
+    "self_factor", "add_factor", "neuron", "function", "list", "list_count",
+)  # fmt: skip
 NEURON_FIELDS = (
-    "bits state_bits levels reset order delay ceiling initial leak per_channel threshold "
-    "reset_value bounds state spikes membrane reading source guess_shift guess_multiplier"
-).split()
+    "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
+    "per_channel", "threshold", "reset_value", "bounds", "state", "spikes", "membrane",
+    "reading", "source", "guess_shift", "guess_multiplier",
+)  # fmt: skip
 TYPES = {Conv: 0, Affine: 1, Add: 2, Logic: 3, Pool: 4, Neuron: 5}
 CODES = {
     "max": 0, "sum": 1, "repeat": 2,  # Pool.function
@@ -226,7 +229,9 @@ class _Builder:
                 death[i] = max(death.get(i, k), k)
         offsets = [0] * len(p.values)
         placed: list[tuple[int, int, int, int]] = []  # start, end, birth, death
-        order = sorted(birth, key=lambda i: -strides[i] * p.values[i].shape[1] * p.values[i].shape[2])
+        order = sorted(
+            birth, key=lambda i: -strides[i] * p.values[i].shape[1] * p.values[i].shape[2]
+        )
         for i in order:
             size = _round(strides[i] * p.values[i].shape[1] * p.values[i].shape[2])
             at = 0
@@ -284,9 +289,7 @@ class _Builder:
             state += _round(h * w * (c if n.bits == 32 else n.state_bits * words(c)))
         return records, slots, state
 
-    def _step(
-        self, step: _Step, neurons: dict[int, tuple[int, dict[str, int]]]
-    ) -> list[int]:
+    def _step(self, step: _Step, neurons: dict[int, tuple[int, dict[str, int]]]) -> list[int]:
         p, op = self.p, step.op
         f = dict.fromkeys(OP_FIELDS, 0)
         f.update(type=TYPES[type(op)], source=sources_of(op)[0], target=targets_of(op)[0])
@@ -334,7 +337,7 @@ class _Builder:
         if isinstance(op, Affine):
             return max(-lo, hi)
         if op.binary:
-            return op.weight.shape[1] * max(-lo, hi)
+            return int(op.weight.shape[1]) * max(-lo, hi)
         return int(np.abs(op.weight.astype(np.int64)).sum(axis=1).max()) * max(-lo, hi)
 
     def _conv(self, op: Conv, f: dict[str, int]) -> None:
@@ -347,7 +350,9 @@ class _Builder:
         if op.binary:
             f["row_words"] = columns
             flat = op.weight.reshape(-1)
-            weight = np.concatenate([flat, np.zeros(columns, np.uint32)])  # a row of zeros at the end
+            weight = np.concatenate(
+                [flat, np.zeros(columns, np.uint32)]
+            )  # a row of zeros at the end
         else:
             pitch = _round(columns, 64)
             f["row_words"] = pitch // 4

@@ -172,6 +172,7 @@ class _Lowering:
         lead = [(("T", sample.shape[0]),)] if time_first else []
         lead.append((("N", sample.shape[1 if time_first else 0]),))
         labels = ("C", "H", "W") if len(rest) == 3 else ("C", "W") if len(rest) == 2 else ("C",)
+        axes: tuple[Axis, ...]
         axes = (*lead, *(((k, s),) for k, s in zip(labels, rest, strict=True)))
         if len(rest) == 1:
             axes = (*lead, (("C", rest[0]), ("H", 1), ("W", 1)))
@@ -192,14 +193,13 @@ class _Lowering:
         self.names[name] = self.names.get(name, 0) + 1
         return name if self.names[name] == 1 else f"{name}#{self.names[name]}"
 
-    def _value(
-        self, name: str, shape: Any, planes: int, scale: float, high: int
-    ) -> int:
+    def _value(self, name: str, shape: Any, planes: int, scale: float, high: int) -> int:
         taken = {v.name for v in self.state.values}
         unique, k = name, 2
         while unique in taken:
             unique, k = f"{name}#{k}", k + 1
-        self.state.values.append(Value(unique, tuple(int(s) for s in shape), planes, float(scale)))
+        c, h, w = (int(s) for s in shape)
+        self.state.values.append(Value(unique, (c, h, w), planes, float(scale)))
         self.state.high.append(int(high))
         return len(self.state.values) - 1
 
@@ -245,7 +245,8 @@ class _Lowering:
         """Write a pending convolution or batch norm into the program."""
         if not a.lazy:
             return a
-        assert a.gain is not None and a.bias is not None
+        assert a.gain is not None
+        assert a.bias is not None
         shape = self._shape(a.base)
         if isinstance(a.base, _PendingConv):
             conv = a.base
@@ -294,7 +295,9 @@ class _Lowering:
             raise self.fail(f"its input axes {a.axes} are not channels, height, width in order")
         return rest
 
-    def _axes(self, lead: tuple[Axis, ...], shape: tuple[int, int, int], like: int) -> tuple[Any, ...]:
+    def _axes(
+        self, lead: tuple[Axis, ...], shape: tuple[int, int, int], like: int
+    ) -> tuple[Any, ...]:
         c, h, w = shape
         if like == 1:
             return (*lead, (("C", c), ("H", h), ("W", w)))
@@ -427,7 +430,7 @@ class _Lowering:
         gamma, beta = real(module.weight, 1.0), real(module.bias, 0.0)
         factor = gamma / np.sqrt(real(module.running_var, 1.0) + module.eps)
         shift = beta - real(module.running_mean, 0.0) * factor
-        c, h, w = self._shape(x.base)
+        c = self._shape(x.base)[0]
         if factor.size != c:
             raise self.fail(f"it normalises {factor.size} features of a value of {c} channels")
         gain = x.gain if x.gain is not None else np.full(c, x.scale)
@@ -435,20 +438,24 @@ class _Lowering:
         return replace(x, gain=gain * factor, bias=bias * factor + shift)
 
     def pool(self, module: Any, x: _Array) -> _Array:
-        c, h, w = self._shape(x.base)
+        _, h, w = self._shape(x.base)
         one = isinstance(module, nn.MaxPool1d | nn.AvgPool1d | nn.AdaptiveAvgPool1d)
         if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
-            size = module.output_size
-            out = [1, size] if one else list(size) if isinstance(size, tuple | list) else [size] * 2
+            size: Any = module.output_size
+            wanted: Any = (
+                [1, size] if one else list(size) if isinstance(size, tuple | list) else [size] * 2
+            )
             out = [n if o is None else int(o if not isinstance(o, tuple) else o[0])
-                   for o, n in zip(out, (h, w), strict=True)]  # fmt: skip
+                   for o, n in zip(wanted, (h, w), strict=True)]  # fmt: skip
             return self.adaptive(x, (out[0], out[1]), isinstance(module, nn.AdaptiveMaxPool2d))
         if getattr(module, "return_indices", False):
             raise self.fail("return_indices cannot be lowered")
         if one and (h, w) == (1, 1) and "C" in {label for label, _ in x.axes[-1]}:
             return self.vote(module, x)
         stride = module.stride if module.stride is not None else module.kernel_size
-        first = (lambda v: (v, v)) if not one else (lambda v: (1, v[0] if isinstance(v, tuple) else v))
+        first = (
+            (lambda v: (v, v)) if not one else (lambda v: (1, v[0] if isinstance(v, tuple) else v))
+        )
         kernel = _pair(module.kernel_size) if not one else first(module.kernel_size)
         steps = _pair(stride) if not one else first(stride)
         p = _pair(module.padding) if not one else (0, first(module.padding)[1])
@@ -476,7 +483,9 @@ class _Lowering:
             return self.window(x, "max" if maximum else "sum", kernel, kernel, (0, 0, 0, 0))
         if out[0] % h == 0 and out[1] % w == 0:
             return self.window(x, "repeat", (out[0] // h, out[1] // w), (1, 1), (0, 0, 0, 0))
-        raise self.fail(f"adaptive pooling from {h}x{w} to {out[0]}x{out[1]} has windows of unequal size")
+        raise self.fail(
+            f"adaptive pooling from {h}x{w} to {out[0]}x{out[1]} has windows of unequal size"
+        )
 
     def window(
         self,
@@ -555,7 +564,9 @@ class _Lowering:
         if mem is None:
             others = [u for k, u in self.uses.items() if k[0] == id(inner) and k[1] != source]
             if others:
-                raise self.fail("it is used in two places of the network, which would share a state")
+                raise self.fail(
+                    "it is used in two places of the network, which would share a state"
+                )
         key = (id(inner), source)
         if key not in self.uses:
             model = read_neuron(name, inner)
@@ -620,7 +631,8 @@ class _Lowering:
             return replace(a, steps=a.steps | b.steps, reduction="sum")  # a sum over time so far
         steps = self._steps_of(a, b)
         a, b = self.settle(a), self.settle(b)
-        assert isinstance(a.base, int) and isinstance(b.base, int)
+        assert isinstance(a.base, int)
+        assert isinstance(b.base, int)
         values, high = self.state.values, self.state.high
         if values[a.base].shape != values[b.base].shape:
             raise self.fail("it adds values of different shapes")
@@ -629,11 +641,11 @@ class _Lowering:
             scale, factors = a.scale, (1, 1)
             planes = (high[a.base] + high[b.base]).bit_length()
         else:
-            units = [x.scale for x, _ in operands if values[x.base].planes == 0]  # type: ignore[index]
+            units = [x.scale for x, _ in operands if values[_settled(x)].planes == 0]
             scale = min(units) if units else 2.0**-16
-            factors = tuple(s * round(x.scale / scale) for x, s in operands)  # type: ignore[assignment]
+            factors = (round(a.scale / scale), sign * round(b.scale / scale))
             planes = 0
-        total = sum(abs(f) * high[x.base] for f, (x, _) in zip(factors, operands, strict=True))  # type: ignore[index]
+        total = abs(factors[0]) * high[a.base] + abs(factors[1]) * high[b.base]
         if total >= 2**31:
             raise self.fail("its operands differ too much in scale for the fixed-point range")
         sources = (a.base, b.base)
@@ -672,7 +684,8 @@ class _Lowering:
         if not (isinstance(a, _Array) and isinstance(b, _Array)):
             raise self.fail("this product cannot be lowered")
         steps = self._steps_of(a, b)
-        assert isinstance(a.base, int) and isinstance(b.base, int)
+        assert isinstance(a.base, int)
+        assert isinstance(b.base, int)
         for x in (a, b):
             if x.lazy or self.state.values[x.base].planes != 1 or x.scale != 1.0:  # type: ignore[index]
                 raise self.fail("only spikes can be multiplied with each other")
@@ -690,7 +703,8 @@ class _Lowering:
         if a.reduction == "sum":
             return replace(a, factor=a.factor * factor)
         if a.lazy:
-            assert a.gain is not None and a.bias is not None
+            assert a.gain is not None
+            assert a.bias is not None
             return replace(a, gain=a.gain * factor, bias=a.bias * factor)
         if factor <= 0:
             raise self.fail("multiplying by a number that is not positive cannot be lowered")
@@ -794,7 +808,8 @@ class _Lowering:
             if a.base != first.base or (a.steps is not None and a.steps != frozenset([t])):
                 raise self.fail("it stacks something else than one output at every time step")
         axes = ((("T", len(arrays)),), *first.axes)
-        return replace(first, axes=axes, steps=None)
+        stacked: _Array = replace(first, axes=axes, steps=None)
+        return stacked
 
     # ---- the walk ------------------------------------------------------------------------------
 
@@ -835,7 +850,9 @@ class _Lowering:
             self.where = str(node.target)
             return self._module(self.modules[str(node.target)], str(node.target), args, kwargs)
         self.where = _origin(node)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+        name = (
+            node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+        )
         if not any(isinstance(a, _Array | _Membrane | tuple | list) for a in args):
             return _Constant(node.meta.get("concrete"))
         return self._function(str(name), node, args, kwargs)
@@ -920,9 +937,12 @@ class _Lowering:
             "additions and poolings"
         )
 
-    def _functional_pool(self, name: str, x: _Array, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _functional_pool(
+        self, name: str, x: _Array, args: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
         kinds: dict[str, Any] = {
-            "max_pool2d": nn.MaxPool2d, "boolean_dispatch": nn.MaxPool2d, "_max_pool2d": nn.MaxPool2d,
+            "max_pool2d": nn.MaxPool2d, "boolean_dispatch": nn.MaxPool2d,
+            "_max_pool2d": nn.MaxPool2d,
             "avg_pool2d": nn.AvgPool2d, "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
             "max_pool1d": nn.MaxPool1d, "avg_pool1d": nn.AvgPool1d,
         }  # fmt: skip
@@ -939,6 +959,11 @@ class _Lowering:
         if shape == old:
             return x
         raise self.fail("an expansion can only repeat the input over time")
+
+
+def _settled(a: _Array) -> int:
+    assert isinstance(a.base, int)
+    return a.base
 
 
 def _bits(module: Any) -> int:
@@ -1142,8 +1167,6 @@ def reset_states(model: nn.Module) -> None:
         if "MemoryModule" in bases:
             module.reset()  # type: ignore[operator]
         elif "SpikingNeuron" in bases and isinstance(getattr(module, "mem", None), Tensor):
-            module.mem = torch.zeros(0, device=module.mem.device)  # type: ignore[union-attr,arg-type]
+            module.mem = torch.zeros(0, device=module.mem.device)  # type: ignore[arg-type]
             if hasattr(module, "reset") and isinstance(module.reset, Tensor):
-                module.reset = module.reset.detach()  # type: ignore[assignment]
-
-
+                module.reset = module.reset.detach()

@@ -69,7 +69,9 @@ class DeployedModel:
         x = np.asarray(x)
         rank = len(self.input_shape)
         if x.ndim < rank or x.shape[x.ndim - rank :] != self.input_shape:
-            raise InputError(f"input of shape {x.shape}; this program takes [..., {self.input_shape}]")
+            raise InputError(
+                f"input of shape {x.shape}; this program takes [..., {self.input_shape}]"
+            )
         lo, hi = self.program.input_range
         if np.issubdtype(x.dtype, np.floating):
             if not np.isfinite(x).all():
@@ -78,7 +80,10 @@ class DeployedModel:
         elif not np.issubdtype(x.dtype, np.integer):
             raise InputTypeError(f"input of type {x.dtype}; it must be real numbers or integers")
         clipped = np.clip(x, lo, hi).astype(np.int32)
-        return clipped.reshape(*x.shape[: x.ndim - rank], *self.program.values[0].shape)
+        codes: npt.NDArray[np.int32] = clipped.reshape(
+            *x.shape[: x.ndim - rank], *self.program.values[0].shape
+        )
+        return codes
 
     def integers(self, x: Any) -> list[IntArray]:
         """Integer answers ``[T, N, C, H, W]`` of every output, before any scale.

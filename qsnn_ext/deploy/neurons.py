@@ -138,9 +138,14 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
         raise LoweringError(f"{name}: graded_spikes_factor must be 1")
     bits, alpha, squash = _membrane(name, module)
     mechanism = module.reset_mechanism
+    resets: dict[str, Literal["hard", "soft", "none"]] = {
+        "subtract": "soft",
+        "zero": "hard",
+        "none": "none",
+    }
     model = NeuronModel(
         decay=_array(module.beta.clamp(0, 1)), theta=_array(module.threshold), gain=1.0,
-        offset=0.0, reset={"subtract": "soft", "zero": "hard", "none": "none"}[mechanism],
+        offset=0.0, reset=resets[mechanism],
         v_reset=0.0, v_initial=0.0, strict=_strict(module.spike_grad),
         delayed=bool(module.reset_delay), bits=bits, alpha=alpha, squash=squash,
         order=getattr(module, "order", "fire_first"),
@@ -165,12 +170,14 @@ def _int32(name: str, what: str, values: Any) -> npt.NDArray[np.int32]:
     values = np.atleast_1d(np.asarray(values, np.float64))
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) >= 2**30:
         raise LoweringError(f"{name}: its {what} does not fit the fixed-point range")
-    return values.astype(np.int64).astype(np.int32)
+    integers: npt.NDArray[np.int32] = values.astype(np.int64).astype(np.int32)
+    return integers
 
 
 def _first_at_or_above(real: Any, strict: bool) -> Real:
     """The smallest integer x with ``x >= real`` (``x > real`` if strict)."""
-    return np.floor(real) + 1 if strict else np.ceil(real)
+    result: Real = np.floor(real) + 1 if strict else np.ceil(real)
+    return result
 
 
 def integer_neuron(
@@ -250,10 +257,8 @@ def integer_neuron(
                     "lies above one of them; that can only be lowered for one threshold"
                 )
         quiet = decay * levels + 0 * theta
-        if m.reset == "soft":
-            fired_leak = decay * (levels + theta) - theta
-        else:
-            fired_leak = np.zeros_like(quiet)
+        soft = m.reset == "soft"
+        fired_leak = decay * (levels + theta) - theta if soft else np.zeros_like(quiet)
         leak = np.concatenate([quiet, fired_leak], axis=1)
         stored = np.concatenate([levels + 0 * theta, levels + theta], axis=1)
         threshold = _first_at_or_above(m.theta / one, m.strict)

@@ -7,10 +7,10 @@ every node carries the real-valued meaning a NIR consumer can run approximately 
 -1 and +1, their scale is a node of its own), and its metadata carry the integer fields, from which
 :func:`from_nir` rebuilds the program bit by bit.
 
-Limits: a NIR neuron resets to ``v_reset``; subtraction is noted in the metadata only. NIR integrates
-continuous time, so ``tau`` and ``r`` are those whose exact Euler step (dt = 1) is our step. Residual
-sums are several edges into one node. Maximum pooling, repetition and products of spikes have no NIR
-node and are refused.
+Limits: a NIR neuron resets to ``v_reset``; subtraction is noted in the metadata only. NIR
+integrates continuous time, so ``tau`` and ``r`` are those whose exact Euler step (dt = 1) is our
+step. Residual sums are several edges into one node. Maximum pooling, repetition and products of
+spikes have no NIR node and are refused.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def _neuron(nir: Any, op: Neuron, unit: float, shape: tuple[int, int, int]) -> A
         step = float(width[width > 0].mean()) if (width > 0).any() else 1.0
         decay = np.clip((op.leak[:, 1] - op.leak[:, 0]) / step, 0.0, 1.0)
     tau = 1.0 / np.maximum(1.0 - decay, 1e-6)
+
     def full(v: Any) -> Any:
         v = np.atleast_1d(np.asarray(v, np.float64))
         return np.array(np.broadcast_to(v[:, None, None] if v.size > 1 else v, shape))

@@ -215,9 +215,7 @@ class Neuron:
 
 
 Op: TypeAlias = Conv | Affine | Add | Logic | Pool | Neuron
-OP_TYPES: dict[str, type[Any]] = {
-    t.__name__: t for t in (Conv, Affine, Add, Logic, Pool, Neuron)
-}
+OP_TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Conv, Affine, Add, Logic, Pool, Neuron)}
 
 
 def sources_of(op: Op) -> tuple[int, ...]:
@@ -513,9 +511,14 @@ class _Validator:
             if not isinstance(array, np.ndarray) or array.shape not in ((1,), (c,)):
                 raise _fail(op.name, f"{what} needs 1 or {c} entries")
             self._array(f"{op.name} {what}", array, np.int32, array.shape)
-        if not isinstance(op.leak, np.ndarray) or op.leak.ndim != 2 or op.leak.shape[0] not in (
-            1,
-            c,
+        if (
+            not isinstance(op.leak, np.ndarray)
+            or op.leak.ndim != 2
+            or op.leak.shape[0]
+            not in (
+                1,
+                c,
+            )
         ):
             raise _fail(op.name, f"leak needs 1 or {c} rows")
         if type(op.initial) is not int or type(op.ceiling) is not int:

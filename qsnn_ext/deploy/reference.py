@@ -45,7 +45,7 @@ def windows(
     top, left, bottom, right = padding
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill)
     span = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    view = np.lib.stride_tricks.sliding_window_view(x, span, axis=(2, 3))  # type: ignore[call-overload]
+    view = np.lib.stride_tricks.sliding_window_view(x, span, axis=(2, 3))
     return np.asarray(
         view[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]], dtype=x.dtype
     )

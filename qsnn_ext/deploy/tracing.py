@@ -7,6 +7,7 @@ runs, and loops over time are unrolled. Layers and neurons stay single nodes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class ConcreteProxy(fx.Proxy):
         return len(self.concrete)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self.concrete)))
+        return (operator.getitem(self, i) for i in range(len(self.concrete)))
 
     def __bool__(self) -> bool:
         raise LoweringError(
@@ -104,7 +105,7 @@ class ConcreteTracer(fx.Tracer):
         kwargs: dict[str, Any],
         name: str | None = None,
         type_expr: Any | None = None,
-        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+        proxy_factory_fn: Any = None,
     ) -> Any:
         """Record a node and compute its value."""
         result = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)

@@ -34,7 +34,6 @@ class RandomProgram:
         self.values.append(Value(f"v{len(self.values)}", tuple(int(s) for s in shape), planes))
         return len(self.values) - 1
 
-
     def fixed(self, channels, reach):
         """Scales that keep currents around +-2**12, some channels negative or zero."""
         shift = self.rng.integers(1, 18, channels)
@@ -56,7 +55,9 @@ class RandomProgram:
         groups = int(rng.choice([g for g in range(1, c + 1) if c % g == 0]))
         if rng.random() < 0.6:
             groups = 1
-        cout = groups * int(self.pick(1, 3, 10, 32, 33, 64, 100, 130, 260) // (1 if groups == 1 else 8) or 1)
+        cout = groups * int(
+            self.pick(1, 3, 10, 32, 33, 64, 100, 130, 260) // (1 if groups == 1 else 8) or 1
+        )
         kernel = (int(rng.integers(1, 4)), int(rng.integers(1, 4)))
         dilation = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
         stride = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
@@ -91,9 +92,7 @@ class RandomProgram:
     def affine(self, source) -> int:
         target = self.value(self.values[source].shape, 0)
         c = self.values[source].shape[0]
-        self.ops.append(
-            Affine(f"op{len(self.ops)}", source, target, *self.fixed(c, 2**14))
-        )
+        self.ops.append(Affine(f"op{len(self.ops)}", source, target, *self.fixed(c, 2**14)))
         return target
 
     def pool(self, source) -> int:
@@ -122,9 +121,7 @@ class RandomProgram:
         va, vb = self.values[a], self.values[b]
         if va.planes == vb.planes == 1 and self.rng.random() < 0.4:
             target = self.value(va.shape, 1)
-            self.ops.append(
-                Logic(f"op{len(self.ops)}", (a, b), target, self.pick("and", "iand"))
-            )
+            self.ops.append(Logic(f"op{len(self.ops)}", (a, b), target, self.pick("and", "iand")))
             return target
         if va.planes and vb.planes and self.rng.random() < 0.6:
             target = self.value(va.shape, min(16, max(va.planes, vb.planes) + 1))

@@ -27,7 +27,9 @@ def run_reference(program, x):
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 3, 5, 16]), batch=st.integers(1, 3))
+@given(
+    seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 3, 5, 16]), batch=st.integers(1, 3)
+)
 def test_random_programs(backend, seed, steps, batch):
     program = random_program(seed)
     x = random_input(program, np.random.default_rng(seed), batch, steps)

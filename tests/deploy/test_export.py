@@ -22,11 +22,14 @@ TARGETS = {
     "32 bit": [GCC, "-m32"],
     "arm": ["arm-linux-gnueabihf-gcc", "-static"],
     "sanitized native": [
-        GCC, "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+        GCC,
+        "-march=native",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
     ],
     "sanitized": [GCC, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"],
 }
-PROBE = "#include <stdio.h>\nint main(void) { return puts(\"\") < 0; }\n"
+PROBE = '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n'
 
 
 def compiler(target, folder) -> list[str]:

@@ -133,7 +133,7 @@ def test_overflowing_arithmetic_is_refused(content):
     neuron = program.neurons[0]
     if neuron.leak.size:
         neuron.leak[...] = 2**31 - 1
-    with pytest.raises(FormatError, match="int32|leak"):
+    with pytest.raises(FormatError, match=r"int32|leak"):
         program.validate()
 
 

@@ -147,7 +147,9 @@ def test_every_leaky_reset(mechanism, delay, bits):
 def test_networks_of_the_paper_with_real_scales(make, host, preset):
     torch.manual_seed(0)
     x = grid(4, 3, 32, 32)
-    net = calibrate(make(width=0.125, T=2, bits="1w-2u", preset=preset, host=host, in_channels=3), x)
+    net = calibrate(
+        make(width=0.125, T=2, bits="1w-2u", preset=preset, host=host, in_channels=3), x
+    )
     program = lower(net, x)
     report = compare(net, program, [x])
     # Float32 and fixed point both round; a spike in a thousand may differ, and then spreads.
@@ -251,8 +253,10 @@ class TestRefusals:
     def net(self, *middle: nn.Module) -> nn.Module:
         return make_dyadic(
             nn.Sequential(
-                own_layers.QuantConv2d(2, 4, 3), QuantLIFNode(step_mode="m"), *middle,
-            )  # fmt: skip
+                own_layers.QuantConv2d(2, 4, 3),
+                QuantLIFNode(step_mode="m"),
+                *middle,
+            )
         )
 
     x = grid(2, 1, 2, 9, 9)

@@ -1,4 +1,4 @@
-"""NIR export: true binary weights, quantization metadata, and a round trip that gives equal bits."""
+"""NIR export: true binary weights, quantization metadata, a round trip with equal bits."""
 
 from __future__ import annotations
 
