@@ -29,7 +29,7 @@ X86 = {
     "avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mtune=haswell"],
     "avx512": [
         "-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mavx512f", "-mavx512bw", "-mavx512vl",
-        "-mavx512dq", "-mprefer-vector-width=512",
+        "-mavx512dq", "-mprefer-vector-width=512", "-mtune=icelake-server",
     ],
 }  # fmt: skip
 

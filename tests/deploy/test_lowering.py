@@ -147,7 +147,8 @@ def test_every_leaky_reset(mechanism, delay, bits):
 @pytest.mark.parametrize("make", [models.resnet19, models.vgg16, models.vggsnn])
 def test_networks_of_the_paper_with_real_scales(make, host, preset):
     torch.manual_seed(0)
-    x = grid(4, 3, 32, 32)
+    side = 32 if make is models.vgg16 else 16
+    x = grid(2, 3, side, side)
     net = calibrate(
         make(width=0.125, T=2, bits="1w-2u", preset=preset, host=host, in_channels=3), x
     )
