@@ -64,7 +64,7 @@ def test_without_the_engine_numpy_answers_with_a_warning(case, monkeypatch):
 
 
 def test_sessions_are_the_whole_run_step_by_step(case):
-    model, path, x = case
+    _model, path, x = case
     net = deploy.load(path)
     whole = net.integers(x)[0]
     session = net.session(len(x))
