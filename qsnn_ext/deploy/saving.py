@@ -24,8 +24,8 @@ def save(
     Args:
         model: A quantized model with frozen membrane scales, or a finished program.
         path: Where to write.
-        sample: Representative input, as for :func:`~qsnn_ext.deploy.lower`. Without it the example
-            input that calibration left on the model is used.
+        sample: Representative input, as for :func:`~qsnn_ext.deploy.lower`. Without it the model's
+            ``example_input_array`` (the name Lightning gives it) is used, if it has one.
         options: Further arguments of :func:`~qsnn_ext.deploy.lower`.
 
     Returns:
