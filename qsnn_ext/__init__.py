@@ -63,6 +63,7 @@ _SUBMODULES = (
     "errors",
     "report",
     "energy",
+    "deploy",
 )
 
 __all__ = [*_HOMES, *_SUBMODULES]

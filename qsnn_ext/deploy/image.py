@@ -1,0 +1,385 @@
+"""Translates a program into the image the C runtime executes (``runtime/qsnn.h``).
+
+An image is one array of 32-bit words: a header, tables of values, operations and neurons, and the
+parameters. Operations that follow a convolution pixel by pixel (residual addition, neuron) are
+fused into it here, so that the runtime never writes their int32 currents to memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qsnn_ext.deploy.program import (
+    INT32_MAX,
+    Add,
+    Affine,
+    Conv,
+    IntArray,
+    Logic,
+    Neuron,
+    Op,
+    Pool,
+    Program,
+    sources_of,
+    targets_of,
+    words,
+)
+
+MAGIC, VERSION = 0x4E4E5351, 1
+HEADER = (
+    "magic", "version", "image_words", "state_words", "arena_words", "input_words",
+    "output_words", "values", "value_count", "ops", "op_count", "neurons", "neuron_count",
+    "outputs", "output_count", "scratch", "line_words",
+)  # fmt: skip
+OP_FIELDS = (
+    "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
+    "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
+    "self_factor", "add_factor", "neuron", "function", "list", "list_count",
+)  # fmt: skip
+NEURON_FIELDS = (
+    "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
+    "per_channel", "threshold", "reset_value", "bounds", "state", "spikes", "membrane",
+    "reading", "source", "guess_shift", "guess_multiplier",
+)  # fmt: skip
+TYPES = {Conv: 0, Affine: 1, Add: 2, Logic: 3, Pool: 4, Neuron: 5}
+CODES = {
+    "max": 0, "sum": 1, "repeat": 2,  # Pool.function
+    "and": 0, "iand": 1,  # Logic.function
+    "none": 0, "hard": 1, "soft": 2,  # Neuron.reset; "none" is 0 in Neuron.delay too
+    "fire_first": 0, "quantize_first": 1,  # Neuron.order
+    "table": 1, "gate": 2,  # Neuron.delay
+}  # fmt: skip
+ALIGN = 16  # words: one cache line
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """Where the membrane potentials of one neuron operation lie in the state area."""
+
+    name: str
+    offset: int
+    shape: tuple[int, int, int]
+    state_bits: int  # 32: plain int32, channel last; otherwise bit planes
+
+
+@dataclass(frozen=True)
+class Image:
+    """A program as the C runtime sees it, and the sizes of the work areas it needs.
+
+    Args:
+        words: The image, uint32.
+        state_words: Membranes of one sample.
+        arena_words: Activations and scratch of one running sample.
+        parameter_words: How many of ``words`` hold weights and other parameters.
+        slots: Layout of the state area.
+    """
+
+    words: npt.NDArray[np.uint32]
+    state_words: int
+    arena_words: int
+    parameter_words: int
+    slots: tuple[StateSlot, ...]
+
+
+def _round(n: int, to: int = ALIGN) -> int:
+    return -(-n // to) * to
+
+
+@dataclass
+class _Step:
+    """One operation with whatever was fused behind it."""
+
+    op: Op
+    add: tuple[int, int, int] | None = None  # other value, own factor, other factor
+    neuron: Neuron | None = None
+
+    @property
+    def members(self) -> list[Op]:
+        return [self.op] if self.neuron is None else [self.op, self.neuron]
+
+
+def _fuse(program: Program) -> tuple[list[_Step], set[int]]:
+    """Group operations into steps; also return the values that are never stored."""
+    readers: dict[int, list[Op]] = {}
+    for op in program.ops:
+        for i in sources_of(op):
+            readers.setdefault(i, []).append(op)
+    producer = {t: k for k, op in enumerate(program.ops) for t in targets_of(op)}
+    position = {id(op): k for k, op in enumerate(program.ops)}
+
+    def only_reader(value: int) -> Op | None:
+        found = readers.get(value, [])
+        return found[0] if len(found) == 1 and value not in program.outputs else None
+
+    absorbed: set[int] = set()
+    unstored: set[int] = set()
+    steps = []
+    for k, op in enumerate(program.ops):
+        if id(op) in absorbed:
+            continue
+        step = _Step(op)
+        last = op
+        if isinstance(op, Conv | Affine):
+            following = only_reader(op.target)
+            if isinstance(following, Add) and len(following.sources) == 2:
+                own = following.sources.index(op.target)
+                other = following.sources[1 - own]
+                # The other operand must be ready here, and not be this same value.
+                ready = other != op.target and producer.get(other, -1) < k
+                if ready and program.values[following.target].planes == 0:
+                    step.add = (other, following.factors[own], following.factors[1 - own])
+                    absorbed.add(id(following))
+                    unstored.add(op.target)
+                    last = following
+        if isinstance(last, Conv | Affine | Add):
+            following = only_reader(last.target)
+            if isinstance(following, Neuron) and position[id(following)] > k:
+                step.neuron = following
+                absorbed.add(id(following))
+                unstored.add(last.target)
+        elif isinstance(last, Neuron):
+            step.neuron = last
+        steps.append(step)
+    return steps, unstored
+
+
+class _Builder:
+    def __init__(self, program: Program) -> None:
+        self.p = program
+        self.ranges = program.validate()
+        self.steps, self.unstored = _fuse(program)
+        self.blocks: list[npt.NDArray[np.uint32]] = []
+        self.size = 0
+        self.line = max(_round(v.shape[0], 64) for v in program.values) + 64
+
+    def put(self, array: IntArray) -> int:
+        """Append an array of 32-bit words, aligned; return its offset."""
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+        offset = self.size
+        block = np.zeros(_round(flat.size), np.uint32)
+        block[: flat.size] = flat
+        self.blocks.append(block)
+        self.size += block.size
+        return offset
+
+    def build(self) -> Image:
+        p = self.p
+        self.put(np.zeros(len(HEADER), np.int32))
+        tables = {
+            "values": self.put(np.zeros(len(p.values) * 6, np.int32)),
+            "ops": self.put(np.zeros(len(self.steps) * len(OP_FIELDS), np.int32)),
+            "neurons": self.put(np.zeros(max(len(p.neurons), 1) * len(NEURON_FIELDS), np.int32)),
+            "outputs": self.put(np.asarray(p.outputs, np.int32)),
+        }
+        table_words = self.size
+        offsets, strides, scratch_start = self._arena()
+        neurons, slots, state_words = self._neurons()
+        self.scratch = 0
+        ops = [self._step(step, neurons) for step in self.steps]
+        parameter_words = self.size - table_words
+        self.put(np.zeros(32, np.int32))  # vector loads may read a little past the last parameter
+        image = np.concatenate(self.blocks)
+        arena_words = scratch_start + 2 * self.line + self.scratch
+        out = [p.values[i].elements for i in p.outputs]
+        header = {
+            "magic": MAGIC, "version": VERSION, "image_words": image.size,
+            "state_words": state_words, "arena_words": arena_words,
+            "input_words": p.values[0].elements, "output_words": sum(out), **tables,
+            "value_count": len(p.values), "op_count": len(ops), "neuron_count": len(p.neurons),
+            "output_count": len(p.outputs), "scratch": scratch_start, "line_words": self.line,
+        }  # fmt: skip
+        image[: len(HEADER)] = [header[k] for k in HEADER]
+        values = [
+            [*v.shape, v.planes, stride, offset]
+            for v, stride, offset in zip(p.values, strides, offsets, strict=True)
+        ]
+        for name, rows in (("values", values), ("ops", ops)):
+            flat = np.asarray(rows, np.int64).astype(np.int32).reshape(-1).view(np.uint32)
+            image[tables[name] : tables[name] + flat.size] = flat
+        if p.neurons:
+            records = [[neurons[id(n)][1][f] for f in NEURON_FIELDS] for n in p.neurons]
+            flat = np.asarray(records, np.int32).reshape(-1).view(np.uint32)
+            image[tables["neurons"] : tables["neurons"] + flat.size] = flat
+        return Image(image, state_words, arena_words, parameter_words, tuple(slots))
+
+    def _arena(self) -> tuple[list[int], list[int], int]:
+        """Offset and words per pixel of every value; values that never live together overlap."""
+        p = self.p
+        strides = [
+            v.planes * words(v.shape[0]) if v.planes else words(v.shape[0]) * 32 for v in p.values
+        ]
+        if all(isinstance(op, Conv) for op in p.ops if 0 in sources_of(op)) and 0 not in p.outputs:
+            strides[0] = p.values[0].shape[0]  # only convolutions read it, and they need no padding
+        birth = {0: -1}
+        death = {0: len(self.steps), **{i: len(self.steps) for i in p.outputs}}
+        for k, step in enumerate(self.steps):
+            reads = {i for op in step.members for i in sources_of(op)}
+            if step.add is not None:
+                reads.add(step.add[0])
+            writes = {t for op in step.members for t in targets_of(op)}
+            if step.add is not None and step.neuron is None:
+                writes = {self._add_target(step)}
+            for i in writes - self.unstored:
+                birth[i] = k
+                death[i] = max(death.get(i, k), k)
+            for i in reads - self.unstored:
+                death[i] = max(death.get(i, k), k)
+        offsets = [0] * len(p.values)
+        placed: list[tuple[int, int, int, int]] = []  # start, end, birth, death
+        order = sorted(
+            birth, key=lambda i: -strides[i] * p.values[i].shape[1] * p.values[i].shape[2]
+        )
+        for i in order:
+            size = _round(strides[i] * p.values[i].shape[1] * p.values[i].shape[2])
+            at = 0
+            for start, end, born, dead in sorted(placed):
+                if born <= death[i] and birth[i] <= dead and start < at + size and at < end:
+                    at = end
+            offsets[i] = at
+            placed.append((at, at + size, birth[i], death[i]))
+        return offsets, strides, max((end for _, end, _, _ in placed), default=0)
+
+    def _add_target(self, step: _Step) -> int:
+        op = step.op
+        assert isinstance(op, Conv | Affine)
+        return next(o.target for o in self.p.ops if isinstance(o, Add) and op.target in o.sources)
+
+    def _channels(self, array: IntArray, channels: int, fill: int = 0) -> IntArray:
+        padded = np.full(words(channels) * 32, fill, np.int32)
+        padded[:channels] = array
+        return padded
+
+    def _neurons(
+        self,
+    ) -> tuple[dict[int, tuple[int, dict[str, int]]], list[StateSlot], int]:
+        records: dict[int, tuple[int, dict[str, int]]] = {}
+        slots: list[StateSlot] = []
+        state = 0
+        for k, n in enumerate(self.p.neurons):
+            c, h, w = shape = self.p.values[n.source].shape
+            padded = words(c) * 32
+            per = n.leak.shape[0] > 1 or n.threshold.size > 1 or n.reset_value.size > 1
+            leak, theta, value = n.leak, n.threshold, n.reset_value
+            if per:
+                leak = np.zeros((padded, n.leak.shape[1]), np.int32)
+                leak[:c] = n.leak
+                theta = self._channels(np.broadcast_to(n.threshold, (c,)), c)
+                value = self._channels(np.broadcast_to(n.reset_value, (c,)), c)
+            bounds = n.bounds
+            if n.bits <= 8:
+                bounds = np.full(2**n.bits, INT32_MAX, np.int32)
+                bounds[: n.bounds.size] = n.bounds
+            slots.append(StateSlot(n.name, state, shape, n.state_bits if n.bits <= 8 else 32))
+            records[id(n)] = (
+                k,
+                {
+                    "bits": n.bits, "state_bits": n.state_bits, "levels": n.levels,
+                    "reset": CODES[n.reset], "order": CODES[n.order], "delay": CODES[n.delay],
+                    "ceiling": n.ceiling, "initial": n.initial, "leak": self.put(leak),
+                    "per_channel": int(per), "threshold": self.put(theta),
+                    "reset_value": self.put(value), "bounds": self.put(bounds), "state": state,
+                    "spikes": n.target, "membrane": -1 if n.membrane is None else n.membrane,
+                    "reading": self.put(n.reading), "source": n.source,
+                    "guess_shift": 0, "guess_multiplier": 0,
+                },
+            )  # fmt: skip
+            state += _round(h * w * (c if n.bits == 32 else n.state_bits * words(c)))
+        return records, slots, state
+
+    def _step(self, step: _Step, neurons: dict[int, tuple[int, dict[str, int]]]) -> list[int]:
+        p, op = self.p, step.op
+        f = dict.fromkeys(OP_FIELDS, 0)
+        f.update(type=TYPES[type(op)], source=sources_of(op)[0], target=targets_of(op)[0])
+        f.update(add=-1, neuron=-1, self_factor=1, groups=1)
+        if isinstance(op, Conv):
+            self._conv(op, f)
+        if isinstance(op, Conv | Affine):
+            self._fixed_point(op, f)
+        if isinstance(op, Pool):
+            f.update(function=CODES[op.function], kh=op.kernel[0], kw=op.kernel[1])
+            f.update(sh=op.stride[0], sw=op.stride[1], top=op.padding[0], left=op.padding[1])
+        if isinstance(op, Logic):
+            f["function"] = CODES[op.function]
+        if isinstance(op, Add | Logic):
+            factors = op.factors if isinstance(op, Add) else (1, 1)
+            pairs = np.asarray(list(zip(op.sources, factors, strict=True)), np.int32)
+            f.update(list=self.put(pairs), list_count=len(pairs))
+        if step.add is not None:
+            f["add"], f["self_factor"], f["add_factor"] = step.add
+            if step.neuron is None:
+                f["target"] = self._add_target(step)
+        if step.neuron is not None:
+            f["neuron"] = neurons[id(step.neuron)][0]
+        del p
+        return [f[k] for k in OP_FIELDS]
+
+    def _fixed_point(self, op: Conv | Affine, f: dict[str, int]) -> None:
+        c = op.multiplier.size
+        shift = self._channels(op.shift.astype(np.int32), c, fill=1)
+        reach = self._reach(op) * np.abs(op.multiplier.astype(np.int64))
+        reach += np.int64(1) << (op.shift.astype(np.int64) - 1)
+        product32 = bool(reach.max() <= INT32_MAX) and int(op.shift.max()) <= 31
+        half = np.int64(1) << (shift.astype(np.int64) - 1)
+        both = np.concatenate([shift, (half & 0xFFFFFFFF).astype(np.uint32).view(np.int32)])
+        f.update(
+            multiplier=self.put(self._channels(op.multiplier, c)),
+            shift=self.put(both),
+            bias=self.put(self._channels(op.bias, c)),
+            product32=int(product32),
+        )
+
+    def _reach(self, op: Conv | Affine) -> int:
+        """Largest absolute value that is multiplied."""
+        lo, hi = self.ranges[op.source]
+        if isinstance(op, Affine):
+            return max(-lo, hi)
+        if op.binary:
+            return int(op.weight.shape[1]) * max(-lo, hi)
+        return int(np.abs(op.weight.astype(np.int64)).sum(axis=1).max()) * max(-lo, hi)
+
+    def _conv(self, op: Conv, f: dict[str, int]) -> None:
+        src = self.p.values[op.source]
+        groups, rows, columns = op.weight.shape
+        f.update(groups=groups, list_count=rows, binary=int(op.binary))
+        for names, pair in (("kh kw", op.kernel), ("sh sw", op.stride), ("dh dw", op.dilation)):
+            f.update(zip(names.split(), pair, strict=True))
+        f.update(top=op.padding[0], left=op.padding[1])
+        if op.binary:
+            f["row_words"] = columns
+            flat = op.weight.reshape(-1)
+            weight = np.concatenate(
+                [flat, np.zeros(columns, np.uint32)]
+            )  # a row of zeros at the end
+        else:
+            pitch = _round(columns, 64)
+            f["row_words"] = pitch // 4
+            padded = np.zeros((groups, rows, pitch), np.int8)
+            padded[:, :, :columns] = op.weight
+            weight = padded.view(np.uint32)
+        f["weight"] = self.put(weight)
+        if op.binary and groups == 1 and src.planes:
+            span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
+            width = src.shape[2]
+            row = width + 1 + width * words(src.shape[0]) * 32 + 16
+            need = span * src.planes * row + rows + 64
+        else:
+            need = 2 * rows + _round(columns * (32 if op.binary else 1), 64) + 64
+        self.scratch = max(self.scratch, _round(need))
+
+
+def build_image(program: Program) -> Image:
+    """Translate a program for the C runtime.
+
+    Args:
+        program: A valid program.
+
+    Returns:
+        The image and the sizes of its work areas.
+
+    Raises:
+        FormatError: If the program is not valid.
+    """
+    return _Builder(program).build()

@@ -1,0 +1,164 @@
+"""A deployed network: a program, ready to answer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qsnn_ext.deploy.engine import (
+    Backend,
+    EngineSession,
+    Session,
+    choose,
+    open_session,
+)
+from qsnn_ext.deploy.fileformat import load_program
+from qsnn_ext.deploy.image import Image, build_image
+from qsnn_ext.deploy.program import IntArray, Program
+from qsnn_ext.errors import FormatError, InputError, InputTypeError
+
+Answer = Any  # array, or tuple of arrays, as the model returned
+
+
+class DeployedModel:
+    """Calls a program like the model it came from.
+
+    One object may be used from several threads at once: every call has its own membranes.
+
+    Args:
+        program: A valid program.
+        backend: ``"auto"``, ``"avx512"``, ``"avx2"``, ``"portable"`` or ``"numpy"``.
+        threads: Samples of a batch that run at the same time.
+
+    Raises:
+        ConfigError: If the backend is not available here.
+        FormatError: If the program is not valid.
+    """
+
+    def __init__(self, program: Program, backend: Backend = "auto", threads: int = 1) -> None:
+        self.program = program
+        self.backend: Any = choose(backend)
+        self.threads = threads
+        self._image: Image | None = None if self.backend == "numpy" else build_image(program)
+        metadata = program.metadata
+        shape = program.values[0].shape
+        rank = _ranks(metadata.get("input_rank", "3"), 1)[0]
+        self.input_shape = shape if rank == 3 else (shape[0],) if rank == 1 else shape[::2]
+        ranks = metadata.get("output_ranks", "")
+        count = len(program.outputs)
+        self._ranks = _ranks(ranks, count) if ranks else [3] * count
+
+    def session(self, batch: int = 1) -> Session:
+        """A run of its own, one time step at a time: step, reset, state, restore."""
+        return open_session(self.program, batch, self.backend, self.threads, self._image)
+
+    def codes(self, x: Any) -> npt.NDArray[np.int32]:
+        """Integer input codes ``[..., C, H, W]`` of real inputs: the last float there is.
+
+        Args:
+            x: Array or tensor ``[..., *input_shape]``; integers are taken to be codes already.
+
+        Raises:
+            InputError: If the shape is wrong or a value is not finite.
+        """
+        if hasattr(x, "detach"):
+            x = x.detach().cpu().numpy()
+        x = np.asarray(x)
+        rank = len(self.input_shape)
+        if x.ndim < rank or x.shape[x.ndim - rank :] != self.input_shape:
+            raise InputError(
+                f"input of shape {x.shape}; this program takes [..., {self.input_shape}]"
+            )
+        lo, hi = self.program.input_range
+        if np.issubdtype(x.dtype, np.floating):
+            if not np.isfinite(x).all():
+                raise InputError("the input contains NaN or infinity")
+            x = np.rint(x.astype(np.float64) / self.program.input_scale)
+        elif not np.issubdtype(x.dtype, np.integer):
+            raise InputTypeError(f"input of type {x.dtype}; it must be real numbers or integers")
+        clipped = np.clip(x, lo, hi).astype(np.int32)
+        codes: npt.NDArray[np.int32] = clipped.reshape(
+            *x.shape[: x.ndim - rank], *self.program.values[0].shape
+        )
+        return codes
+
+    def integers(self, x: Any) -> list[IntArray]:
+        """Integer answers ``[T, N, C, H, W]`` of every output, before any scale.
+
+        Args:
+            x: ``[N, ...]``, shown ``program.timesteps`` times, or ``[T, N, ...]``.
+        """
+        codes = self.codes(x)
+        if codes.ndim not in (4, 5):
+            raise InputError(
+                f"input has {codes.ndim - 3} axes before {self.input_shape}; give [N, ...] or "
+                "[T, N, ...]"
+            )
+        static = codes.ndim == 4
+        steps = self.program.timesteps if static else codes.shape[0]
+        batch = codes.shape[0] if static else codes.shape[1]
+        if batch == 0 or steps == 0:
+            raise InputError("the input is empty")
+        session = self.session(batch)
+        if isinstance(session, EngineSession):
+            order = codes if static else codes.swapaxes(0, 1)
+            return [r.swapaxes(0, 1) for r in session.run(order, steps, static)]
+        answers = [session.step(codes if static else codes[t]) for t in range(steps)]
+        return [np.stack([a[i] for a in answers]) for i in range(len(self.program.outputs))]
+
+    def __call__(self, x: Any) -> Answer:
+        """Answer as the model did.
+
+        Args:
+            x: ``[N, ...]`` (shown at every step) or ``[T, N, ...]``; real numbers or input codes.
+
+        Returns:
+            float32 array ``[T, N, ...]``; ``[N, ...]`` if the program sums or averages over time or
+            is a single step. A tuple of them if the model returned several. The values are
+            integers times the scale of the output.
+        """
+        p = self.program
+        single = p.metadata.get("time") == "step"
+        flat = (codes_rank := np.ndim(x)) == len(self.input_shape) + 1
+        answers = []
+        for raw, rank, index in zip(self.integers(x), self._ranks, p.outputs, strict=True):
+            value = raw.astype(np.int64)
+            scale = p.values[index].scale
+            if p.reduction != "none":
+                value = value.sum(axis=0)
+                scale = scale / raw.shape[0] if p.reduction == "mean" else scale
+            elif single and flat:
+                value = value[0]
+            c, h, w = value.shape[-3:]
+            shape = {1: (c * h * w,), 2: (c, h * w), 3: (c, h, w)}.get(rank, (c, h, w))
+            answers.append((value.reshape(*value.shape[:-3], *shape) * scale).astype(np.float32))
+        del codes_rank
+        return tuple(answers) if p.metadata.get("structure") == "tuple" else answers[0]
+
+
+def _ranks(text: str, count: int) -> list[int]:
+    """Comma-separated ranks 1 to 3, as the metadata hold them."""
+    parts = text.split(",")
+    if len(parts) != count or not set(parts) <= {"1", "2", "3"}:
+        raise FormatError(f"the program's metadata hold the impossible ranks {text[:40]!r}")
+    return [int(p) for p in parts]
+
+
+def load(
+    path: str | os.PathLike[str], backend: Backend = "auto", threads: int = 1
+) -> DeployedModel:
+    """Read a ``.qsnn`` file.
+
+    Args:
+        path: The file.
+        backend: What runs it; ``"auto"`` takes the fastest available.
+        threads: Samples of a batch that run at the same time.
+
+    Raises:
+        FormatError: If the file is damaged, hostile, or of an unknown version.
+        ConfigError: If the backend is not available here.
+    """
+    return DeployedModel(load_program(path), backend, threads)

@@ -1,0 +1,360 @@
+"""Reads the neurons of both hosts into one description, and turns that into integers.
+
+The description is real-valued and host-free; :func:`integer_neuron` is the one place where leak,
+threshold and quantization become fixed point.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from qsnn_ext.deploy.program import WIDE_LIMIT, Neuron
+from qsnn_ext.errors import LoweringError
+
+Real = npt.NDArray[np.float64]
+
+
+@dataclass
+class NeuronModel:
+    """One step of a neuron: ``h = decay*carried + gain*x + offset``, fire, reset, quantize.
+
+    Args:
+        decay, theta: Arrays of 1 or C entries.
+        gain, offset: Numbers.
+        reset: ``"hard"``, ``"soft"`` or ``"none"``.
+        v_reset: Target of the hard reset, and the initial membrane potential ``v_initial``.
+        strict: Fires at ``h > theta`` instead of ``h >= theta``.
+        delayed: The host resets at the start of the next step (snnTorch's default).
+        bits: k, or 32 for a float membrane potential.
+        alpha: Frozen membrane scale.
+        squash: Whether tanh precedes the quantizer.
+        order: Order of quantizing and firing.
+    """
+
+    decay: Real
+    theta: Real
+    gain: float
+    offset: float
+    reset: Literal["hard", "soft", "none"]
+    v_reset: float
+    v_initial: float
+    strict: bool
+    delayed: bool
+    bits: int
+    alpha: float
+    squash: bool
+    order: Literal["fire_first", "quantize_first"]
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {base.__name__ for base in type(module).__mro__}
+
+
+def _array(value: Any) -> Real:
+    tensor = torch.as_tensor(value).detach().to(torch.float64).cpu()
+    return np.atleast_1d(np.asarray(tensor.numpy(), np.float64).reshape(-1))
+
+
+def read_neuron(name: str, module: nn.Module) -> NeuronModel:
+    """Describe a neuron of either host.
+
+    Args:
+        name: Module path, for messages.
+        module: The neuron.
+
+    Raises:
+        LoweringError: For neurons with no integer equivalent; says why.
+    """
+    bases = _names(module)
+    if "Leaky" in bases:
+        model = _read_leaky(name, module)
+    elif {"LIFNode", "IFNode", "ParametricLIFNode"} & bases:
+        model = _read_spikingjelly(name, module, bases)
+    else:
+        raise LoweringError(
+            f"{name or 'the model'}: a {type(module).__name__} has no integer form; neurons that "
+            "can be lowered are LIFNode, IFNode, ParametricLIFNode and Leaky, and their "
+            "quantized versions"
+        )
+    if model.theta.min() <= 0:
+        raise LoweringError(f"{name}: its threshold is not positive")
+    return model
+
+
+def _membrane(name: str, module: nn.Module) -> tuple[int, float, bool]:
+    quantizer: Any = getattr(module, "membrane", None)
+    if quantizer is None:
+        return 32, 1.0, False
+    if quantizer.mode != "frozen" or not quantizer.calibrated:
+        raise LoweringError(
+            f"{name}: its membrane scale is not frozen, so one sample's result would depend on "
+            "its batch; run qsnn_ext.calibrate(model, batches) first"
+        )
+    return quantizer.bits, float(quantizer.alpha), quantizer.squash == "tanh"
+
+
+def _strict(surrogate: Any) -> bool:
+    """Whether the surrogate does not fire at exactly the threshold."""
+    return not bool(surrogate(torch.zeros(1)).item() >= 0.5)
+
+
+def _read_spikingjelly(name: str, module: Any, bases: set[str]) -> NeuronModel:
+    kind = type(module).__name__
+    if kind not in {"LIFNode", "IFNode", "ParametricLIFNode"} and "QuantizedNode" not in bases:
+        raise LoweringError(f"{name}: a {kind} has no integer form; use a plain LIFNode")
+    hard = module.v_reset is not None
+    v_reset = float(module.v_reset) if hard else 0.0
+    if "IFNode" in bases:
+        decay, gain, offset = 1.0, 1.0, 0.0
+    else:
+        parametric = "ParametricLIFNode" in bases
+        rate = float(module.w.detach().sigmoid()) if parametric else 1.0 / float(module.tau)
+        decay, gain = 1.0 - rate, rate if module.decay_input else 1.0
+        offset = rate * v_reset
+    bits, alpha, squash = _membrane(name, module)
+    return NeuronModel(
+        decay=np.array([decay]), theta=_array(module.v_threshold), gain=gain, offset=offset,
+        reset="hard" if hard else "soft", v_reset=v_reset, v_initial=v_reset,
+        strict=_strict(module.surrogate_function), delayed=False, bits=bits, alpha=alpha,
+        squash=squash, order=getattr(module, "order", "fire_first"),
+    )  # fmt: skip
+
+
+def _read_leaky(name: str, module: Any) -> NeuronModel:
+    if type(module).__name__ not in ("Leaky", "QLeaky"):
+        raise LoweringError(f"{name}: a {type(module).__name__} has no integer form; use Leaky")
+    if module.inhibition:
+        raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
+    if module.state_quant:
+        raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
+    if float(module.graded_spikes_factor) != 1.0:
+        raise LoweringError(f"{name}: graded_spikes_factor must be 1")
+    bits, alpha, squash = _membrane(name, module)
+    mechanism = module.reset_mechanism
+    resets: dict[str, Literal["hard", "soft", "none"]] = {
+        "subtract": "soft",
+        "zero": "hard",
+        "none": "none",
+    }
+    model = NeuronModel(
+        decay=_array(module.beta.clamp(0, 1)), theta=_array(module.threshold), gain=1.0,
+        offset=0.0, reset=resets[mechanism],
+        v_reset=0.0, v_initial=0.0, strict=_strict(module.spike_grad),
+        delayed=bool(module.reset_delay), bits=bits, alpha=alpha, squash=squash,
+        order=getattr(module, "order", "fire_first"),
+    )  # fmt: skip
+    if not model.delayed and model.reset == "soft":
+        if bits == 32:
+            raise LoweringError(
+                f"{name}: a float membrane potential with reset_delay=False and subtraction can "
+                "be reset twice; use reset_delay=True"
+            )
+        theta = float(model.theta.min())
+        carried = alpha if model.order == "fire_first" else alpha - theta
+        if carried > theta:
+            raise LoweringError(
+                f"{name}: with reset_delay=False a carried level above the threshold is reset "
+                f"without a spike, and its largest level {carried:.3g} is; use reset_delay=True"
+            )
+    return model
+
+
+def _int32(name: str, what: str, values: Any) -> npt.NDArray[np.int32]:
+    values = np.atleast_1d(np.asarray(values, np.float64))
+    if not np.isfinite(values).all() or np.abs(values).max(initial=0) >= 2**30:
+        raise LoweringError(f"{name}: its {what} does not fit the fixed-point range")
+    integers: npt.NDArray[np.int32] = values.astype(np.int64).astype(np.int32)
+    return integers
+
+
+def _first_at_or_above(real: Any, strict: bool) -> Real:
+    """The smallest integer x with ``x >= real`` (``x > real`` if strict)."""
+    result: Real = np.floor(real) + 1 if strict else np.ceil(real)
+    return result
+
+
+def integer_neuron(
+    name: str,
+    m: NeuronModel,
+    source: int,
+    target: int,
+    unit: float,
+    channels: int,
+    membrane: int | None = None,
+    reading_unit: float = 1.0,
+) -> Neuron:
+    """The integer neuron for a current whose unit is ``unit``.
+
+    Everything is divided by the gain, so that the current needs no multiplication.
+
+    Args:
+        name: Module path.
+        m: What to build.
+        source, target: Indices of current and spikes.
+        unit: Real value of one unit of the current.
+        channels: Channels of the current.
+        membrane: Index of the membrane output, if it has one.
+        reading_unit: Real value of one unit of the membrane output.
+
+    Raises:
+        LoweringError: If a constant does not fit, or has as many entries as neither 1 nor C.
+    """
+    for what, array in (("leak", m.decay), ("threshold", m.theta)):
+        if array.size not in (1, channels):
+            raise LoweringError(
+                f"{name}: its {what} has {array.size} entries; 1 or {channels} (one per channel) "
+                "can be lowered"
+            )
+    one = unit * m.gain  # membrane potential that one unit of current adds
+    if m.bits == 32:
+        return _wide(name, m, source, target, one, membrane, reading_unit)
+    n = 2 ** (m.bits - 1) - 1
+    alpha = max(m.alpha, 0.0)
+    step = alpha / n
+    size = 2**m.bits
+    codes = np.arange(size)
+    codes = np.where(codes >= size // 2, codes - size, codes).astype(np.float64)
+    levels = codes * step
+    theta = m.theta[:, None]
+    decay = m.decay[:, None]
+    initial = 0
+    delay: Literal["none", "table"] = "none"
+    ceiling = n
+    stored = np.broadcast_to(levels, (1, size))
+
+    def reset(v: Real) -> Real:
+        fired = (v > theta) if m.strict else (v >= theta)
+        if m.reset == "soft":
+            return np.where(fired, v - theta, v)
+        if m.reset == "hard":
+            return np.where(fired, m.v_reset, v)
+        return v + 0 * theta
+
+    if m.order == "quantize_first":
+        if m.delayed and m.reset == "soft":  # the reset is not leaked
+            fired = (levels > theta) if m.strict else (levels >= theta)
+            leak = decay * levels - np.where(fired, theta, 0.0)
+        else:
+            leak = decay * reset(np.broadcast_to(levels, (theta.shape[0], size)))
+        # In float32, as the simulation compares, so that a level on the threshold falls alike.
+        grid = np.arange(-n, n + 1, dtype=np.float32) * np.float32(np.float32(alpha) / n)
+        side: Literal["left", "right"] = "right" if m.strict else "left"
+        threshold = np.searchsorted(grid, m.theta.astype(np.float32), side=side) - n
+    elif m.delayed and m.reset != "none":
+        delay = "table"
+        if step:
+            ceiling = int(min(n, math.floor(float(m.theta.min()) / step)))
+            if ceiling < n and m.theta.size > 1:
+                raise LoweringError(
+                    f"{name}: its thresholds differ by channel and its largest level {alpha:.3g} "
+                    "lies above one of them; that can only be lowered for one threshold"
+                )
+        quiet = decay * levels + 0 * theta
+        soft = m.reset == "soft"
+        fired_leak = decay * (levels + theta) - theta if soft else np.zeros_like(quiet)
+        leak = np.concatenate([quiet, fired_leak], axis=1)
+        stored = np.concatenate([levels + 0 * theta, levels + theta], axis=1)
+        threshold = _first_at_or_above(m.theta / one, m.strict)
+    else:
+        leak = decay * levels + 0 * theta
+        threshold = _first_at_or_above(m.theta / one, m.strict)
+    leak = np.array(leak + m.offset)
+    start = decay * m.v_initial + m.offset
+    if np.abs(leak[:, 0] - start[:, 0]).max() > 0:
+        initial = size // 2  # the one code no quantization produces carries the initial potential
+        leak[:, initial] = start[:, 0]
+    reset_value = np.array([m.v_reset]) if m.reset == "hard" else m.theta
+    if leak.shape[0] > 1 and (leak == leak[:1]).all():
+        leak = leak[:1]
+    reading = np.zeros(0, np.int32)
+    if membrane is not None:
+        if stored.shape[0] > 1:
+            raise LoweringError(f"{name}: a membrane output needs one threshold for all channels")
+        reading = _int32(name, "membrane", np.rint(stored[0] / reading_unit))
+    return Neuron(
+        name, source, target, m.bits,
+        leak=_int32(name, "leak", np.rint(leak / one)),
+        threshold=_int32(name, "threshold", threshold),
+        bounds=_bounds(m, n, alpha, one),
+        reset=m.reset, reset_value=_int32(name, "reset", np.rint(reset_value / one)),
+        order=m.order, delay=delay, ceiling=ceiling, initial=initial, membrane=membrane,
+        reading=reading,
+    )  # fmt: skip
+
+
+def _bounds(m: NeuronModel, n: int, alpha: float, one: float) -> npt.NDArray[np.int32]:
+    """Integers from which on each code is reached: ``code = (number of bounds <= v) - n``.
+
+    Code c begins at ``(c - 1/2) * alpha/n``; on the boundary itself rounding half to even gives
+    the even neighbour.
+    """
+    limit = float(2**30)
+    if alpha <= 0:  # every membrane potential quantizes to code 0
+        return np.repeat([-limit, limit], n).astype(np.int32)
+    codes = np.arange(-n + 1, n + 1, dtype=np.float64)
+    edge = (codes - 0.5) * alpha / n
+    if m.squash:
+        with np.errstate(divide="ignore"):
+            edge = np.where(np.abs(edge) < 1, np.arctanh(np.clip(edge, -1, 1)), np.sign(edge) * 1e9)
+    even = codes % 2 == 0
+    bounds = np.where(even, np.ceil(edge / one), np.floor(edge / one) + 1)
+    return np.clip(bounds, -limit, limit).astype(np.int64).astype(np.int32)
+
+
+def _wide(
+    name: str,
+    m: NeuronModel,
+    source: int,
+    target: int,
+    one: float,
+    membrane: int | None,
+    reading_unit: float,
+) -> Neuron:
+    theta, decay = m.theta, m.decay
+    value = np.array([m.v_reset]) if m.reset == "hard" else theta
+    reading = np.zeros(0, np.int32)
+    back = 0.0
+    if m.delayed and m.reset == "soft":
+        # The host leaks first and subtracts theta afterwards: carry u - theta/beta instead.
+        if decay.min() <= 0.01:
+            raise LoweringError(f"{name}: a delayed reset by subtraction needs beta above 0.01")
+        value = theta / decay
+        back = float(value[0] / one)
+    if membrane is not None:
+        if m.delayed and m.reset == "hard":
+            raise LoweringError(
+                f"{name}: the membrane output of a float neuron with a delayed reset to zero "
+                "is not kept; quantize the neuron or use reset_mechanism='none'"
+            )
+        if value.size > 1 and back:
+            raise LoweringError(f"{name}: a membrane output needs one threshold for all channels")
+        if not math.isclose(reading_unit, one, rel_tol=1e-12):
+            raise LoweringError(f"{name}: internal error: membrane output unit")
+        reading = _int32(name, "membrane", [0, np.rint(back)])
+    shift = 30
+    leak = np.stack(
+        [
+            np.rint(decay * 2.0**shift),
+            np.full(decay.size, shift),
+            np.full(decay.size, np.rint(m.offset / one)),
+        ],
+        axis=1,
+    )
+    initial = round(m.v_initial / one)
+    if abs(initial) > WIDE_LIMIT:
+        raise LoweringError(f"{name}: its initial membrane potential is out of range")
+    return Neuron(
+        name, source, target, 32,
+        leak=leak.astype(np.int64).astype(np.int32),
+        threshold=_int32(name, "threshold", _first_at_or_above(theta / one, m.strict)),
+        bounds=np.zeros(0, np.int32), reset=m.reset,
+        reset_value=_int32(name, "reset", np.rint(value / one)),
+        initial=initial, membrane=membrane, reading=reading,
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+/* The few vector operations the runtime is written in, for AVX-512, AVX2, any compiler with vector
+ * extensions (SSE2, NEON, ...) and plain C99. `vi` holds LANES int32, `vm` a truth value for each.
+ * Which one is used is decided by the flags the file is compiled with. */
+#ifndef QSNN_VECTOR_H
+#define QSNN_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+#include <immintrin.h>
+#define LANES 16
+#define QSNN_AVX512 1
+typedef __m512i vi;
+typedef __mmask16 vm;
+static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512((const void *)p); }
+static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512((void *)p, a); }
+static inline vi vi_set(int32_t a) { return _mm512_set1_epi32(a); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+static inline vi vi_sra(vi a, vi b) { return _mm512_srav_epi32(a, b); }
+static inline vi vi_min(vi a, vi b) { return _mm512_min_epi32(a, b); }
+static inline vm vm_ge(vi a, vi b) { return _mm512_cmpge_epi32_mask(a, b); }
+static inline vm vm_test(vi a, vi b) { return _mm512_test_epi32_mask(a, b); }
+static inline vm vm_from(uint32_t bits) { return (vm)bits; }
+static inline uint32_t vm_bits(vm m) { return (uint32_t)m; }
+static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_mov_epi32(b, m, a); }
+static inline vi vi_add_if(vi a, vm m, vi b) { return _mm512_mask_add_epi32(a, m, a, b); }
+static inline vi vi_load_i8(const int8_t *p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+static inline vi vi_lookup(const int32_t *table, vi index) {
+    return _mm512_i32gather_epi32(index, (const void *)table, 4);
+}
+#define SMALL_TABLE 16
+static inline vi vi_lookup_small(vi table, vi index) { return _mm512_permutexvar_epi32(index, table); }
+
+#elif defined(__AVX2__)
+
+#include <immintrin.h>
+#define LANES 8
+typedef __m256i vi;
+typedef __m256i vm;
+static inline vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const vi *)(const void *)p); }
+static inline void vi_store(int32_t *p, vi a) { _mm256_storeu_si256((vi *)(void *)p, a); }
+static inline vi vi_set(int32_t a) { return _mm256_set1_epi32(a); }
+static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+static inline vi vi_sra(vi a, vi b) { return _mm256_srav_epi32(a, b); }
+static inline vi vi_min(vi a, vi b) { return _mm256_min_epi32(a, b); }
+static inline vm vm_ge(vi a, vi b) {
+    return _mm256_xor_si256(_mm256_cmpgt_epi32(b, a), _mm256_set1_epi32(-1));
+}
+static inline vm vm_test(vi a, vi b) {
+    return _mm256_xor_si256(_mm256_cmpeq_epi32(_mm256_and_si256(a, b), _mm256_setzero_si256()),
+                            _mm256_set1_epi32(-1));
+}
+static inline vm vm_from(uint32_t bits) {
+    const vi lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int32_t)bits), lane), lane);
+}
+static inline uint32_t vm_bits(vm m) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(m)) & 0xffu;
+}
+static inline vi vi_select(vm m, vi a, vi b) { return _mm256_blendv_epi8(b, a, m); }
+static inline vi vi_add_if(vi a, vm m, vi b) { return _mm256_add_epi32(a, _mm256_and_si256(m, b)); }
+static inline vi vi_load_i8(const int8_t *p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+}
+static inline vi vi_lookup(const int32_t *table, vi index) {
+    return _mm256_i32gather_epi32((const int *)table, index, 4);
+}
+#define SMALL_TABLE 8
+static inline vi vi_lookup_small(vi table, vi index) {
+    return _mm256_permutevar8x32_epi32(table, index);
+}
+
+#elif defined(__GNUC__) && !defined(QSNN_PLAIN) /* 128-bit vectors on whatever there is */
+
+#define LANES 4
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef vi vm; /* every lane 0 or -1 */
+static inline vi vi_load(const int32_t *p) { vi a; memcpy(&a, p, sizeof a); return a; }
+static inline void vi_store(int32_t *p, vi a) { memcpy(p, &a, sizeof a); }
+static inline vi vi_set(int32_t a) { vi v = {a, a, a, a}; return v; }
+static inline vi vi_add(vi a, vi b) { return a + b; }
+static inline vi vi_sub(vi a, vi b) { return a - b; }
+static inline vi vi_mul(vi a, vi b) { return a * b; }
+static inline vi vi_sra(vi a, vi b) { return a >> b; }
+static inline vm vm_ge(vi a, vi b) { return (vm)(a >= b); }
+static inline vm vm_test(vi a, vi b) { vi zero = {0, 0, 0, 0}; return (vm)((a & b) != zero); }
+static inline vm vm_from(uint32_t bits) {
+    const vi lane = {1, 2, 4, 8};
+    return vm_test(vi_set((int32_t)bits), lane);
+}
+static inline uint32_t vm_bits(vm m) {
+    return (uint32_t)((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
+}
+static inline vi vi_select(vm m, vi a, vi b) { return (a & m) | (b & ~m); }
+static inline vi vi_min(vi a, vi b) { return vi_select((vm)(a < b), a, b); }
+static inline vi vi_add_if(vi a, vm m, vi b) { return a + (b & m); }
+static inline vi vi_load_i8(const int8_t *p) { vi v = {p[0], p[1], p[2], p[3]}; return v; }
+static inline vi vi_lookup(const int32_t *table, vi i) {
+    vi v = {table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
+    return v;
+}
+#define SMALL_TABLE 0
+
+#else /* plain C99 */
+
+#define LANES 1
+typedef int32_t vi;
+typedef int32_t vm;
+static inline vi vi_load(const int32_t *p) { return *p; }
+static inline void vi_store(int32_t *p, vi a) { *p = a; }
+static inline vi vi_set(int32_t a) { return a; }
+static inline vi vi_add(vi a, vi b) { return a + b; }
+static inline vi vi_sub(vi a, vi b) { return a - b; }
+static inline vi vi_mul(vi a, vi b) { return a * b; }
+static inline vi vi_sra(vi a, vi b) { return a >> b; }
+static inline vi vi_min(vi a, vi b) { return a < b ? a : b; }
+static inline vm vm_ge(vi a, vi b) { return a >= b; }
+static inline vm vm_test(vi a, vi b) { return (a & b) != 0; }
+static inline vm vm_from(uint32_t bits) { return (vm)(bits & 1u); }
+static inline uint32_t vm_bits(vm m) { return (uint32_t)m; }
+static inline vi vi_select(vm m, vi a, vi b) { return m ? a : b; }
+static inline vi vi_add_if(vi a, vm m, vi b) { return m ? a + b : a; }
+static inline vi vi_load_i8(const int8_t *p) { return *p; }
+static inline vi vi_lookup(const int32_t *table, vi i) { return table[i]; }
+#define SMALL_TABLE 0
+
+#endif
+
+static inline int highest_bit(uint32_t w) {
+#if defined(__GNUC__)
+    return 31 - __builtin_clz(w);
+#else
+    int i = 0;
+    while (w >>= 1) i++;
+    return i;
+#endif
+}
+
+static inline int lowest_bit(uint32_t w) {
+#if defined(__GNUC__)
+    return __builtin_ctz(w);
+#else
+    int i = 0;
+    while (!(w & 1u)) { w >>= 1; i++; }
+    return i;
+#endif
+}
+
+#endif

@@ -1,0 +1,49 @@
+"""From a model to a ``.qsnn`` file in one call."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from qsnn_ext.deploy.fileformat import save_program
+from qsnn_ext.deploy.lowering import lower
+from qsnn_ext.deploy.program import Program
+from qsnn_ext.errors import LoweringError
+
+
+def save(
+    model: nn.Module | Program,
+    path: str | os.PathLike[str],
+    sample: Tensor | None = None,
+    **options: Any,
+) -> Program:
+    """Lower a model and write it to a ``.qsnn`` file.
+
+    Args:
+        model: A quantized model with frozen membrane scales, or a finished program.
+        path: Where to write.
+        sample: Representative input, as for :func:`~qsnn_ext.deploy.lower`. Without it the model's
+            ``example_input_array`` (the name Lightning gives it) is used, if it has one.
+        options: Further arguments of :func:`~qsnn_ext.deploy.lower`.
+
+    Returns:
+        The program that was written.
+
+    Raises:
+        LoweringError: If the model has no exact integer form, or no sample is known.
+    """
+    if isinstance(model, Program):
+        program = model
+    else:
+        if sample is None:
+            sample = getattr(model, "example_input_array", None)
+        if not isinstance(sample, Tensor):
+            raise LoweringError(
+                f"{type(model).__name__}: the input shape is unknown; pass a batch of "
+                "representative inputs: save(model, path, sample)"
+            )
+        program = lower(model, sample, **options)
+    save_program(program, path)
+    return program

@@ -1,0 +1,233 @@
+"""Random valid integer programs, for tests that hold executors to each other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qsnn_ext.deploy.program import (
+    Add,
+    Affine,
+    Conv,
+    Logic,
+    Neuron,
+    Pool,
+    Program,
+    Value,
+    words,
+)
+from qsnn_ext.errors import FormatError
+
+
+class RandomProgram:
+    """Grows a program operation by operation; ``rng`` decides everything."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        shape = (int(rng.integers(1, 7)), int(rng.integers(1, 10)), int(rng.integers(1, 10)))
+        self.values = [Value("input", shape, 0)]
+        self.ops: list = []
+
+    def pick(self, *options):
+        return options[int(self.rng.integers(len(options)))]
+
+    def value(self, shape, planes) -> int:
+        self.values.append(Value(f"v{len(self.values)}", tuple(int(s) for s in shape), planes))
+        return len(self.values) - 1
+
+    def fixed(self, channels, reach):
+        """Scales that keep currents around +-2**12, some channels negative or zero."""
+        shift = self.rng.integers(1, 18, channels)
+        top = max(1, min(2**30 // max(reach, 1), 2**16))
+        multiplier = self.rng.integers(-top, top + 1, channels)
+        if self.rng.random() < 0.2:  # too large for a 32-bit product
+            multiplier = multiplier * 1024
+            shift = shift + 12
+        bias = self.rng.integers(-3000, 3000, channels)
+        return (
+            np.clip(multiplier, -(2**31) + 1, 2**31 - 1).astype(np.int32),
+            shift.astype(np.uint8),
+            bias.astype(np.int32),
+        )
+
+    def conv(self, source) -> int:
+        rng, v = self.rng, self.values[source]
+        c, h, w = v.shape
+        groups = int(rng.choice([g for g in range(1, c + 1) if c % g == 0]))
+        if rng.random() < 0.6:
+            groups = 1
+        cout = groups * int(
+            self.pick(1, 3, 10, 32, 33, 64, 100, 130, 260) // (1 if groups == 1 else 8) or 1
+        )
+        kernel = (int(rng.integers(1, 4)), int(rng.integers(1, 4)))
+        dilation = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+        stride = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+        padding = tuple(int(p) for p in rng.integers(0, 3, 4))
+        out = []
+        for a in range(2):
+            span = dilation[a] * (kernel[a] - 1) + 1
+            size = (h, w)[a] + padding[a] + padding[a + 2]
+            if size < span:
+                kernel = tuple(1 if i == a else k for i, k in enumerate(kernel))
+                span = 1
+                size = max(size, 1)
+            out.append((size - span) // stride[a] + 1)
+        rows = kernel[0] * kernel[1] * c // groups
+        columns = cout // groups
+        if rng.random() < 0.7:
+            bits = rng.integers(0, 2, (groups, rows, words(columns) * 32), np.uint8)
+            bits[:, :, columns:] = 0
+            weight = np.packbits(bits, axis=-1, bitorder="little").view("<u4").astype(np.uint32)
+        else:
+            weight = rng.integers(-127, 128, (groups, rows, columns)).astype(np.int8)
+        reach = rows * 127 * 200 if v.planes == 0 else rows * 127 * 2**v.planes
+        target = self.value((cout, *out), 0)
+        self.ops.append(
+            Conv(
+                f"op{len(self.ops)}", source, target, weight, kernel, stride, padding, dilation,
+                groups, *self.fixed(cout, reach),
+            )
+        )  # fmt: skip
+        return target
+
+    def affine(self, source) -> int:
+        target = self.value(self.values[source].shape, 0)
+        c = self.values[source].shape[0]
+        self.ops.append(Affine(f"op{len(self.ops)}", source, target, *self.fixed(c, 2**14)))
+        return target
+
+    def pool(self, source) -> int:
+        rng, v = self.rng, self.values[source]
+        c, h, w = v.shape
+        function = self.pick("max", "sum", "repeat")
+        if function == "repeat":
+            k = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+            target = self.value((c, h * k[0], w * k[1]), v.planes)
+            self.ops.append(
+                Pool(f"op{len(self.ops)}", source, target, "repeat", k, (1, 1), (0, 0, 0, 0))
+            )
+            return target
+        k = (int(rng.integers(1, min(h, 3) + 1)), int(rng.integers(1, min(w, 3) + 1)))
+        stride = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+        pad = tuple(int(rng.integers(0, k[i % 2])) for i in range(4))
+        out = [((h, w)[a] + pad[a] + pad[a + 2] - k[a]) // stride[a] + 1 for a in range(2)]
+        planes = v.planes
+        if function == "sum" and planes:
+            planes = min(16, planes + int(k[0] * k[1]).bit_length())
+        target = self.value((c, *out), planes)
+        self.ops.append(Pool(f"op{len(self.ops)}", source, target, function, k, stride, pad))
+        return target
+
+    def combine(self, a, b) -> int:
+        va, vb = self.values[a], self.values[b]
+        if va.planes == vb.planes == 1 and self.rng.random() < 0.4:
+            target = self.value(va.shape, 1)
+            self.ops.append(Logic(f"op{len(self.ops)}", (a, b), target, self.pick("and", "iand")))
+            return target
+        if va.planes and vb.planes and self.rng.random() < 0.6:
+            target = self.value(va.shape, min(16, max(va.planes, vb.planes) + 1))
+            factors = (1, 1)
+        else:
+            target = self.value(va.shape, 0)
+            factors = tuple(int(f) for f in self.rng.integers(-5, 6, 2))
+        self.ops.append(Add(f"op{len(self.ops)}", (a, b), factors, target))
+        return target
+
+    def neuron(self, source) -> int:
+        rng, v = self.rng, self.values[source]
+        c = v.shape[0]
+        unit = 1 if v.planes else 2000
+        rows = self.pick(1, 1, c)
+        order = self.pick("fire_first", "quantize_first")
+        delay = self.pick("none", "none", "table", "gate")
+        bits = int(self.pick(2, 2, 3, 4, 5, 6, 7, 8, 32))
+        target = self.value(v.shape, 1)
+        membrane = self.value(v.shape, 0) if rng.random() < 0.25 else None
+        per = self.pick(1, 1, c)
+        reset_value = rng.integers(-2, 3, per) * unit // 2
+        name = f"op{len(self.ops)}"
+        reset = self.pick("hard", "soft", "none")
+        if bits == 32:
+            leak = np.stack(
+                [
+                    rng.integers(0, 2**15 + 1, rows),
+                    np.full(rows, 15),
+                    rng.integers(-unit, unit + 1, rows),
+                ],
+                axis=1,
+            )
+            threshold = rng.integers(0, 2 * unit, per)
+            bounds = np.zeros(0, np.int32)
+            reading = np.array([0, unit]) if membrane is not None else np.zeros(0)
+            ceiling, initial, order = 127, int(rng.integers(-unit, unit)), "fire_first"
+            delay = "none"
+        else:
+            n = 2 ** (bits - 1) - 1
+            size = 2 ** (bits + (delay != "none"))
+            leak = rng.integers(-unit, unit + 1, (rows, size))
+            bounds = np.sort(rng.integers(-2 * unit, 2 * unit + 1, 2 * n))
+            threshold = (
+                rng.integers(-unit, 2 * unit, per)
+                if order == "fire_first"
+                else rng.integers(-1, n + 1, per)
+            )
+            reading = rng.integers(-99, 99, size) if membrane is not None else np.zeros(0)
+            ceiling = int(self.pick(127, n, n // 2))
+            initial = int(rng.integers(0, size))
+        self.ops.append(
+            Neuron(
+                name, source, target, bits, leak.astype(np.int32), threshold.astype(np.int32),
+                bounds.astype(np.int32), reset, reset_value.astype(np.int32), order, delay,
+                ceiling, initial, membrane, reading.astype(np.int32),
+            )
+        )  # fmt: skip
+        return target
+
+    def grow(self, length: int) -> Program:
+        last = 0
+        for _ in range(length):
+            same = [
+                i
+                for i, v in enumerate(self.values)
+                if i != last and v.shape == self.values[last].shape
+            ]
+            planes = self.values[last].planes
+            options = ["conv"] * (3 if planes or last == 0 else 0) + ["neuron"] * 3
+            options += ["pool", "affine"] + ["combine"] * (3 if same else 0)
+            if last == 0:
+                options = ["conv", "conv", "conv", "neuron", "affine"]
+            kind = self.pick(*options)
+            before = (len(self.values), len(self.ops))
+            args = (last, int(self.pick(*same))) if kind == "combine" else (last,)
+            new = getattr(self, kind)(*args)
+            if np.prod(self.values[new].shape) > 60_000 or not self._valid(new):
+                del self.values[before[0] :], self.ops[before[1] :]
+                continue
+            last = new
+        if last == 0:
+            last = self.neuron(0)
+        outputs = [last]
+        if self.rng.random() < 0.3:
+            outputs.append(int(self.rng.integers(1, len(self.values))))
+        membranes = [op.membrane for op in self.ops if isinstance(op, Neuron) and op.membrane]
+        outputs += membranes[:2]
+        return Program(self.values, self.ops, tuple(outputs), input_range=(-100, 100))
+
+    def _valid(self, last: int) -> bool:
+        try:
+            Program(self.values, self.ops, (last,), input_range=(-100, 100)).validate()
+        except FormatError:
+            return False
+        return True
+
+
+def random_program(seed: int, length: int = 8) -> Program:
+    """A valid program of about ``length`` operations."""
+    return RandomProgram(np.random.default_rng(seed)).grow(length)
+
+
+def random_input(program: Program, rng: np.random.Generator, batch: int, steps: int) -> np.ndarray:
+    """Codes ``[N, T, C, H, W]``, with samples that are all zero or all alike among them."""
+    lo, hi = program.input_range
+    x = rng.integers(lo, hi + 1, (batch, steps, *program.values[0].shape))
+    keep = rng.choice([0.0, 0.1, 0.5, 1.0], (batch, 1, 1, 1, 1))
+    return np.where(rng.random(x.shape) < keep, x, 0).astype(np.int32)

@@ -1,0 +1,102 @@
+"""The C engine gives the bits of the NumPy reference."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qsnn_ext.deploy.engine import EngineSession, backends, choose, open_session
+from qsnn_ext.deploy.reference import ReferenceSession
+from qsnn_ext.errors import ConfigError, InputError
+from tests.deploy.random_programs import random_input, random_program
+
+COMPILED = [b for b in backends() if b != "numpy"]
+needs_engine = pytest.mark.skipif(not COMPILED, reason="the C engine is not built")
+
+
+def run_reference(program, x):
+    session = ReferenceSession(program, x.shape[0])
+    answers = [session.step(x[:, t]) for t in range(x.shape[1])]
+    return [np.stack([a[i] for a in answers], 1) for i in range(len(program.outputs))], session
+
+
+@needs_engine
+@pytest.mark.parametrize("backend", COMPILED)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 3, 5, 16]), batch=st.integers(1, 3)
+)
+def test_random_programs(backend, seed, steps, batch):
+    program = random_program(seed)
+    x = random_input(program, np.random.default_rng(seed), batch, steps)
+    expected, reference = run_reference(program, x)
+    session = EngineSession(program, batch, backend)
+    answers = session.run(x, steps, static=False)
+    for got, want in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    for name, state in reference.state().items():
+        np.testing.assert_array_equal(session.state()[name], state)
+
+
+@needs_engine
+@pytest.mark.parametrize("seed", range(8))
+def test_streaming_save_and_restore(seed):
+    program = random_program(seed, length=10)
+    x = random_input(program, np.random.default_rng(seed), 2, 6)
+    session = open_session(program, 2)
+    whole = [session.step(x[:, t]) for t in range(6)]
+    session.reset()
+    for t in range(3):
+        session.step(x[:, t])
+    saved = session.state()
+    for other in (open_session(program, 2), ReferenceSession(program, 2), session):
+        other.restore(saved)
+        for t in range(3, 6):
+            for got, want in zip(other.step(x[:, t]), whole[t], strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+@needs_engine
+def test_threads_give_the_same_bits():
+    program = random_program(11, length=12)
+    x = random_input(program, np.random.default_rng(1), 8, 4)
+    expected, _ = run_reference(program, x)
+    for threads in (1, 2, 3, 8):
+        answers = EngineSession(program, 8, COMPILED[0], threads).run(x, 4, static=False)
+        for got, want in zip(answers, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@needs_engine
+def test_one_image_in_many_threads():
+    program = random_program(5, length=12)
+    x = random_input(program, np.random.default_rng(2), 1, 8)
+    expected, _ = run_reference(program, x)
+    image = EngineSession(program).image
+    failures = []
+
+    def work():
+        for _ in range(20):
+            answers = EngineSession(program, 1, COMPILED[0], image=image).run(x, 8, static=False)
+            if any((a != e).any() for a, e in zip(answers, expected, strict=True)):
+                failures.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_wrong_input_and_unknown_backend():
+    program = random_program(0)
+    with pytest.raises(ConfigError, match="tpu"):
+        choose("tpu")
+    if COMPILED:
+        with pytest.raises(InputError, match="shape"):
+            EngineSession(program).step(np.zeros((1, 2, 3, 4), np.int32))

@@ -1,0 +1,147 @@
+"""The .qsnn file: what is written is read back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from qsnn_ext.deploy.fileformat import (
+    _checksum,
+    dump_program,
+    load_program,
+    parse_program,
+    save_program,
+)
+from qsnn_ext.deploy.model import DeployedModel
+from qsnn_ext.errors import FormatError
+from tests.deploy.fuzz import mutate
+from tests.deploy.random_programs import random_input, random_program
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return dump_program(random_program(7, length=10))
+
+
+def rebuild(content: bytes, edit) -> bytes:
+    """Change header and program with ``edit(header, program)``; the checksum is made to match."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    data = content[8 + length :]
+    metadata = header.pop("__metadata__")
+    program = json.loads(metadata["program"])
+    edit(header, program, metadata)
+    metadata["program"] = json.dumps(program)
+    metadata["sha256"] = _checksum(metadata["program"], header, data)
+    encoded = json.dumps({"__metadata__": metadata, **header}).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_round_trip(seed, tmp_path):
+    program = random_program(seed, length=9)
+    save_program(program, tmp_path / "net.qsnn")
+    again = load_program(tmp_path / "net.qsnn")
+    assert dump_program(again) == dump_program(program)
+    x = random_input(program, np.random.default_rng(seed), 2, 3).swapaxes(0, 1)
+    for a, b in zip(
+        DeployedModel(program).integers(x), DeployedModel(again).integers(x), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_safetensors_reads_it(content, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load(content)
+    assert any(name.endswith(".bounds") for name in tensors)
+
+
+def test_every_truncation_is_refused(content):
+    for end in [*range(0, 200), *range(200, len(content), 97)]:
+        with pytest.raises(FormatError):
+            parse_program(content[:end])
+    with pytest.raises(FormatError):
+        parse_program(content + b"\0")
+
+
+def test_every_flipped_byte_of_the_data_is_refused(content):
+    rng = np.random.default_rng(0)
+    for at in rng.integers(8, len(content), 300):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        try:
+            program = parse_program(bytes(damaged))
+        except FormatError:
+            continue
+        # A space of the padding turned into another white space is no damage.
+        assert dump_program(program) == content
+
+
+HOSTILE = {
+    "future version": (lambda h, p, m: m.update(version="2"), "version '2'.*upgrade"),
+    "not qsnn": (lambda h, p, m: m.update(format="gguf"), "no qsnn program"),
+    "huge shape": (lambda h, p, m: p["values"][0].__setitem__(1, [65536] * 3), "shape"),
+    "negative shape": (lambda h, p, m: p["values"][0].__setitem__(1, [-1, 2, 2]), "shape"),
+    "float shape": (lambda h, p, m: p["values"][0].__setitem__(1, [1.5, 2, 2]), "shape"),
+    "bool shape": (lambda h, p, m: p["values"][0].__setitem__(1, [True, 2, 2]), "shape"),
+    "planes": (lambda h, p, m: p["values"][1].__setitem__(2, 99), "planes"),
+    "no such value": (lambda h, p, m: p["ops"][0].update(source=999), "not written before"),
+    "negative index": (lambda h, p, m: p["ops"][0].update(source=-1), "not written before"),
+    "cycle": (lambda h, p, m: p["ops"][0].update(source=p["ops"][0]["target"]), "not written"),
+    "unknown op": (lambda h, p, m: p["ops"][0].update(op="__import__"), "unknown kind"),
+    "unhashable op": (lambda h, p, m: p["ops"][0].update(op=[]), "malformed"),
+    "missing field": (lambda h, p, m: p["ops"][0].pop("name"), "lacks a field"),
+    "extra field": (lambda h, p, m: p["ops"][0].update(x=1), "one too many"),
+    "zero timesteps": (lambda h, p, m: p.update(timesteps=0), "timesteps"),
+    "bad scale": (lambda h, p, m: p.update(input_scale=-1), "scale"),
+    "no outputs": (lambda h, p, m: p.update(outputs=[]), "outputs"),
+    "output index": (lambda h, p, m: p.update(outputs=[10**9]), "output"),
+    "reduction": (lambda h, p, m: p.update(reduction="max"), "reduction"),
+    "input range": (lambda h, p, m: p.update(input_range=[0, 10**6]), "16 bits"),
+    "tensor shape": (lambda h, p, m: next(iter(h.values())).update(shape=[2**31, 2**31]), "fit"),
+    "tensor type": (lambda h, p, m: next(iter(h.values())).update(dtype="F64"), "unknown type"),
+    "tensor place": (
+        lambda h, p, m: next(iter(h.values())).update(data_offsets=[2**40, 2**41]), "malformed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_with_a_right_checksum(content, name):
+    edit, message = HOSTILE[name]
+    with pytest.raises(FormatError, match=message):
+        parse_program(rebuild(content, edit))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"\0" * 8, b"\xff" * 64, struct.pack("<Q", 2**63), struct.pack("<Q", 4) + b"{{{{",
+        struct.pack("<Q", 200_000) + b"[" * 200_000, struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 16) + b'{"a":NaN,"b":1e9}', b"\x80\x04\x95" + b"." * 30,
+    ],
+)  # fmt: skip
+def test_other_bytes(raw):
+    with pytest.raises(FormatError):
+        parse_program(raw)
+
+
+def test_overflowing_arithmetic_is_refused(content):
+    program = random_program(7, length=10)
+    neuron = program.neurons[0]
+    if neuron.leak.size:
+        neuron.leak[...] = 2**31 - 1
+    with pytest.raises(FormatError, match=r"int32|leak"):
+        program.validate()
+
+
+def test_mutations_never_crash():
+    rng = np.random.default_rng(1)
+    files = [dump_program(random_program(s, length=6)) for s in range(4)]
+    for _ in range(1500):
+        try:
+            parse_program(mutate(files[int(rng.integers(4))], rng))
+        except FormatError:
+            continue

@@ -1,0 +1,65 @@
+"""NIR export: true binary weights, quantization metadata, a round trip with equal bits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from qsnn_ext import models
+from qsnn_ext.deploy import DeployedModel, from_nir, lower, to_nir
+from qsnn_ext.errors import FormatError, LoweringError
+from tests.deploy.networks import calibrate
+from tests.deploy.random_programs import random_program
+
+nir = pytest.importorskip("nir")
+
+
+@pytest.fixture(scope="module")
+def program():
+    torch.manual_seed(0)
+    x = torch.rand(4, 2, 16, 16)
+    return lower(calibrate(models.resnet19(width=0.1, in_channels=2, bits="1w-2u"), x), x)
+
+
+def test_binary_weights_and_metadata(program):
+    graph = to_nir(program)
+    hidden = graph.nodes["features_2_conv1_conv_weight"].weight
+    assert set(np.unique(hidden)) == {-1.0, 1.0}
+    assert hidden.shape == (13, 13, 3, 3)
+    said = json.loads(graph.metadata["qsnn_quantization"])
+    assert said["features.2.conv1.conv"] == {"weight_bits": 1}
+    assert said["features.0.conv"] == {"weight_bits": 8}
+    assert said["features.1"]["bits"] == 2
+
+
+def test_round_trip_through_a_file(program, tmp_path):
+    nir.write(tmp_path / "net.nir", to_nir(program))
+    again = from_nir(nir.read(tmp_path / "net.nir", type_check=False))
+    x = torch.rand(3, 2, 16, 16)
+    np.testing.assert_array_equal(DeployedModel(again)(x), DeployedModel(program)(x))
+
+
+def test_edited_weights_are_noticed(program):
+    graph = to_nir(program)
+    graph.nodes["features_2_conv1_conv_weight"].weight[0, 0, 0, 0] *= -1
+    with pytest.raises(FormatError, match=r"features\.2\.conv1\.conv were changed"):
+        from_nir(graph)
+
+
+def test_what_nir_cannot_say_is_named():
+    refused = 0
+    for seed in range(30):
+        try:
+            from_nir(to_nir(random_program(seed)))
+        except LoweringError as error:
+            assert str(error).startswith("op")  # noqa: PT017
+            refused += 1
+    assert 0 < refused < 30
+
+
+def test_foreign_graphs():
+    with pytest.raises(FormatError, match="no qsnn program"):
+        from_nir(nir.NIRGraph(nodes={}, edges=[], type_check=False))
