@@ -48,13 +48,14 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
 
 
 def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
-    """``(g, w, mean, std, alpha, temperature) -> g_w``, all ``[C, K]``."""
+    """``(g, w, mean, std, alpha, temperature) -> g_w`` ``[C, K]``; statistics per group ``[G]``."""
 
     def backward(
         g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor
     ) -> Tensor:
-        what = w if standardize == "none" else (w - mean) / std
-        g = g * alpha
+        std = std[:, None]
+        what = w if standardize == "none" else (w - mean[:, None]) / std
+        g = g * alpha[:, None]
         if gradient == "clipped":
             g = torch.where(what.abs() <= 1, g, 0.0)
         elif gradient == "annealed":
@@ -121,16 +122,18 @@ def _weight_backward_op(
     gradient: str,
 ) -> Tensor:
     """Gradient of the latent weights ``[C, K]``."""
-    free = (2, 2, 1 if standardize == "channel" else 0, 1 if standardize == "channel" else 0, 0, 0)
+    # One value per channel is as free a length as the channels of ``w``; one per layer is fixed.
+    groups = 1 if standardize == "channel" else 0
+    free = (2, 2, groups, groups, 1, 0)
     key = ("binary_weight_backward", standardize, gradient)
     core = B.core(key, w, w.numel(), free, lambda: _backward_core(standardize, gradient))
     with torch.no_grad():
         out: Tensor = core(
             g.detach().contiguous(),
             w.detach(),
-            mean.detach(),
-            std.detach(),
-            alpha.detach(),
+            mean.detach().flatten(),
+            std.detach().flatten(),
+            alpha.detach().flatten(),
             temperature.detach(),
         )
     return out
