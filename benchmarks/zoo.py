@@ -371,9 +371,9 @@ def page(rows: dict[tuple[str, str], str]) -> str:
         f'`quantize_(model, "{CONFIG}", sample)` and trained for two optimizer steps on a batch '
         "of two small random inputs. A model works if all outputs and gradients are finite, every "
         "quantized layer ran, their parameters moved, the `state_dict` keys are those of the float "
-        "model, and a second conversion changes nothing. The numbers count weighted layers by bits and "
-        "neurons with a quantized membrane potential. The last column says what stays in floating "
-        "point because nothing here can quantize it.",
+        "model, and a second conversion changes nothing. The numbers count weighted layers by "
+        "bits and neurons with a quantized membrane potential. The last column says what stays in "
+        "floating point because nothing here can quantize it.",
         "",
         f"{works} of {len(rows)} work.",
         "",
