@@ -103,7 +103,7 @@ _SETTINGS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     (r"spiking_resnet\.SpikingResNet$", {"block": spiking_resnet.BasicBlock, "layers": [1] * 4},
      (2, 2, 3, 32, 32)),
     (r"spiking_vgg\.SpikingVGG$", {"cfg": spiking_vgg.cfgs["A"]}, (2, 2, 3, 32, 32)),
-    (r"spiking_vggws_ottt\.(OTTTSpikingVGG|ottt_spiking_vggws)$",
+    (r"spiking_vggws_ottt\.OTTTSpikingVGG$",
      {"cfg": spiking_vggws_ottt.cfgs["A"]}, (2, 2, 3, 32, 32)),
     (r"spiking_vggws_ottt\.", {}, (1, 2, 3, 32, 32)),
     (r"masnn\.(MASNN|masnn)", {"T": 5}, (5, 2, 2, 32, 32)),
@@ -159,8 +159,8 @@ def spikingjelly_entries() -> Iterator[Entry]:
                 name=name,
                 family=info.name,
                 build=build,
-                # Strong enough that spikes reach the last layer of an untrained OTTT network.
-                sample=lambda shape=shape, gain=10.0 if online else 1.0: gain * torch.rand(shape),
+                # Centred, as standardised weights need it for spikes to reach the last layer.
+                sample=lambda shape=shape, draw=torch.randn if online else torch.rand: draw(shape),
                 run=_online_pass if online else _train_pass,
             )
 
@@ -313,7 +313,7 @@ def try_out(entry: Entry, config: Any = CONFIG) -> Outcome:
             "outputs finite": finite,
             "every quantized layer ran": called == set(layers),
             "gradients finite": all(g is not None and g.isfinite().all() for g in gradients),
-            "weights trained": before != [_fingerprint(m) for m in layers.values()],
+            "parameters trained": before != [_fingerprint(m) for m in layers.values()],
             "second run changes nothing": not quantize_(net, config).changed,
         }
     except Exception as error:
@@ -322,10 +322,13 @@ def try_out(entry: Entry, config: Any = CONFIG) -> Outcome:
     return outcome
 
 
-def _fingerprint(layer: Any) -> float:
-    """Changes when the weights do; a copy of the largest models' weights would not fit."""
-    total: float = layer.weight.detach().double().norm().item()
-    return total
+def _fingerprint(layer: Any) -> list[float]:
+    """Changes when the layer is trained; a copy of the largest models' weights would not fit.
+
+    Biases count too: the deepest untrained OTTT networks send no spike to the last layer, whose
+    weights then have no gradient, in floating point either.
+    """
+    return [p.detach().double().norm().item() for p in layer.parameters()]
 
 
 # --------------------------------------------------------------------------- the page
@@ -367,10 +370,10 @@ def page(rows: dict[tuple[str, str], str]) -> str:
         f"the five ways of writing a snnTorch {version('snntorch')} model, converted by "
         f'`quantize_(model, "{CONFIG}", sample)` and trained for two optimizer steps on a batch '
         "of two small random inputs. A model works if all outputs and gradients are finite, every "
-        "quantized layer ran, weights moved, the `state_dict` keys are those of the float model, "
-        "and a second conversion changes nothing. The numbers count weighted layers by bits and "
-        "neurons with a quantized membrane potential. The last column says what stays in floating "
-        "point because nothing here can quantize it.",
+        "quantized layer ran, their parameters moved, the `state_dict` keys are those of the float "
+        "model, and a second conversion changes nothing. The numbers count weighted layers by "
+        "bits and neurons with a quantized membrane potential. The last column says what stays in "
+        "floating point because nothing here can quantize it.",
         "",
         f"{works} of {len(rows)} work.",
         "",
