@@ -153,12 +153,14 @@ def summary(accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def _accuracies(configs: dict[Any, Config], processes: int | None) -> dict[Any, float]:
-    """Accuracy after the last epoch of every run."""
+    """Accuracy after the last epoch of every run (%); 0 for one whose loss diverged."""
     keys = {config.folder: key for key, config in configs.items()}
     found = {}
     for config, result in run_all(list(configs.values()), processes):
-        found[keys[config.folder]] = result["last_accuracy"]
-        print(f"{config.folder}: {result['last_accuracy']:.2f} %", file=sys.stderr, flush=True)
+        # A run that diverged has learned nothing it could answer with.
+        accuracy = 0.0 if result is None else result["last_accuracy"]
+        found[keys[config.folder]] = accuracy
+        print(f"{config.folder}: {accuracy:.2f} %", file=sys.stderr, flush=True)
     return found
 
 

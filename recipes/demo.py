@@ -17,7 +17,7 @@ from typing import Any
 
 import jsonargparse
 
-from qsnn_ext.errors import QSNNError
+from qsnn_ext.errors import QSNNError, TrainingError
 from recipes import cifar10_resnet19
 from recipes.config import Config
 from recipes.engine.many import run_all
@@ -89,6 +89,8 @@ def main(
             chosen[name] = config.but(out=folder)
         for config, result in run_all(list(chosen.values())):
             name = names[config.folder]
+            if result is None:
+                raise TrainingError(f"{name} could not be trained; see {config.folder}/log.txt.")
             results.setdefault(name, []).append(result)
             clock = f"[{time.monotonic() - start:4.0f} s]"
             print(
