@@ -41,6 +41,17 @@ _HOMES = {
     "footprint": "footprint",
     "Footprint": "footprint",
     "EnergyTable": "energy",
+    "QuantConfig": "config",
+    "WeightConfig": "config",
+    "MembraneConfig": "config",
+    "Rule": "config",
+    "quantize_": "convert",
+    "ConversionReport": "convert",
+    "conversion_report": "convert",
+    "save_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "calibrate": "calibration",
+    "fold_batchnorm_": "folding",
 }
 
 _SUBMODULES = (
@@ -57,8 +68,19 @@ _SUBMODULES = (
 __all__ = [*_HOMES, *_SUBMODULES]
 
 if TYPE_CHECKING:
+    from qsnn_ext.calibration import calibrate as calibrate
+    from qsnn_ext.checkpoint import load_checkpoint as load_checkpoint
+    from qsnn_ext.checkpoint import save_checkpoint as save_checkpoint
+    from qsnn_ext.config import MembraneConfig as MembraneConfig
+    from qsnn_ext.config import QuantConfig as QuantConfig
+    from qsnn_ext.config import Rule as Rule
+    from qsnn_ext.config import WeightConfig as WeightConfig
+    from qsnn_ext.convert import ConversionReport as ConversionReport
+    from qsnn_ext.convert import conversion_report as conversion_report
+    from qsnn_ext.convert import quantize_ as quantize_
     from qsnn_ext.energy import EnergyTable as EnergyTable
     from qsnn_ext.errors import QSNNError as QSNNError
+    from qsnn_ext.folding import fold_batchnorm_ as fold_batchnorm_
     from qsnn_ext.footprint import Footprint as Footprint
     from qsnn_ext.footprint import footprint as footprint
     from qsnn_ext.layers import BinaryConv1d as BinaryConv1d

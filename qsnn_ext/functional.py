@@ -7,6 +7,7 @@ is a straight-through estimator stated in its docstring.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -106,6 +107,23 @@ def sign(
     return out
 
 
+def check_standardize(shape: torch.Size, over: Standardize) -> None:
+    """Raise :class:`ConfigError` unless weights of this shape can be standardised over ``over``.
+
+    Args:
+        shape: of the weights, ``[C_out, ...]``.
+        over: ``"layer"`` or ``"channel"``.
+    """
+    if over not in ("layer", "channel"):
+        raise ConfigError(f"standardize={over!r} is unknown; choose 'layer', 'channel' or None.")
+    group = math.prod(shape if over == "layer" else shape[1:]) if shape[0] else 0
+    if group < 2:
+        raise ConfigError(
+            f"weights of shape {tuple(shape)} have {group} weight(s) per {over}, which has no "
+            f"standard deviation; use standardize={'None' if over == 'layer' else repr('layer')}."
+        )
+
+
 def standardize(w: Tensor, over: Standardize) -> Tensor:
     """``(w - mean) / std`` over the whole layer (Eq. 16) or over each output channel.
 
@@ -121,19 +139,8 @@ def standardize(w: Tensor, over: Standardize) -> Tensor:
     Raises:
         ConfigError: unknown ``over``, or a group of a single weight, which has no deviation.
     """
-    if over == "layer":
-        dims = tuple(range(w.dim()))
-        group = w.numel()
-    elif over == "channel":
-        dims = tuple(range(1, w.dim()))
-        group = w[0].numel() if w.shape[0] else 0
-    else:
-        raise ConfigError(f"standardize={over!r} is unknown; choose 'layer', 'channel' or None.")
-    if group < 2:
-        raise ConfigError(
-            f"weights of shape {tuple(w.shape)} have {group} weight(s) per {over}, which has no "
-            f"standard deviation; use standardize={'None' if over == 'layer' else repr('layer')}."
-        )
+    check_standardize(w.shape, over)
+    dims = tuple(range(0 if over == "layer" else 1, w.dim()))
     variance, mean = torch.var_mean(w, dim=dims, keepdim=True)
     # sqrt has an infinite slope at 0, so constant weights are kept away from it.
     constant = variance == 0

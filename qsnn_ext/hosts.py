@@ -17,7 +17,15 @@ from qsnn_ext.errors import MissingDependencyError
 
 
 class Adapter(Protocol):
-    """The questions an adapter answers."""
+    """The questions an adapter answers.
+
+    Attributes:
+        NEURONS: which class takes a host neuron's place, by exact type.
+        SISTERS: which class takes a host layer's place, by exact type and kind of quantizer.
+    """
+
+    NEURONS: dict[type[nn.Module], Any]
+    SISTERS: dict[type[nn.Module], Any]
 
     def is_spiking(self, module: nn.Module) -> bool:
         """Whether the module emits spikes and so has a firing rate."""
@@ -43,6 +51,21 @@ class Adapter(Protocol):
 
     def reset(self, model: nn.Module) -> None:
         """Put all state of the host's modules in ``model`` back to its reset value."""
+
+    def is_neuron(self, module: nn.Module) -> bool:
+        """Whether the module is a neuron of this host, of any kind, spiking or not."""
+
+    def is_readout(self, module: nn.Module) -> bool:
+        """Whether the neuron only integrates: it can never be reset by a spike."""
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why a neuron of a known type can still not be quantized, if it cannot."""
+
+    def converted(self, model: nn.Module) -> None:
+        """Called after modules of ``model`` have changed their class."""
+
+    def copied(self, model: nn.Module) -> None:
+        """Called with a fresh copy of a model: make the host know its neurons."""
 
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}

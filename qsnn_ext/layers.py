@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as nn_functional
 
+from qsnn_ext import hosts
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.functional import check_floating
+from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer, weight_quantizer
 
 
@@ -94,9 +97,26 @@ class QuantizedWeight:
 
     @property
     def quantized_weight(self) -> Tensor:
-        """The weights the layer computes with, like ``weight``; differentiable."""
-        value: Tensor = self.quantizer(self.weight)  # type: ignore[attr-defined]
+        """The weights the layer computes with, like ``weight``; differentiable.
+
+        Prepared once for all time steps and micro-batches between two changes of ``weight``.
+        """
+        prepared = self.__dict__.get("_prepared")
+        if prepared is None:
+            prepared = self.__dict__["_prepared"] = PreparedWeight()
+        value: Tensor = prepared.get(self.weight, self.quantizer)  # type: ignore[attr-defined]
         return value
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """``quantized_weight`` times the output scale that batch norm folding may have left.
+
+        The scale, a buffer ``output_scale`` ``[C_out]``, multiplies the scale of the codes and
+        leaves the codes as they are. Without folding there is none.
+        """
+        value = self.quantized_weight
+        scale = self._buffers.get("output_scale")  # type: ignore[attr-defined]
+        return value if scale is None else value * scale.view(-1, *[1] * (value.dim() - 1))
 
 
 class _Binary(QuantizedWeight):
@@ -114,7 +134,7 @@ class QuantizedConv:
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         check_floating(input, type(self).__name__)
-        value = self.quantized_weight  # type: ignore[attr-defined]
+        value = self.effective_weight  # type: ignore[attr-defined]
         out: Tensor = super()._conv_forward(input, value, bias)  # type: ignore[misc]
         return out
 
@@ -125,7 +145,7 @@ class QuantizedMatmul:
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         check_floating(input, type(self).__name__)
-        value = self.quantized_weight  # type: ignore[attr-defined]
+        value = self.effective_weight  # type: ignore[attr-defined]
         return nn_functional.linear(input, value, self.bias)  # type: ignore[attr-defined]
 
 
@@ -229,3 +249,47 @@ def build_layer(
     layer: Any = SISTERS[stock][type(quantizer)]
     built: nn.Module = layer(*args, quantizer=quantizer, **kwargs)
     return built
+
+
+def sister_tables() -> list[dict[type[nn.Module], Any]]:
+    """:data:`SISTERS`, and those of the hosts that have been imported."""
+    return [SISTERS, *(host.SISTERS for host in hosts.adapters())]
+
+
+def normalization_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift, both ``[C]`` float64, that a batch norm in evaluation mode amounts to."""
+    n: Any = norm
+    scale = (n.running_var.double() + n.eps).rsqrt()
+    if n.weight is not None:
+        scale = scale * n.weight.detach().double()
+    shift = -n.running_mean.double() * scale
+    if n.bias is not None:
+        shift = shift + n.bias.detach().double()
+    return scale, shift
+
+
+@torch.no_grad()
+def fold_(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Make a layer compute ``scale * layer(x) + shift``, per output channel, in place.
+
+    A quantized layer gets an ``output_scale``, its latent weights and codes stay; a stock layer's
+    weights are scaled. Both get a bias if they had none, and the attribute ``folded``.
+
+    Args:
+        layer: a stock layer or its quantized sister.
+        scale: ``[C_out]``.
+        shift: ``[C_out]``.
+    """
+    target: Any = layer
+    weight = target.weight
+    if target.bias is None:
+        target.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
+    else:
+        target.bias.copy_(target.bias.double() * scale + shift)
+    if isinstance(layer, QuantizedWeight):
+        before = layer._buffers.get("output_scale")
+        scale = scale if before is None else scale * before.double()
+        target.register_buffer("output_scale", scale.to(weight.dtype))
+    else:
+        weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)))
+    target.folded = True

@@ -89,6 +89,9 @@ class Quantizer(nn.Module):
         """The constructor arguments: ``type(q)(**q.options())`` is an equal quantizer."""
         raise NotImplementedError
 
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raise a :class:`~qsnn_ext.errors.QSNNError` if that shape cannot be quantized."""
+
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes (int8, like ``x``) and the scale; ``codes * scale == self(x)`` exactly."""
         raise NotImplementedError
@@ -165,11 +168,17 @@ class BinaryWeight(Quantizer):
             options["temperature"] = round(self.temperature.item(), 6)
         return options
 
-    def _signs_and_scale(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if weight.dim() < 2:
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raise for weights without two dimensions, or with too few to standardise."""
+        if len(shape) < 2:
             raise InputError(
-                f"binary weights need an output and an input dimension, got {tuple(weight.shape)}."
+                f"binary weights need an output and an input dimension, got {tuple(shape)}."
             )
+        if self.standardize is not None:
+            F.check_standardize(shape, self.standardize)
+
+    def _signs_and_scale(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_shape(weight.shape)
         what = weight if self.standardize is None else F.standardize(weight, self.standardize)
         signs = F.sign(what, self.gradient, self.temperature)
         magnitude = what.detach().abs()
@@ -340,7 +349,8 @@ class MembraneQuantizer(Quantizer):
         # checkpointing runs a step again from the buffers' old values, and must then get the same.
         used = torch.where(self.alpha > 0, self.alpha, observed)
         # In place: data-parallel wrappers and gradient checkpointing hold on to the buffer itself.
-        self.alpha.copy_(torch.lerp(used, observed, self.momentum))
+        # Written out, not torch.lerp: the fused kernels round it the same way.
+        self.alpha.copy_(used + self.momentum * (observed - used))
         self.calibrated = True
         return used.to(v.dtype)
 

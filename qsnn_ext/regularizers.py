@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-from qsnn_ext import hosts
+from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputTypeError, StateError
 from qsnn_ext.quantizers import BinaryWeight
 
@@ -127,8 +127,7 @@ class WSDRRegularizer:
             del self._spikes[name], self._counts[name]
 
     def _after(self, name: str, module: nn.Module, spikes: Tensor) -> None:
-        # float32 whatever the spikes' dtype: a half-precision sum stops growing at 2048.
-        total = spikes.sum(dtype=torch.promote_types(spikes.dtype, torch.float32))
+        total = kernels.spike_count(spikes)
         if name in self._counts:
             total = total + self._spikes[name]
         self._spikes[name] = total

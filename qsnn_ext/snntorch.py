@@ -5,13 +5,14 @@ The only file that imports snnTorch.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-from qsnn_ext import hosts
+from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
 
@@ -160,6 +161,11 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
+        fused = self._fused(input_)
+        if fused is not None:
+            spk, self.mem = fused
+            return spk if self.init_hidden and not self.output else (spk, self.mem)
+
         self.reset = self._start_reset()
         u = self.state_function(input_)
         if self.order == "quantize_first":
@@ -170,6 +176,49 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         alone = self.init_hidden and not self.output
         returned: Tensor | tuple[Tensor, Tensor] = spk if alone else (spk, self.mem)
         return returned
+
+    def _fused(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The step as one operation; ``None`` where there is none for this neuron."""
+        assert self.membrane is not None
+        if self.inhibition or not self.reset_delay or self.threshold.requires_grad:
+            return None
+        if self.graded_spikes_factor.requires_grad or self.mem.device != input_.device:
+            return None
+        if self.beta.numel() != 1 or self.threshold.numel() != 1:
+            return None
+        if torch.compiler.is_compiling():
+            return None  # plain operations fuse by themselves there
+        graded, params = self._constants(input_.dtype)
+        reset = {"subtract": "soft", "zero": "hard", "none": "none"}[self.reset_mechanism]
+        result = kernels.run_delayed_step(
+            input_,
+            self.mem,
+            self.membrane,
+            params=params,
+            reset=reset,  # type: ignore[arg-type]
+            surrogate=self.spike_grad,
+            order=self.order,
+        )
+        if result is None or not graded:
+            return result
+        return result[0] * self.graded_spikes_factor, result[1]
+
+    def _constants(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
+        """Whether spikes are graded, and the kernel's params; kept until one of them changes."""
+        sources = (self.beta, self.threshold, self.graded_spikes_factor)
+        key = (dtype, *[(id(t), t._version, t.data_ptr()) for t in sources])
+        kept = self.__dict__.get("_kernel_constants")
+        if kept is None or kept[0] != key:
+            beta, theta = self.beta.detach().clamp(0, 1), self.threshold.detach().to(dtype)
+            above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
+            params = torch.stack([t.to(dtype).reshape(()) for t in (beta, theta, above)])
+            graded = bool((self.graded_spikes_factor != 1).any())
+            kept = self.__dict__["_kernel_constants"] = (key, graded, params)
+        params = kept[2]
+        if self.beta.requires_grad and torch.is_grad_enabled():
+            decay = self.beta.clamp(0, 1).to(dtype).reshape(1)
+            params = torch.cat([decay, params[1:]])
+        return kept[1], params
 
     def _start_reset(self) -> Tensor:
         """Which neurons the step resets before it charges them, read from the stored state."""
@@ -273,6 +322,51 @@ def reset(model: nn.Module) -> None:
                 state = getattr(module, name)
                 if isinstance(state, Tensor):
                     setattr(module, name, torch.zeros_like(state))
+
+
+#: Which class takes a host neuron's place, by exact type: other neurons subclass Leaky's base.
+NEURONS: dict[type[nn.Module], type[QLeaky]] = {snn.Leaky: QLeaky}
+
+#: snnTorch has no layers of its own: its models use torch's.
+SISTERS: dict[type[nn.Module], Any] = {}
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether ``module`` is a neuron of snnTorch of any kind (or ours)."""
+    return is_spiking(module) or type(module).__module__.startswith("snntorch._neurons.")
+
+
+def is_readout(module: nn.Module) -> bool:
+    """Whether the neuron is never reset, and so only integrates."""
+    return getattr(module, "reset_mechanism", None) == "none"
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """A neuron that already quantizes its state by the host's own means is left alone."""
+    return "it has a state_quant of its own" if getattr(module, "state_quant", False) else None
+
+
+def converted(model: nn.Module) -> None:
+    """Nothing to do: the neurons on the host's list are still the same objects."""
+
+
+def copied(model: nn.Module) -> None:
+    """Put the copied neurons on the host's list, so that ``utils.reset`` finds them.
+
+    The list holds its neurons for ever; it gets weak proxies of these, which leave it when the
+    copy dies, so that copying a model many times costs nothing.
+    """
+    instances = snn.SpikingNeuron.instances
+    for module in model.modules():
+        if isinstance(module, snn.SpikingNeuron):
+            proxy = weakref.proxy(module)
+            instances.append(proxy)
+            weakref.finalize(module, _discard, instances, id(proxy))
+
+
+def _discard(instances: list[Any], proxy: int) -> None:
+    """Drop one object from a list, by identity: comparing a dead proxy is an error."""
+    instances[:] = [entry for entry in instances if id(entry) != proxy]
 
 
 def restart(module: nn.Module) -> None:

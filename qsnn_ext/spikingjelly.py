@@ -6,13 +6,14 @@ for a ``LIFNode`` or a ``layer.Conv2d`` (reset, step mode, monitors, energy coun
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-from qsnn_ext import hosts
+from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
     QuantizedConv,
@@ -20,6 +21,8 @@ from qsnn_ext.layers import (
     QuantizedWeight,
     _Binary,
     _Integer,
+    fold_,
+    normalization_affine,
 )
 from qsnn_ext.quantizers import (
     BinaryWeight,
@@ -30,7 +33,8 @@ from qsnn_ext.quantizers import (
 )
 
 try:
-    from spikingjelly.activation_based import base, layer, neuron, surrogate
+    from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+    from spikingjelly.activation_based.functional import conv_bn_fusion
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
@@ -154,7 +158,10 @@ class QuantizedNode:
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[object, ...], step_mode: str
     ) -> tuple[object, ...]:
-        """The host's: states shaped and typed like the input, after the input has been checked."""
+        """The host's: states shaped and typed like the input, after the input has been checked.
+
+        A state still at zero stays the number, ``None`` here: kernels need not read zeros.
+        """
         x = inputs[0]
         F.check_floating(x, type(self).__name__)
         if step_mode == "m":
@@ -163,6 +170,8 @@ class QuantizedNode:
                 raise InputError(f"{type(self).__name__} got a sequence of no time steps (T = 0).")
         else:
             F.check_rank(x, f"{type(self).__name__} in step mode 's'", 1, "[N, ...]")
+        if self.membrane is not None and isinstance(states[0], float) and states[0] == 0.0:
+            return (None, *states[1:])
         result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
         return result
 
@@ -172,19 +181,8 @@ class QuantizedNode:
         """``((spikes,), (v, ...))`` of one step ``[N, ...]``; reads and writes no module state."""
         if self.membrane is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spike, v = F.lif_step(
-            inputs[0],
-            states[0],
-            **self._charge(),
-            threshold=self.v_threshold,
-            reset="soft" if self.v_reset is None else "hard",
-            v_reset=self.v_reset or 0.0,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate_function,
-            quantize=self.membrane,
-            order=self.order,
-        )
-        return (spike,), (v, *states[1:])
+        spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
+        return (spikes[0],), (v, *states[1:])
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
@@ -192,11 +190,23 @@ class QuantizedNode:
         """``((spikes,), (v, ...))`` of a sequence ``[T, N, ...]``; touches no module state."""
         if self.membrane is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spike_seq = []
-        for x in inputs[0]:
-            (spike,), states = self.single_step_functional_forward((x,), states, **kwargs)
-            spike_seq.append(spike)
-        return (torch.stack(spike_seq),), states
+        spike_seq, v = self._run(inputs[0], states[0])
+        return (spike_seq,), (v, *states[1:])
+
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.membrane is not None
+        return kernels.run_layer(
+            x_seq,
+            v,
+            self.membrane,
+            charge=self._charge(),
+            threshold=self.v_threshold,
+            reset="soft" if self.v_reset is None else "hard",
+            v_reset=self.v_reset or 0.0,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate_function,
+            order=self.order,
+        )
 
     def extra_repr(self) -> str:
         """The host's, with bits and step order."""
@@ -296,6 +306,22 @@ SISTERS: dict[type[nn.Module], dict[type[Quantizer], type[QuantizedWeight]]] = {
 }
 
 
+def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers."""
+    if not isinstance(conv, QuantizedWeight):
+        fused: nn.Module = _stock_fusion(conv, bn, *args, **kwargs)
+        return fused
+    copied = copy.deepcopy(conv)
+    fold_(copied, *normalization_affine(bn))
+    return copied
+
+
+# The host finds pairs by isinstance, so it would fuse batch norm into the latent float weights of
+# our layers, which are then quantized to something else. It looks this function up by name.
+_stock_fusion = conv_bn_fusion.fuse_conv_bn_eval
+conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
+
+
 def is_spiking(module: nn.Module) -> bool:
     """Whether ``module`` is one of SpikingJelly's spiking neurons (or ours)."""
     return isinstance(module, neuron.BaseNode) or (
@@ -323,6 +349,30 @@ def reset(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, base.MemoryModule):
             module.reset()
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether ``module`` is a neuron of SpikingJelly of any kind, spiking or not (or ours)."""
+    return is_spiking(module) or type(module).__module__.startswith(neuron.__name__ + ".")
+
+
+def is_readout(module: nn.Module) -> bool:
+    """Whether the neuron has no threshold to reach, and so only integrates."""
+    return getattr(module, "v_threshold", None) == math.inf
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Nothing stands in the way of a node of a known type."""
+    return None
+
+
+def converted(model: nn.Module) -> None:
+    """Make ``functional.reset_net`` look at ``model`` anew."""
+    functional.invalidate_reset_cache(model)
+
+
+def copied(model: nn.Module) -> None:
+    """Nothing to do: SpikingJelly keeps no list of neurons."""
 
 
 def restart(module: nn.Module) -> None:

@@ -22,6 +22,15 @@ def _seed():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_compilation(request):
+    """Kernels run uncompiled, except in slow tests: compiling takes longer than most tests."""
+    from qsnn_ext import kernels
+
+    with kernels.use_backend("auto" if request.node.get_closest_marker("slow") else "function"):
+        yield
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

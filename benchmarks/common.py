@@ -1,0 +1,118 @@
+"""What the benchmarks share: interleaved timing, the machine's description, the CSV of results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options every benchmark has."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    p.add_argument("--repeats", type=int, default=11, help="interleaved rounds")
+    p.add_argument("--no-csv", action="store_true", help="print only")
+    return p
+
+
+def machine(device: str) -> str:
+    """Processor, threads, software, and how busy the machine was."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, load average {load:.1f}"
+    )
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each variant's calls, taken in turn so that all meet the same weather.
+
+    The first call of each (compilation, warm caches) is made before and returned under
+    ``"<name>, first call"``.
+    """
+    times: dict[str, list[float]] = {}
+
+    def once(call: Callable[[], object]) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for name, call in variants.items():
+        times[f"{name}, first call"] = [once(call)]
+        once(call)
+    for name in variants:
+        times[name] = []
+    for _ in range(repeats):
+        for name, call in variants.items():
+            times[name].append(once(call))
+    return times
+
+
+def report(
+    benchmark: str, case: str, times: dict[str, list[float]], baseline: str, args: argparse.Namespace
+) -> dict[str, float]:
+    """Print medians, fastest times and ratios to the baseline; append them to the CSV.
+
+    Ratios of medians suffer from other work on the machine, ratios of the fastest rounds less.
+    """
+    where = machine(args.device)
+    print(f"{benchmark}: {case}\n  {where}")
+    rows, ratios = [], {}
+    for name, values in times.items():
+        median, fastest = statistics.median(values), min(values)
+        first = name.endswith(", first call")
+        ratio = median / statistics.median(times[baseline])
+        ratio_fastest = fastest / min(times[baseline])
+        if not first:
+            ratios[name] = ratio
+        shown = "" if first else f"  ratio {ratio:6.3f}  fastest {ratio_fastest:6.3f}"
+        print(f"  {name:34s} {1e3 * median:10.2f} ms  (min {1e3 * fastest:9.2f}){shown}")
+        rows.append([name, 1e3 * median, 1e3 * fastest, "" if first else round(ratio, 4),
+                     "" if first else round(ratio_fastest, 4), len(values)])  # fmt: skip
+    if not args.no_csv:
+        append(
+            benchmark,
+            ["case", "variant", "median_ms", "min_ms", "ratio", "ratio_of_minima", "rounds"],
+            [[case, r[0], round(r[1], 3), round(r[2], 3), *r[3:]] for r in rows],
+            where,
+        )
+    return ratios
+
+
+def append(benchmark: str, columns: list[str], rows: list[list[object]], where: str) -> None:
+    """Append rows to ``results/<benchmark>.csv`` with date and machine."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{benchmark}.csv"
+    fresh = not path.exists()
+    today = datetime.date.today().isoformat()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(["date", "machine", *columns])
+        writer.writerows([[today, where, *row] for row in rows])

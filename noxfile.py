@@ -1,0 +1,192 @@
+"""Checks that need environments of their own: the version matrix and the built wheel.
+
+``nox -s matrix`` runs the tests on every supported Python with the lowest, the pinned and the
+newest versions, and writes what came out to ``docs/compatibility.json`` and ``.md``;
+``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package.
+
+The lowest versions are read from ``pyproject.toml``, so that its ranges are what is tested. An
+environment holds a CUDA build of torch, several GB: it is removed as soon as its tests have run.
+"""
+
+import datetime
+import json
+import os
+import re
+import shutil
+import tomllib
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["matrix", "wheel"]
+nox.options.error_on_missing_interpreters = False
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "docs" / "compatibility.json"
+TABLE = ROOT / "docs" / "compatibility.md"
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+SETS = ["lowest", "pinned", "newest", "alone"]
+HOSTS = ["spikingjelly", "snntorch", "tonic"]
+SHOWN = ["torch", "torchaudio", "numpy", *HOSTS]
+EXTRAS = "spikingjelly,snntorch,deploy"
+# What the recipes need (Lightning, data sets) is tested with the pinned set by `make test`.
+TESTS = ["tests", "--ignore=tests/recipes", "-m", "not slow and not gpu"]
+
+
+def declared() -> dict[str, str]:
+    """Requirement of each package this project names, by its name: ``{"torch": ">=2.6"}``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    lines = [line for group in groups for line in group]
+    matches = (re.match(r"([\w-]+)(?:\[[\w,-]+\])?\s*([<>=!~].*)?$", line) for line in lines)
+    return {m[1].lower(): m[2] or "" for m in matches if m and m[2]}
+
+
+def lowest(python: str) -> list[str]:
+    """Pins to the lower bounds of ``pyproject.toml``."""
+    bounds = {name: re.search(r">=\s*([\d.]+)", spec) for name, spec in declared().items()}
+    names = ["torch", "numpy", *HOSTS]
+    if python == "3.13":
+        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: here
+        # the resolver takes what there is.
+        names = [name for name in names if name not in ("numpy", "tonic")]
+    return [f"{name}=={bound[1]}" for name in names if (bound := bounds.get(name))]
+
+
+def pinned() -> list[str]:
+    """The set that development uses."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def newest() -> list[str]:
+    """Whatever the ranges of ``pyproject.toml`` allow."""
+    return [name + declared()[name] for name in ("torch", *HOSTS) if name in declared()]
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("versions", SETS, ids=SETS)
+def matrix(session: nox.Session, versions: str) -> None:
+    """The tests with one set of versions; ``alone`` is the lowest torch without any host."""
+    assert isinstance(session.python, str)
+    pins = {"pinned": pinned, "newest": newest}.get(versions, lambda: lowest(session.python))()
+    wanted = f".[{EXTRAS}]"
+    if versions == "alone":
+        wanted = "."
+        pins = [pin for pin in pins if pin.split("=")[0] not in HOSTS]
+    record = {
+        "python": session.run(
+            "python", "-c", "import platform; print(platform.python_version())", silent=True
+        ).strip(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+    report = Path(session.create_tmp()) / "junit.xml"
+    report.unlink(missing_ok=True)
+    try:
+        session.install(wanted, "pytest", "hypothesis", *pins)
+        record |= installed(session)
+        session.run(
+            "python", "-m", "pytest", "-q", *(session.posargs or TESTS), f"--junitxml={report}",
+            env={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    except nox.command.CommandFailed:
+        record.setdefault("torch", "not installable")
+        raise
+    finally:
+        record |= outcome(report)
+        if not session.posargs:
+            remember(record)
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+def installed(session: nox.Session) -> dict[str, str]:
+    """Versions of the packages of interest in the session's environment."""
+    code = (
+        "import importlib.metadata as m, json\n"
+        "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+        f"print(json.dumps({{n: found[n] for n in {SHOWN!r} if n in found}}))"
+    )
+    versions: dict[str, str] = json.loads(session.run("python", "-c", code, silent=True))
+    return versions
+
+
+def outcome(report: Path) -> dict[str, int]:
+    """Counts from pytest's report; nothing when pytest has not run."""
+    if not report.exists():
+        return {}
+    suite = ET.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    return {
+        "passed": count["tests"] - failed - count["skipped"],
+        "failed": failed,
+        "skipped": count["skipped"],
+    }
+
+
+def remember(record: dict[str, object]) -> None:
+    """Put one result among the others, and write the table anew."""
+    records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+    def key(r: dict[str, object]) -> tuple[str, str]:
+        return ".".join(str(r["python"]).split(".")[:2]), str(r["versions"])
+
+    records = [r for r in records if key(r) != key(record)] + [record]
+    records.sort(key=lambda r: (key(r)[0], SETS.index(key(r)[1])))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    TABLE.write_text(table(records))
+
+
+def table(records: list[dict[str, object]]) -> str:
+    """``docs/compatibility.md``."""
+    head = ["Python", "set", *SHOWN, "passed", "failed", "skipped", "run on"]
+    rows = [
+        [str(r.get(k, "–")) for k in ("python", "versions", *SHOWN, "passed", "failed", "skipped")]
+        + [str(r["date"])]
+        for r in records
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return (
+        "# Compatibility\n\n"
+        "Written by `nox -s matrix` from `docs/compatibility.json`; not edited by hand.\n\n"
+        "*lowest* is the lower bound of every range in `pyproject.toml`, *pinned* is\n"
+        "`constraints.txt`, *newest* is the newest that the ranges admit, and *alone* is the\n"
+        "lowest torch with neither host installed, where the tests of the hosts are skipped.\n"
+        "*skipped* counts the tests that are expected to fail as well.\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        "torchaudio appears because SpikingJelly requires it. It installs beside any torch and\n"
+        "works with its own: elsewhere `import spikingjelly.datasets` fails, which the tests do\n"
+        "not need.\n"
+    )
+
+
+@nox.session(python="3.11")
+def wheel(session: nox.Session) -> None:
+    """Build sdist and wheel, install the wheel in an empty environment, run the README there."""
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    # uv builds the wheel from the sdist it has just built, so both are tested.
+    session.run("uv", "build", "--quiet", "--out-dir", str(dist), str(ROOT), external=True)
+    (built,) = dist.glob("*.whl")
+    session.install(f"{built}[{EXTRAS}]")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    if not blocks:
+        session.error("README.md has no Python snippet to run")
+    snippet = Path(session.create_tmp()) / "readme.py"
+    snippet.write_text(
+        "import qsnn_ext\n"
+        "assert 'site-packages' in qsnn_ext.__file__, qsnn_ext.__file__\n" + "\n".join(blocks)
+    )
+    # Elsewhere than the repository, whose package would be found first.
+    session.chdir(snippet.parent)
+    session.run(
+        "python", snippet.name, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    )
+    shutil.rmtree(session.virtualenv.location, ignore_errors=True)

@@ -1,0 +1,314 @@
+"""A quantized model in one safetensors file: weights, quantizers, frozen scales, configuration.
+
+The file says of every quantized module which quantizer it has with which options, so the float
+model's constructor is all that is needed to rebuild the model. A digest over everything in it
+tells a damaged file from a good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qsnn_ext
+from qsnn_ext import convert, hosts, quantizers
+from qsnn_ext.convert import ConversionReport, Target, conversion_report
+from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError, QSNNError
+from qsnn_ext.folding import FoldedNorm, replace_module
+from qsnn_ext.layers import QuantizedWeight
+
+#: Version of the file's header; raised whenever an older reader would misread it.
+SCHEMA = 1
+
+_KEY = "qsnn_ext"
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Write a model to a safetensors file that :func:`load_checkpoint` reads.
+
+    The file is written beside its place and then moved there, so a crash leaves no half a file and
+    an older checkpoint of the name stays whole until the new one is.
+
+    Args:
+        model: quantized by :func:`~qsnn_ext.quantize_` or by hand, calibrated or not, folded or
+            not; a float model works too. Tied weights are stored once.
+        path: of the file; its folder must exist.
+
+    Raises:
+        InputTypeError: ``model`` is not a module.
+        CheckpointError: the file cannot be written, or the model's state is not all tensors.
+        MissingDependencyError: safetensors is not installed.
+    """
+    save_file = _safetensors().torch.save_file
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
+    tensors, tied = _distinct(model.state_dict())
+    report = conversion_report(model)
+    header = {
+        "schema": SCHEMA,
+        "version": qsnn_ext.__version__,
+        "quantized": _describe(model),
+        "folded_norms": [n for n, m in model.named_modules() if isinstance(m, FoldedNorm)],
+        "folded_layers": [n for n, m in model.named_modules() if getattr(m, "folded", False)],
+        "tied": tied,
+        "report": report.to_dict() if report is not None else None,
+    }
+    text = json.dumps(header, sort_keys=True)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, {_KEY: text, "sha256": _digest(text, tensors)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        raise CheckpointError(f"cannot write the checkpoint {str(path)!r}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a model from a file of :func:`save_checkpoint`.
+
+    Args:
+        path: of the file.
+        model: the float model, or a function (or class) that builds it. It is quantized as the
+            file says, in place, and gets the file's weights.
+
+    Returns:
+        The model, in the training mode it was built in.
+
+    Raises:
+        CheckpointError: no such file, damaged, not written by :func:`save_checkpoint`, by a newer
+            version, or of another architecture. The model given is then as it was.
+        InputTypeError: ``model`` is, or builds, no module.
+        MissingDependencyError: safetensors is not installed.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    built = model if isinstance(model, nn.Module) else model() if callable(model) else None
+    if not isinstance(built, nn.Module):
+        raise InputTypeError(
+            "load_checkpoint needs a model or a function that builds one, "
+            f"got {type(model).__name__}."
+        )
+    try:
+        _restore(built, header, tensors, path)
+    except QSNNError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} does not fit the model: {type(error).__name__}: {error}"
+        ) from error
+    return built
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Quantizer and options of every quantized module, asked from the modules themselves."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(
+            module, "quantizer" if isinstance(module, QuantizedWeight) else "membrane", None
+        )
+        if isinstance(quantizer, quantizers.Quantizer):
+            entry = {
+                "layer": _float_name(module),
+                "quantizer": type(quantizer).__name__,
+                "options": quantizer.options(),
+            }
+            if not isinstance(module, QuantizedWeight):
+                entry["order"] = module.order
+            found[name] = entry
+    return found
+
+
+def _float_name(module: Any) -> str:
+    kind = module.float_type() if hasattr(module, "float_type") else type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that share no memory, and which names stand for another name's tensor."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"the state {name!r} is a {type(value).__name__} and not a tensor, "
+                "which this file cannot hold."
+            )
+        if value.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device and has no values to store.")
+        value = value.detach()
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in seen:
+            tied[name] = seen[key]
+            continue
+        seen[key] = name
+        storage = value.untyped_storage().data_ptr()
+        stored = value.cpu().contiguous()
+        if storage in storages and stored.untyped_storage().data_ptr() == storage:
+            stored = stored.clone()
+        storages.add(storage)
+        tensors[name] = stored
+    return tensors, tied
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that has been found whole."""
+    library = _safetensors()
+    try:
+        with library.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {str(path)!r}.") from error
+    except (library.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged or no safetensors file: {error}"
+        ) from error
+    text = metadata.get(_KEY)
+    if text is None:
+        raise CheckpointError(
+            f"{str(path)!r} holds tensors but was not written by qsnn_ext.save_checkpoint; "
+            "load it with safetensors and model.load_state_dict."
+        )
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise CheckpointError(f"{str(path)!r} is damaged: its contents do not match its digest.")
+    header = json.loads(text)
+    if header["schema"] != SCHEMA:
+        raise CheckpointError(
+            f"{str(path)!r} has schema {header['schema']} and this version of qsnn_ext reads "
+            f"schema {SCHEMA}; upgrade qsnn_ext."
+        )
+    for name, source in header["tied"].items():
+        tensors[name] = tensors[source]
+    return header, tensors
+
+
+def _restore(
+    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> None:
+    modules = dict(model.named_modules())
+    problems = _differences(model, modules, header, tensors)
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise CheckpointError(
+            f"{str(path)!r} is of another architecture than {type(model).__name__}: {shown}."
+        )
+    changes = []
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for name, module in modules.items():
+        device = next((p.device for p in module._parameters.values() if p is not None), device)
+        entry = header["quantized"].get(name)
+        is_quantized = isinstance(module, QuantizedWeight) or (
+            convert.quantized_neuron(module) is type(module)
+        )
+        if entry is not None:
+            kind = getattr(quantizers, entry["quantizer"])
+            target = Target(kind(**entry["options"]), entry.get("order"), device)
+            changes.append((module, target))
+        elif is_quantized:
+            changes.append((module, Target(None)))
+    convert.apply(changes)
+    for name in header["folded_norms"]:
+        replace_module(model, modules[name], FoldedNorm())
+    for name in header["folded_layers"]:
+        _make_room(modules[name])
+    model.load_state_dict(tensors, strict=True)
+    for host in hosts.adapters():
+        host.converted(model)
+    if header["report"] is not None:
+        report = ConversionReport.from_dict(header["report"])
+        setattr(model, convert.REPORT_ATTRIBUTE, report)
+
+
+def _make_room(layer: Any) -> None:
+    """The parameters that folding leaves in a layer, for the file's values."""
+    channels = layer.weight.shape[0]
+    if layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
+    if hasattr(layer, "quantizer"):
+        layer.register_buffer("output_scale", layer.weight.new_ones(channels))
+    layer.folded = True
+
+
+def _differences(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> list[str]:
+    """What keeps the file from being one of this model, found before anything is changed."""
+    problems = []
+    for name, entry in header["quantized"].items():
+        if name not in modules:
+            problems.append(f"the model has no module {name!r}")
+        elif _float_name(modules[name]) != entry["layer"]:
+            problems.append(
+                f"{name!r} is a {_float_name(modules[name])} and not a {entry['layer']}"
+            )
+    problems += [
+        f"the model has no module {name!r}"
+        for name in (*header["folded_norms"], *header["folded_layers"])
+        if name not in modules
+    ]
+    if problems:
+        return problems
+    added = {f"{n}.{part}".lstrip(".") for n in header["folded_layers"] for part in _FOLDED}
+    removed = tuple(f"{n}." for n in header["folded_norms"])
+    alphas = {f"{name}.membrane.alpha".lstrip(".") for name in {*header["quantized"], *modules}}
+    has = {k: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    has = {
+        k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))
+    }
+    for key, tensor in tensors.items():
+        if key in alphas or (key in added and key not in has):
+            continue
+        if key not in has:
+            problems.append(f"the model has no {key!r}")
+        elif has[key] != tensor.shape:
+            problems.append(
+                f"{key!r} has shape {tuple(has[key])} in the model "
+                f"and {tuple(tensor.shape)} in the file"
+            )
+    problems += [f"the file has no {key!r}" for key in has if key not in tensors]
+    return problems
+
+
+_FOLDED = ("bias", "output_scale")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            "checkpoints need safetensors; install it with: pip install 'qsnn_ext[deploy]'."
+        ) from error
+    return safetensors

@@ -1,0 +1,168 @@
+"""Which implementation of a kernel runs, and the cache of compiled cores.
+
+A core is a function of plain tensors that knows its options as constants. ``torch.compile`` turns
+it into C++ on the CPU and Triton on the GPU; where there is no compiler the same function runs as
+it stands. One core serves every layer with the same options: the number of neurons is a symbol of
+the compiled code, so layers and batches of different size share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import types
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qsnn_ext.errors import ConfigError
+
+Backend = Literal["auto", "compiled", "function", "eager"]
+
+_log = logging.getLogger(__name__)
+_chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
+# Why compilation failed in this process; None as long as it has not.
+_broken: str | None = None
+
+#: From this many values on ``"auto"`` compiles; below it nothing is won that pays for compiling.
+COMPILE_FROM = 1 << 15
+#: From this many neurons on a core is compiled with parallel loops.
+PARALLEL_FROM = 1 << 13
+
+
+def check_backend(name: object) -> Backend:
+    """The name of a backend, checked.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in get_args(Backend):
+        raise ConfigError(
+            f"kernel backend {name!r} is unknown; choose one of {', '.join(get_args(Backend))}."
+        )
+    return name  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Force how kernels run inside a ``with`` block, for this thread or task.
+
+    Args:
+        name: ``"auto"`` (compiled where a compiler works and the layer is not tiny, else
+            ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of the compiler is raised),
+            ``"function"`` (the same code without compilation) or ``"eager"`` (the reference loop in
+            plain autograd).
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    token = _chosen.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def current_backend() -> Backend:
+    """What :func:`use_backend` has chosen; ``"auto"`` outside of it."""
+    if torch.compiler.is_compiling():
+        # Inside an outer torch.compile the choice is made when the compiled program runs.
+        return "auto"
+    return _chosen.get()
+
+
+def compiles(work: int) -> bool:
+    """Whether a kernel over ``work`` values runs compiled, as far as is known before trying."""
+    backend = _chosen.get()
+    return backend == "compiled" or (
+        backend == "auto" and _broken is None and work >= COMPILE_FROM
+    )
+
+
+class Core:
+    """One core: ``fn`` compiled on first call, or run as it stands.
+
+    Args:
+        fn: pure function of tensors.
+        free: per argument, how many of its last dimensions are symbols of the compiled code.
+    """
+
+    def __init__(self, fn: Callable[..., Any], free: tuple[int, ...]) -> None:
+        self._plain = fn
+        self._free = free
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Tensor | None) -> Any:
+        """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
+        global _broken
+        if not compiles(max(a.numel() for a in args if a is not None)):
+            return self._plain(*args)
+        if self._compiled is not None:
+            return self._compiled(*args)
+        for tensor, count in zip(args, self._free, strict=True):
+            if tensor is not None:
+                for dim in range(tensor.dim() - count, tensor.dim()):
+                    if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
+                        return self._plain(*args)
+                    torch._dynamo.mark_dynamic(tensor, dim)
+        compiled = torch.compile(_with_own_code(self._plain), fullgraph=True)
+        try:
+            result = compiled(*args)
+        except Exception as error:
+            result = self._plain(*args)  # an error of the caller shows itself here
+            if _chosen.get() == "compiled":
+                raise
+            _broken = f"{type(error).__name__}: {error}"
+            _log.debug("kernels run uncompiled, torch.compile failed: %s", _broken)
+            return result
+        self._compiled = compiled
+        return result
+
+
+def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``fn`` with a code object of its own.
+
+    ``torch.compile`` counts recompilations per code object, and all closures of one function share
+    one: without the copy the eighth set of options would hit the recompilation limit.
+    """
+    assert isinstance(fn, types.FunctionType)
+    return types.FunctionType(
+        fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
+    )
+
+
+_cores: dict[Hashable, Core] = {}
+
+
+def core(
+    key: tuple[Hashable, ...],
+    like: Tensor,
+    size: int,
+    free: tuple[int, ...],
+    build: Callable[[], Any],
+) -> Core:
+    """The core of these options, built on first use.
+
+    Args:
+        key: everything ``build`` depends on.
+        like: tensor whose dtype and device the core is for.
+        size: length of its loops: short and long ones have a core each, because the compiler
+            decides between serial and parallel loops by the first size it sees.
+        free: see :class:`Core`.
+        build: makes the function.
+    """
+    full = (key, like.dtype, like.device, size >= PARALLEL_FROM, torch.get_num_threads())
+    found = _cores.get(full)
+    if found is None:
+        found = _cores[full] = Core(build(), free)
+    return found
+
+
+def clear() -> None:
+    """Forget all compiled cores and any failure of the compiler."""
+    global _broken
+    _cores.clear()
+    _broken = None

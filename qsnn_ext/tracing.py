@@ -1,0 +1,82 @@
+"""Running somebody else's model to learn about it, and leaving it as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsnn_ext import hosts
+from qsnn_ext.quantizers import MembraneQuantizer
+
+#: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
+_STORES = ("_buffers", "_memories")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, reset states; afterwards everything is as before.
+
+    That means training flags, membrane potentials and other attributes and buffers of every
+    module, and torch's random numbers on the CPU.
+    """
+    modules = list(model.modules())
+    uncalibrated = [m for m in modules if isinstance(m, MembraneQuantizer) and not m.calibrated]
+    attributes = [module.__dict__.copy() for module in modules]
+    stores = [
+        {name: dict(module.__dict__[name]) for name in _STORES if name in module.__dict__}
+        for module in modules
+    ]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            model.eval()
+            hosts.reset(model)
+            for quantizer in uncalibrated:
+                quantizer.mode = "dynamic"  # a frozen scale without a value cannot run
+            yield
+        finally:
+            for module, before, held in zip(modules, attributes, stores, strict=True):
+                module.__dict__.clear()
+                module.__dict__.update(before)
+                for name, content in held.items():
+                    store = module.__dict__[name]
+                    store.clear()
+                    store.update(content)
+
+
+def call(model: nn.Module, sample: Any) -> Any:
+    """``model(sample)``; a tuple or list is its positional, a dictionary its named arguments."""
+    if isinstance(sample, dict):
+        return model(**sample)
+    if isinstance(sample, (tuple, list)):
+        return model(*sample)
+    return model(sample)
+
+
+def running_order(
+    model: nn.Module, modules: Iterable[nn.Module], run: Callable[[], Any]
+) -> list[nn.Module]:
+    """Those of ``modules`` that ``run`` calls, once for every call, in order."""
+    calls: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: calls.append(m)) for m in modules]
+    try:
+        with undisturbed(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def graph_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors kept by the modules of ``model`` that are part of a live graph (running states)."""
+    for module in model.modules():
+        held = list(module.__dict__.values())
+        for name in _STORES:
+            held += module.__dict__.get(name, {}).values()
+        for value in held:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                yield value

@@ -1,0 +1,75 @@
+"""Importing qsnn_ext loads no host and costs next to nothing beyond torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = str(Path(__file__).resolve().parents[2])
+
+
+def run(code: str) -> str:
+    """What ``code`` prints in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HOSTS = ("spikingjelly", "snntorch", "tonic", "lightning", "torchvision", "torchaudio", "nir")
+
+
+def test_core_loads_no_host():
+    """Neither the package, nor its listing, nor its core names, nor asking whose a module is."""
+    stages = [
+        "import qsnn_ext",
+        "dir(qsnn_ext)",
+        "from qsnn_ext import BinaryConv2d, WSDRRegularizer, PRESETS, QSNNError",
+        "from qsnn_ext import functional, layers, models, quantizers, regularizers, hosts",
+        "import torch; assert hosts.adapter_of(torch.nn.Linear(2, 2)) is None",
+    ]
+    show = f"print([h for h in {HOSTS!r} if h in sys.modules])"
+    loaded = run("\n".join(["import sys", *(f"{stage}\n{show}" for stage in stages)]))
+    assert loaded.splitlines() == ["[]"] * len(stages)
+
+
+@pytest.mark.parametrize(
+    ("host", "other"), [("spikingjelly", "snntorch"), ("snntorch", "spikingjelly")]
+)
+def test_one_host_does_not_load_the_other(host, other):
+    pytest.importorskip(host)
+    loaded = run(f"import qsnn_ext.{host}, sys; print({other!r} in sys.modules)")
+    assert loaded.strip() == "False"
+
+
+def test_missing_host_names_the_extra():
+    code = (
+        "import importlib, sys\n"
+        "from qsnn_ext.errors import MissingDependencyError\n"
+        "for host in ('spikingjelly', 'snntorch'):\n"
+        "    sys.modules[host] = None\n"
+        "    try:\n"
+        "        importlib.import_module(f'qsnn_ext.{host}')\n"
+        "    except MissingDependencyError as error:\n"
+        "        print(error)\n"
+    )
+    spikingjelly, snntorch = run(code).splitlines()
+    assert "pip install 'qsnn_ext[spikingjelly]'" in spikingjelly
+    assert "pip install 'qsnn_ext[snntorch]'" in snntorch
+
+
+def test_import_time_beyond_torch():
+    """Promised: under 0.2 s. Tested against five times that, since a busy machine is slow."""
+    code = (
+        "import json, time, torch\n"
+        "start = time.perf_counter(); import qsnn_ext; package = time.perf_counter() - start\n"
+        "from qsnn_ext import BinaryConv2d, WSDRRegularizer, models\n"
+        "print(json.dumps([package, time.perf_counter() - start]))\n"
+    )
+    package, core = json.loads(run(code))
+    print(f"import qsnn_ext: {package * 1e3:.1f} ms, with its core modules: {core * 1e3:.1f} ms")
+    assert package < 1.0
+    assert core < 1.0

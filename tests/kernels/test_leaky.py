@@ -1,0 +1,118 @@
+"""QLeaky's fused step against its plain tensor operations."""
+
+import itertools
+
+import pytest
+import torch
+
+from qsnn_ext import kernels
+from qsnn_ext.kernels import LIFOptions, Surrogate
+from qsnn_ext.regularizers import WSDRRegularizer
+
+snn = pytest.importorskip("snntorch")
+from qsnn_ext.snntorch import QLeaky, Triangle  # noqa: E402
+
+
+def run(node, x, backend):
+    """Spikes, last state, gradients of the input and of the decay."""
+    leaf = x.clone().requires_grad_()
+    mem = torch.zeros_like(x[0])
+    spikes = []
+    with kernels.use_backend(backend):
+        for step in leaf:
+            spk, mem = node(step, mem)
+            spikes.append(spk)
+    spikes = torch.stack(spikes)
+    rng = torch.Generator().manual_seed(1)
+    weights = torch.randn(spikes.shape, generator=rng), torch.randn(mem.shape, generator=rng)
+    ((spikes * weights[0]).sum() + (mem * weights[1]).sum()).backward()
+    grad_beta = node.beta.grad if node.beta.requires_grad else torch.zeros(())
+    node.beta.grad = None
+    return spikes.detach(), mem.detach(), leaf.grad, grad_beta
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("learn_beta", [False, True])
+def test_equals_plain_operations(reset, order, bits, learn_beta):
+    options = itertools.product(
+        ("max", "absmax"), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1.0, 0.3)
+    )
+    for scale, squash, surrogate, graded, theta in options:
+        node = QLeaky(
+            0.8, bits=bits, scale=scale, squash=squash, order=order, reset_mechanism=reset,
+            learn_beta=learn_beta, spike_grad=surrogate, graded_spikes_factor=graded,
+            threshold=theta,
+        )  # fmt: skip
+        x = torch.randn(4, 3, 5)
+        fused, plain = run(node, x, "function"), run(node, x, "eager")
+        assert torch.equal(fused[0], plain[0])
+        assert torch.equal(fused[1], plain[1])
+        for got, expected in zip(fused[2:], plain[2:], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_frozen_scale(mode):
+    results = []
+    for backend in ("function", "eager"):
+        torch.manual_seed(0)
+        node = QLeaky(0.8, bits=4)
+        node.membrane.freeze(0.9)
+        getattr(node, mode)()
+        results.append((*run(node, torch.randn(4, 3, 5), backend), node.membrane.alpha))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_changed_threshold_and_decay_are_noticed():
+    node, x = QLeaky(0.8, bits=4), torch.randn(3, 2, 5)
+    run(node, x, "function")
+    node.beta.fill_(0.3)
+    node.threshold.fill_(0.2)
+    fused, plain = run(node, x, "function"), run(node, x, "eager")
+    assert torch.equal(fused[0], plain[0])
+    assert torch.equal(fused[1], plain[1])
+
+
+def test_regularizer_takes_the_count():
+    torch.manual_seed(0)
+    net = torch.nn.ModuleList([torch.nn.Linear(5, 6), QLeaky(0.8, bits=2)])
+    wsdr = WSDRRegularizer(net, strength=1.0, exclude=None)
+    x, grads, losses = torch.randn(3, 2, 5), [], []
+    for backend in ("function", "eager"):
+        net.zero_grad()
+        mem = torch.zeros(2, 6)
+        with kernels.use_backend(backend):
+            for step in x:
+                _, mem = net[1](net[0](step), mem)
+            loss = wsdr()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(net[0].weight.grad.clone())
+    assert losses[0] == pytest.approx(losses[1])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_opcheck(reset):
+    options = LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, reset=reset, save="charge")
+    x, mem = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    params = torch.tensor([0.8, 1.0, 1.0000001])
+    args = (x, mem, params, None, options.encode())
+    torch.library.opcheck(torch.ops.qsnn_ext.leaky_step.default, args)
+    _, _, alphas, _, charge = torch.ops.qsnn_ext.leaky_step(x.detach(), *args[1:])
+    args = (torch.randn(3, 4), None, None, charge, mem, params, alphas, options.encode(), True)
+    torch.library.opcheck(torch.ops.qsnn_ext.leaky_step_backward.default, args)
+
+
+@pytest.mark.slow
+def test_compiled():
+    node = QLeaky(0.8, bits=4)
+    for shape in [(3, 2, 5), (3, 7, 11), (3, 1, 1)]:
+        x = torch.randn(shape)
+        compiled, plain = run(node, x, "compiled"), run(node, x, "eager")
+        assert torch.equal(compiled[0], plain[0])
+        assert torch.equal(compiled[1], plain[1])
+        torch.testing.assert_close(compiled[2], plain[2], rtol=1e-5, atol=1e-6)
