@@ -27,7 +27,7 @@ RECIPES = {
 }
 TINY_LINE = (
     "--width 0.03125 --epochs 1 --limit-batches 2 --batch 4 --workers 0 --accelerator cpu "
-    "--no-progress"
+    "--no-progress --kernels function"
 )
 TINY = TINY_LINE.split()
 
