@@ -34,6 +34,12 @@ SHOWN = ["torch", "torchaudio", "numpy", *HOSTS]
 EXTRAS = "spikingjelly,snntorch,deploy"
 # What the recipes need (Lightning, data sets) is tested with the pinned set by `make test`.
 TESTS = ["tests", "--ignore=tests/recipes", "-m", "not slow and not gpu"]
+HOSTLESS_TESTS = [
+    "tests/conformance/test_import.py",
+    "tests/test_functional.py",
+    "tests/test_quantizers.py",
+    "tests/test_layers.py",
+]
 
 
 def declared() -> dict[str, str]:
@@ -47,13 +53,14 @@ def declared() -> dict[str, str]:
 
 def lowest(python: str) -> list[str]:
     """Pins to the lower bounds of ``pyproject.toml``."""
-    bounds = {name: re.search(r">=\s*([\d.]+)", spec) for name, spec in declared().items()}
-    names = ["torch", "numpy", *HOSTS]
-    if python == "3.13":
-        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: here
+    pins = []
+    for name in ("torch", "numpy", *HOSTS):
+        # numpy before 2.1 has no wheels for Python 3.13, and tonic 1.6 admits none but those: there
         # the resolver takes what there is.
-        names = [name for name in names if name not in ("numpy", "tonic")]
-    return [f"{name}=={bound[1]}" for name in names if (bound := bounds.get(name))]
+        free = python == "3.13" and name in ("numpy", "tonic")
+        bound = re.search(r">=\s*([\d.]+)", declared()[name])
+        pins.append(name + declared()[name] if free or not bound else f"{name}=={bound[1]}")
+    return pins
 
 
 def pinned() -> list[str]:
@@ -64,7 +71,7 @@ def pinned() -> list[str]:
 
 def newest() -> list[str]:
     """Whatever the ranges of ``pyproject.toml`` allow."""
-    return [name + declared()[name] for name in ("torch", *HOSTS) if name in declared()]
+    return [name + declared()[name] for name in ("torch", *HOSTS)]
 
 
 @nox.session(python=PYTHONS)
@@ -73,15 +80,16 @@ def matrix(session: nox.Session, versions: str) -> None:
     """The tests with one set of versions; ``alone`` is the lowest torch without any host."""
     assert isinstance(session.python, str)
     pins = {"pinned": pinned, "newest": newest}.get(versions, lambda: lowest(session.python))()
-    wanted = f".[{EXTRAS}]"
+    wanted, tests = f".[{EXTRAS}]", TESTS
     if versions == "alone":
-        wanted = "."
-        pins = [pin for pin in pins if pin.split("=")[0] not in HOSTS]
+        wanted, tests = ".", HOSTLESS_TESTS
+        pins = [pin for pin in pins if not pin.startswith(tuple(HOSTS))]
     record = {
         "python": session.run(
             "python", "-c", "import platform; print(platform.python_version())", silent=True
         ).strip(),
         "versions": versions,
+        "tests": "without hosts" if versions == "alone" else "all but recipes",
         "date": datetime.date.today().isoformat(),
     }
     report = Path(session.create_tmp()) / "junit.xml"
@@ -90,7 +98,7 @@ def matrix(session: nox.Session, versions: str) -> None:
         session.install(wanted, "pytest", "hypothesis", *pins)
         record |= installed(session)
         session.run(
-            "python", "-m", "pytest", "-q", *(session.posargs or TESTS), f"--junitxml={report}",
+            "python", "-m", "pytest", "-q", *(session.posargs or tests), f"--junitxml={report}",
             env={"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     except nox.command.CommandFailed:
@@ -145,19 +153,16 @@ def remember(record: dict[str, object]) -> None:
 
 def table(records: list[dict[str, object]]) -> str:
     """``docs/compatibility.md``."""
-    head = ["Python", "set", *SHOWN, "passed", "failed", "skipped", "run on"]
-    rows = [
-        [str(r.get(k, "–")) for k in ("python", "versions", *SHOWN, "passed", "failed", "skipped")]
-        + [str(r["date"])]
-        for r in records
-    ]
+    head = ["Python", "set", *SHOWN, "tests", "passed", "failed", "skipped", "run on"]
+    keys = ["python", "versions", *SHOWN, "tests", "passed", "failed", "skipped", "date"]
+    rows = [[str(r.get(key, "–")) for key in keys] for r in records]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return (
         "# Compatibility\n\n"
         "Written by `nox -s matrix` from `docs/compatibility.json`; not edited by hand.\n\n"
         "*lowest* is the lower bound of every range in `pyproject.toml`, *pinned* is\n"
         "`constraints.txt`, *newest* is the newest that the ranges admit, and *alone* is the\n"
-        "lowest torch with neither host installed, where the tests of the hosts are skipped.\n"
+        "lowest torch with neither host installed and the tests that need none.\n"
         "*skipped* counts the tests that are expected to fail as well.\n\n"
         + "\n".join(lines)
         + "\n\n"

@@ -1,6 +1,6 @@
 """Converting a model: seconds of ``quantize_`` beside building the float model.
 
-    python benchmarks/convert.py
+python benchmarks/convert.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main():
         return quantize_(build(), "1w-2u")
 
     variants = {"build float": build, "build float, quantize_": build_and_convert}
-    times = common.interleaved(variants, args.repeats, args.device)
+    times = common.interleaved(variants, args)
     common.report("convert", "spiking_resnet18", times, "build float", args)
 
 

@@ -1,8 +1,8 @@
 """One neuron layer, forward and backward: ours against SpikingJelly's LIFNode and snnTorch's Leaky.
 
-    python benchmarks/neuron.py                  # [4, 32, 128, 32, 32], k = 2, 4, 8
-    python benchmarks/neuron.py --sweep          # over T, batch and width, with a plot
-    python benchmarks/neuron.py --host snntorch  # a loop with explicit membrane, T = 4
+python benchmarks/neuron.py                  # [4, 32, 128, 32, 32], k = 2, 4, 8
+python benchmarks/neuron.py --sweep          # over T, batch and width, with a plot
+python benchmarks/neuron.py --host snntorch  # a loop with explicit membrane, T = 4
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compare(shape, bits, args, uncompiled=False):
         if uncompiled:
             for backend in ("function", "eager"):
                 variants[f"QuantLIFNode {k} bit, {backend}"] = layer(node, x, g, backend)
-    times = common.interleaved(variants, args.repeats, args.device)
+    times = common.interleaved(variants, args)
     ratios = common.report("neuron", f"fwd+bwd {list(shape)}", times, "LIFNode", args)
     compiled = ratios["torch.compile(LIFNode)"]
     for name, ratio in ratios.items():
@@ -72,7 +72,7 @@ def compare_leaky(shape, args):
     variants = {"Leaky": loop(snn.Leaky(0.9).to(args.device), x, g)}
     for k in (2, 4, 8):
         variants[f"QLeaky {k} bit"] = loop(QLeaky(0.9, bits=k).to(args.device), x, g)
-    times = common.interleaved(variants, args.repeats, args.device)
+    times = common.interleaved(variants, args)
     return common.report("neuron", f"explicit membrane loop {list(shape)}", times, "Leaky", args)
 
 

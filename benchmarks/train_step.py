@@ -1,6 +1,6 @@
 """A whole ResNet19 training step: 1w-2u against the float network on SpikingJelly's LIFNode.
 
-    python benchmarks/train_step.py              # T = 2, N = 16
+python benchmarks/train_step.py              # T = 2, N = 16
 """
 
 from __future__ import annotations
@@ -64,13 +64,11 @@ def main():
         model = build(bits, args)
         variants[bits] = step(model, x, y, args)
         watched = build(bits, args)
-        variants[f"{bits}, WS-DR"] = step(
-            watched, x, y, args, regularizer=WSDRRegularizer(watched)
-        )
+        variants[f"{bits}, WS-DR"] = step(watched, x, y, args, regularizer=WSDRRegularizer(watched))
         if args.uncompiled:
             for backend in ("function", "eager"):
                 variants[f"{bits}, {backend}"] = step(model, x, y, args, backend)
-    times = common.interleaved(variants, args.repeats, args.device)
+    times = common.interleaved(variants, args)
     case = f"ResNet19 step T={args.T} N={args.batch} width={args.width}"
     ratios = common.report("train_step", case, times, "float", args)
     for bits in args.bits:

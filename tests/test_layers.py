@@ -117,6 +117,7 @@ def test_multi_step_equals_single_step(family, case):
 @pytest.mark.parametrize("family", ["Binary", "Quant"])
 @pytest.mark.parametrize("case", CASES)
 def test_spikingjelly_layers_follow_their_step_mode(family, case):
+    pytest.importorskip("spikingjelly")
     from spikingjelly.activation_based import layer as theirs
 
     import qsnn_ext.spikingjelly as host

@@ -15,7 +15,8 @@ from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
-from qsnn_ext import functional as F, kernels
+from qsnn_ext import functional as F
+from qsnn_ext import kernels
 from qsnn_ext.errors import QSNNError
 from qsnn_ext.layers import BinaryLinear
 from qsnn_ext.quantizers import BinaryWeight

@@ -52,9 +52,9 @@ def use_backend(name: Backend) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (compiled where a compiler works and the layer is not tiny, else
-            ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of the compiler is raised),
-            ``"function"`` (the same code without compilation) or ``"eager"`` (the reference loop in
-            plain autograd).
+            ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of
+            the compiler is raised), ``"function"`` (the same code without compilation) or
+            ``"eager"`` (the reference loop in plain autograd).
 
     Raises:
         ConfigError: unknown name.
@@ -77,9 +77,7 @@ def current_backend() -> Backend:
 def compiles(work: int) -> bool:
     """Whether a kernel over ``work`` values runs compiled, as far as is known before trying."""
     backend = _chosen.get()
-    return backend == "compiled" or (
-        backend == "auto" and _broken is None and work >= COMPILE_FROM
-    )
+    return backend == "compiled" or (backend == "auto" and _broken is None and work >= COMPILE_FROM)
 
 
 class Core:

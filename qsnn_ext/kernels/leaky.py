@@ -47,11 +47,11 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
     """``(x, mem, params, alpha) -> spikes, stored, [alpha, running], count, u`` of ``[M]``."""
     n = F.levels(o.bits)
 
-    def quantize(v: Tensor, running: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(v: Tensor, running: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         v = torch.tanh(v) if o.squash else v
         if running is None:
             alpha = _maximum(v, o)
-            return _round(v, alpha, o), alpha, alpha
+            return _round(v, alpha, o), alpha, None
         alpha = running
         if o.alpha == "running":
             observed = _maximum(v, o).clamp(min=0)
@@ -59,9 +59,7 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
             running = alpha + o.momentum * (observed - alpha)
         return _round(v, alpha, o), alpha, running
 
-    def beside_threshold(
-        stored: Tensor, fired: Tensor, alpha: Tensor, params: Tensor
-    ) -> Tensor:
+    def beside_threshold(stored: Tensor, fired: Tensor, alpha: Tensor, params: Tensor) -> Tensor:
         theta, step = params[1], alpha.clamp(min=0) / n
         code = torch.floor(theta / torch.where(step > 0, step, 1.0))
         level = code * step
@@ -91,7 +89,8 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
                 stored = beside_threshold(stored, fired, alpha, params)
         spikes = fired.to(dtype)
         count = fired.to(torch.float32).sum()
-        results = (spikes, stored, torch.stack([alpha, running]), count.reshape(1))
+        after = alpha if running is None else running
+        results = (spikes, stored, torch.stack([alpha, after]), count.reshape(1))
         return results if o.save == "nothing" else (*results, charge)
 
     return forward

@@ -26,7 +26,7 @@ from torch import Tensor
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate, recognise
+from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
 AlphaMode = Literal["dynamic", "running", "given"]
 Save = Literal["nothing", "input", "charge"]
@@ -73,11 +73,24 @@ class LIFOptions:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _decode(text: str) -> LIFOptions:
-    kind, a, b, strict, bits, scale, alpha, momentum, squash, order, reset, v_reset, detach, save = (
-        text.split(",")
-    )
+    (
+        kind,
+        a,
+        b,
+        strict,
+        bits,
+        scale,
+        alpha,
+        momentum,
+        squash,
+        order,
+        reset,
+        v_reset,
+        detach,
+        save,
+    ) = text.split(",")
     return LIFOptions(
         Surrogate(kind, float(a), float(b), strict == "1"),
         int(bits),
@@ -298,7 +311,8 @@ class _Layout:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.order = [0, *sorted(range(1, x.dim()), key=lambda d: -x.stride(d))]
+        strides = x.stride()
+        self.order = [0, *sorted(range(1, x.dim()), key=lambda d: -strides[d])]
         self.shape = [x.shape[d] for d in self.order]
 
     def sequence(self, x: Tensor) -> Tensor:
@@ -358,9 +372,7 @@ def _lif_op(
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
     key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(
-        key, x, flat.shape[1], (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype)
-    )
+    core = B.core(key, x, flat.shape[1], (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype))
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
             flat,
@@ -536,7 +548,7 @@ def _params(values: tuple[float | Tensor, ...], dtype: torch.dtype, device: torc
     if not any(isinstance(value, Tensor) for value in values):
         if torch.compiler.is_compiling():
             return torch.tensor(values, dtype=dtype, device=device)
-        return _constant_params(values, dtype, device)  # type: ignore[arg-type]
+        return _constant_params(values, dtype, device)
     return torch.stack(
         [torch.as_tensor(value, dtype=dtype, device=device).reshape(()) for value in values]
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
@@ -76,7 +77,16 @@ def run_layer(
     assert known is not None
     options = _options(membrane, known, order, reset, v_reset, detach_reset)
     alpha = None if options.alpha == "dynamic" else membrane.alpha
-    result = lif_multi_step(x, v, options, **charge, threshold=threshold, alpha=alpha)
+    result = lif_multi_step(
+        x,
+        v,
+        options,
+        decay=charge["decay"],
+        gain=charge["gain"],
+        offset=charge["offset"],
+        threshold=threshold,
+        alpha=alpha,
+    )
     _account(membrane, options, result.running_alpha, result.spikes, result.counts)
     return result.spikes, result.v
 
@@ -164,6 +174,8 @@ def _why_eager(
         return "it was asked for"
     if not x.numel():
         return "it is empty"
+    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
+        return "operations are being watched, as operation counters do, and shall be seen"
     if unknown:
         return "its surrogate gradient has no known closed form"
     if type(membrane) is not MembraneQuantizer:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsnn_ext import functional as F
 from qsnn_ext.errors import StateError
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, Quantizer
@@ -192,9 +191,9 @@ def binary_weight(weight: Tensor, quantizer: BinaryWeight) -> Tensor:
         quantizer: one for which :func:`covers` holds.
     """
     flat = weight.reshape(weight.shape[0], -1)
-    out: Tensor = torch.ops.qsnn_ext.binary_weight(
-        flat, quantizer.temperature, *_names(quantizer)
-    )[0]
+    out: Tensor = torch.ops.qsnn_ext.binary_weight(flat, quantizer.temperature, *_names(quantizer))[
+        0
+    ]
     return out.view(weight.shape)
 
 
@@ -269,7 +268,7 @@ class PreparedWeight:
         fused = covers(quantizer, weight) and B.current_backend() != "eager"
         if torch.compiler.is_compiling():
             # A compiled program has no version counters to ask.
-            return binary_weight(weight, quantizer) if fused else quantizer(weight)  # type: ignore[arg-type, no-any-return]
+            return binary_weight(weight, quantizer) if fused else quantizer(weight)  # type: ignore[arg-type]
         differentiable = torch.is_grad_enabled() and weight.requires_grad
         if (differentiable and not fused) or torch.is_inference_mode_enabled():
             # Plain autograd frees what its backward needs, so its result serves one backward only.
@@ -280,7 +279,7 @@ class PreparedWeight:
             weight.dtype,
             differentiable,
             tuple(quantizer.options().items()) if not fused else _names(quantizer),  # type: ignore[arg-type]
-            quantizer.temperature._version if fused else 0,  # type: ignore[union-attr]
+            quantizer.temperature._version if fused else 0,
             weight.detach().sum().item() if self._probed(weight) else None,
         )
         if self._value is None or self._key != key or self._weight() is not weight:

@@ -45,22 +45,6 @@ def test_one_host_does_not_load_the_other(host, other):
     assert loaded.strip() == "False"
 
 
-def test_missing_host_names_the_extra():
-    code = (
-        "import importlib, sys\n"
-        "from qsnn_ext.errors import MissingDependencyError\n"
-        "for host in ('spikingjelly', 'snntorch'):\n"
-        "    sys.modules[host] = None\n"
-        "    try:\n"
-        "        importlib.import_module(f'qsnn_ext.{host}')\n"
-        "    except MissingDependencyError as error:\n"
-        "        print(error)\n"
-    )
-    spikingjelly, snntorch = run(code).splitlines()
-    assert "pip install 'qsnn_ext[spikingjelly]'" in spikingjelly
-    assert "pip install 'qsnn_ext[snntorch]'" in snntorch
-
-
 def test_import_time_beyond_torch():
     """Promised: under 0.2 s. Tested against five times that, since a busy machine is slow."""
     code = (

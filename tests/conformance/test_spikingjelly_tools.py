@@ -385,11 +385,6 @@ def test_fusion_of_float_convolutions_still_works(spikes_in):
     torch.testing.assert_close(current, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the host matches by isinstance and folds batch norm into the latent weights, which "
-    "are then standardised and binarised again",
-)
 def test_fusion_leaves_binary_convolutions_right(spikes_in):
     """Refused, left alone or done properly: anything but a wrong result."""
     net = conv_bn_lif(BinaryConv2d)

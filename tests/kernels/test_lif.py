@@ -71,9 +71,7 @@ def test_every_option(bits, scale, order, reset):
     for mode, squash, detach, state, v_reset in itertools.product(
         ALPHAS if bits else ("dynamic",), (False, True), (False, True), (None, v), (0.0, -0.3)
     ):
-        options = LIFOptions(
-            SIGMOID, bits, scale, mode, 0.1, squash, order, reset, v_reset, detach
-        )
+        options = LIFOptions(SIGMOID, bits, scale, mode, 0.1, squash, order, reset, v_reset, detach)
         alpha = None if mode == "dynamic" else torch.tensor(0.9)
         assert_equal(both(options, x, state, alpha=alpha))
 
@@ -249,6 +247,7 @@ def test_options_survive_the_string():
 
 def test_no_compiler_is_no_error(caplog):
     """A compiler that fails is asked once; one line says so and the results are the same."""
+
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler here")
 

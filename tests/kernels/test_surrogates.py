@@ -22,7 +22,8 @@ def check(function):
 
 @pytest.mark.parametrize("alpha", [0.7, 2.0, 4.0])
 @pytest.mark.parametrize("name", [
-    "PiecewiseQuadratic", "PiecewiseExp", "Sigmoid", "SoftSign", "SuperSpike", "ATan", "Erf", "Rect",
+    "PiecewiseQuadratic", "PiecewiseExp", "Sigmoid", "SoftSign", "SuperSpike", "ATan", "Erf",
+    "Rect",
 ])  # fmt: skip
 def test_spikingjelly(name, alpha):
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")

@@ -76,7 +76,7 @@ def test_opcheck():
     args = (w, torch.tensor(0.5), "channel", "mean", "annealed")
     with kernels.use_backend("function"):
         torch.library.opcheck(torch.ops.qsnn_ext.binary_weight.default, args)
-        value, *statistics = torch.ops.qsnn_ext.binary_weight(*args)
+        _value, *statistics = torch.ops.qsnn_ext.binary_weight(*args)
         statistics = [s.detach() for s in statistics]
         args = (torch.randn(3, 4), w.detach(), *statistics, torch.tensor(0.5), "channel", "clipped")
         torch.library.opcheck(torch.ops.qsnn_ext.binary_weight_backward.default, args)
