@@ -135,7 +135,8 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
         if config.sync_batchnorm:
             model = networks.sync_batchnorm(model, trainer.strategy.root_device)
     if config.compile:
-        model.compile()
+        # One program per batch size: there are few, and fixed sizes compile more surely.
+        model.compile(dynamic=False)
     training = Training(config, model, math.ceil(batches / config.accumulate))
     introduce(config, model, folder, checkpoint)
     with use_backend(config.kernels):

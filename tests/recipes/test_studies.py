@@ -45,7 +45,7 @@ def test_the_study_writes_what_it_measured(tmp_path):
     options = {
         "variants": ["ws-dr", "plain"],
         "seeds": 2,
-        "rates": [0.1],
+        "settings": ["adam:0.01"],
         "epochs": 1,
         "width": 1 / 32,
         "size": 8,
@@ -55,14 +55,14 @@ def test_the_study_writes_what_it_measured(tmp_path):
     }
     content = ablation.main(**options)
     rows = content["rows"]
-    assert [(r["variant"], r["lr"], r["tuned"], r["n"]) for r in rows] == [
-        ("ws-dr", 0.1, True, 2),
-        ("ws-dr", 0.5, False, 2),
-        ("plain", 0.1, True, 2),
-        ("plain", 0.5, False, 2),
+    assert [(r["variant"], r["setting"], r["tuned"], r["n"]) for r in rows] == [
+        ("ws-dr", "adam:0.01", True, 2),
+        ("ws-dr", "sgd:0.5", False, 2),
+        ("plain", "adam:0.01", True, 2),
+        ("plain", "sgd:0.5", False, 2),
     ]
     runs = [r["last_accuracy"] for r in run_results([tmp_path / "runs" / "ws-dr"])]
-    assert len(runs) == 5  # two counted at each of two rates, one for tuning
+    assert len(runs) == 5  # two counted at each of two settings, one for tuning
     assert rows[0]["mean"] == pytest.approx(sum(rows[0]["accuracies"]) / 2, abs=1e-3)
     assert set(rows[0]["accuracies"]) <= {round(r, 4) for r in runs}
     assert json.loads((tmp_path / "ablation-digits.json").read_text())["rows"] == rows
@@ -71,6 +71,12 @@ def test_the_study_writes_what_it_measured(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}
     assert ablation.main(**options)["rows"] == rows
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("result.json")}
+
+
+@pytest.mark.parametrize("setting", ["sgd", "rmsprop:0.1", "adam:fast"])
+def test_settings_that_cannot_be(setting):
+    with pytest.raises(ConfigError, match=r"sgd:0\.1"):
+        ablation.optimization(setting)
 
 
 def test_unknown_variants_are_named():
