@@ -3,8 +3,8 @@
     python -m recipes.ablation --seeds 5
 
 Every variant gets its own optimizer and learning rate, the best of a grid on a seed that is not
-counted, and the same number of epochs; its accuracy at the recipe's common setting is kept beside it. Finished runs are
-not repeated, so an interrupted study goes on where it stopped.
+counted, and the same number of epochs; its accuracy at the recipe's common setting is kept beside
+it. Finished runs are not repeated, so an interrupted study goes on where it stopped.
 """
 
 from __future__ import annotations

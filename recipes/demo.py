@@ -29,9 +29,8 @@ FULL, PLAIN, UNTUNED, WSDR = (
     "1w-2u, WS-DR",
 )
 
-# Without standardisation a step that is right for batch norm and the read-out turns over the signs of
-# the small latent weights, and one that is right for those leaves the rest where it was: no rate of
-# plain SGD serves both. Adam's steps do not depend on the scale of the gradient.
+# Without standardisation the latent weights are small, and no rate of plain SGD that was tried suits
+# both their signs and the rest of the network. Adam's steps do not depend on the gradient's scale.
 PLAIN_SETTING: dict[str, Any] = {"optimizer": "adam", "lr": 0.003}
 
 
