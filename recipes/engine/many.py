@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+from qsnn_ext.errors import TrainingError
 from recipes.config import Config, differences
 
 
 def run_all(
     configs: Sequence[Config], processes: int | None = None
-) -> Iterator[tuple[Config, dict[str, Any]]]:
+) -> Iterator[tuple[Config, dict[str, Any] | None]]:
     """Train every configuration, several at a time.
 
     A run that has its result already is not trained again; an interrupted one is resumed. What
@@ -27,7 +28,8 @@ def run_all(
         processes: How many at a time; none takes one per CPU core.
 
     Yields:
-        Each configuration with its result, as they finish.
+        Each configuration with its result, as they finish; with none where training had to stop
+        (the loss was not finite), which ``log.txt`` then tells.
 
     """
     todo = []
@@ -46,7 +48,11 @@ def run_all(
         futures = {pool.submit(_run, config): config for config in todo}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                try:
+                    result = future.result()
+                except TrainingError:
+                    result = None
+                yield futures[future], result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -76,4 +82,8 @@ def _run(config: Config) -> dict[str, Any]:
         contextlib.redirect_stderr(log),
         warnings.catch_warnings(),
     ):
-        return train(config.but(resume=True, progress=False))
+        try:
+            return train(config.but(resume=True, progress=False))
+        except TrainingError as error:
+            print(error)
+            raise

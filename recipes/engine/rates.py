@@ -23,23 +23,24 @@ class RateMeter:
         self.layers = spiking_layers(model)
         self.counts: dict[str, Tensor] = {}
         self.trials: dict[str, int] = {}
-        self._handles: list[Any] = []
+        self._counting = False
+        # Hooked once and for all: a compiled network is compiled anew when its hooks change.
+        for name, module in self.layers.items():
+            module.register_forward_hook(self._hook(name))
 
     def start(self) -> None:
         """Forget earlier counts and begin."""
-        self.stop()
         self.counts, self.trials = {}, {}
-        for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+        self._counting = True
 
     def stop(self) -> None:
         """Cease counting; the counts stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._counting = False
 
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._counting:
+                return
             spikes = (output[0] if isinstance(output, tuple) else output).detach()
             # [T, N, ...] in SpikingJelly's multi-step mode, [N, ...] in a single step.
             leading = 2 if getattr(module, "step_mode", "s") == "m" else 1

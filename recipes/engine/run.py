@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from qsnn_ext.errors import ConfigError, TrainingError
+from qsnn_ext.kernels import use_backend
 from recipes import data as datasets
 from recipes.config import Config, differences
 from recipes.engine import checkpoints, files, networks
@@ -134,10 +135,12 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
         if config.sync_batchnorm:
             model = networks.sync_batchnorm(model, trainer.strategy.root_device)
     if config.compile:
-        model.compile()
+        # One program per batch size: there are few, and fixed sizes compile more surely.
+        model.compile(dynamic=False)
     training = Training(config, model, math.ceil(batches / config.accumulate))
     introduce(config, model, folder, checkpoint)
-    trainer.fit(training, datamodule=loading, ckpt_path=checkpoint)
+    with use_backend(config.kernels):
+        trainer.fit(training, datamodule=loading, ckpt_path=checkpoint)
 
     result = collect(config, model, record.history, record.best, trainer.strategy.root_device)
     if trainer.is_global_zero and len(record.history) == config.epochs:

@@ -19,10 +19,11 @@ from recipes.engine.cli import parse
 from recipes.engine.loading import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = (
+COMMON_LINE = (
     "--data digits --size 8 --width 0.03125 --accelerator cpu --workers 0 --no-augment "
     "--no-progress --precision 64-true --epochs 1"
-).split()
+)
+COMMON = COMMON_LINE.split()
 
 
 def run(out, *options):
@@ -53,7 +54,8 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_term_is_the_mean_over_processes(tmp_path):
-    options = "--bits 32w-32u --spike-regulation true --strength 1 --no-sync-batchnorm".split()
+    line = "--bits 32w-32u --spike-regulation true --strength 1 --no-sync-batchnorm"
+    options = line.split()
     options += ["--batch", "8", "--limit-batches", "1"]
     two = run(tmp_path / "run", "--devices", "2", *options)
     config = parse(cifar10_resnet19.config, [*COMMON, *options])

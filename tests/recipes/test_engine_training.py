@@ -34,6 +34,7 @@ def tiny(out: Path, **changes) -> Config:
             "workers": 0,
             "accelerator": "cpu",
             "progress": False,
+            "kernels": "function",
             "out": out,
             **changes,
         }
