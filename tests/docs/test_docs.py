@@ -174,7 +174,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 @pytest.mark.parametrize(
     ("script", "host", "steps"),
-    [("zoo_spikingjelly", "spikingjelly", 8), ("tutorial_snntorch", "snntorch", 150)],
+    [("zoo_spikingjelly", "spikingjelly", 20), ("tutorial_snntorch", "snntorch", 150)],
 )
 def test_example_runs_to_the_end(script: str, host: str, steps: int, tmp_path: Path) -> None:
     pytest.importorskip(host)
