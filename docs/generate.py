@@ -2,15 +2,20 @@
 
     python docs/generate.py
 
-Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the pages and are replaced;
-``--figures`` also draws ``docs/img/overview.svg``. The tests compare the tables with the pages.
+Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the pages and are
+replaced; ``--figures`` also draws ``docs/img/overview.svg``. The tests compare the tables with
+the pages.
 """
 
 from __future__ import annotations
 
+import csv
 import inspect
+import json
 import re
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ import torch
 from qsnn_ext import PRESETS, errors
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
 PAGES = ("explanation/index.md", "errors.md", "../README.md")
@@ -46,9 +52,9 @@ def presets() -> str:
         names = dict.fromkeys(n for preset in PRESETS.values() for n in getattr(preset, part))
         for name in names:
             values = [f"`{getattr(preset, part)[name]!r}`" for preset in PRESETS.values()]
-            what = meaning[name] + (" per output channel" if part == "weight" else " of a layer") * (
-                name == "scale"
-            )
+            what = meaning[name] + (
+                " per output channel" if part == "weight" else " of a layer"
+            ) * (name == "scale")
             rows.append([f"`{owner}`", f"`{name}`", what, *values])
     values = [f"`{preset.reduction!r}`" for preset in PRESETS.values()]
     rows.append(["`WSDRRegularizer`", "`reduction`", "over layers", *values])
@@ -66,7 +72,101 @@ def error_classes() -> str:
     return table(rows)
 
 
-TABLES = {"presets": presets, "errors": error_classes}
+def results() -> str:
+    """Before and after, from the results that are committed; what was not measured has no row."""
+    rows = [["", "float", "quantized", "", "from"]]
+    rows += [*_sizes(), *_accuracies(), *_inference(), *_neuron()]
+    return table(rows)
+
+
+def _sizes() -> list[list[str]]:
+    from qsnn_ext import footprint, models
+
+    rows = []
+    for batch in (1, 256):
+        before, after = (
+            footprint(models.resnet19(bits=bits), batch=batch).megabytes
+            for bits in ("32w-32u", "1w-2u")
+        )
+        rows.append([
+            f"ResNet19, 1w-2u: size by the paper's count, batch {batch}",
+            f"{before:.2f} MB", f"{after:.2f} MB", f"{before / after:.1f} times less",
+            "`python -m qsnn_ext.footprint`",
+        ])  # fmt: skip
+    return rows
+
+
+def _accuracies() -> list[list[str]]:
+    """Accuracy after the last epoch, over the seeds, of each recipe and data set with results."""
+    runs: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((ROOT / "recipes" / "results").rglob("*result.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        config = run["config"]
+        key = (run["recipe"], config["data"], config["width"], config["epochs"])
+        label = config["bits"] if run["variant"] != "plain" else f"{config['bits']} plain"
+        runs[key][label].append(run["last_accuracy"])
+    rows = []
+    for (recipe, data, width, epochs), by_bits in sorted(runs.items()):
+        full = by_bits.pop("32w-32u plain", None)
+        for bits, accuracies in sorted(by_bits.items()):
+            if full is None:
+                continue
+            before, after = statistics.mean(full), statistics.mean(accuracies)
+            rows.append([
+                f"{data}, {recipe}, width {width:g}, {epochs} epochs, {bits}: test accuracy, "
+                f"{len(accuracies)} seed(s)",
+                f"{before:.2f} %", f"{after:.2f} %", f"{after - before:+.2f} points",
+                f"`python -m recipes.{recipe} --data {data}`",
+            ])  # fmt: skip
+    return rows
+
+
+def _read(benchmark: str) -> list[dict[str, str]]:
+    """Rows of the newest date in a benchmark's results."""
+    path = ROOT / "benchmarks" / "results" / f"{benchmark}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = max((row["date"] for row in rows), default="")
+    return [row for row in rows if row["date"] == newest]
+
+
+def _inference() -> list[list[str]]:
+    """The integer engine's fastest path against eager float32, batch 1, one thread."""
+    times = {}
+    for row in _read("inference"):
+        case = (row["network"], row["batch"], row["threads"])
+        if case == ("resnet19", "1", "1") and row["firing_rate"] in ("", "0.2"):
+            times[row["contender"]] = (float(row["median_ms"]), row["processor"])
+    found = next((c for c in ("avx512", "avx2", "portable") if c in times), None)
+    if "eager" not in times or found is None:
+        return []
+    (before, processor), (after, _) = times["eager"], times[found]
+    return [[
+        f"ResNet19, T = 2: one image, one thread of {processor}, {found}, firing rate 0.2",
+        f"{before:.1f} ms", f"{after:.1f} ms", f"{before / after:.1f} times faster",
+        "`python -m benchmarks.inference`",
+    ]]  # fmt: skip
+
+
+def _neuron() -> list[list[str]]:
+    """Training through one layer of neurons, against the host's neuron."""
+    times = {(row["case"], row["variant"]): float(row["median_ms"]) for row in _read("neuron")}
+    for (case, variant), before in times.items():
+        after = times.get((case, "QuantLIFNode 2 bit"))
+        if variant == "LIFNode" and after is not None:
+            word = "faster" if after < before else "slower"
+            factor = max(before, after) / min(before, after)
+            return [[
+                f"a layer of neurons, {case}, against SpikingJelly's `LIFNode` on CPU",
+                f"{before:.0f} ms", f"{after:.0f} ms", f"{factor:.1f} times {word}",
+                "`python -m benchmarks.neuron`",
+            ]]  # fmt: skip
+    return []
+
+
+TABLES = {"presets": presets, "errors": error_classes, "results": results}
 
 
 def fill(text: str) -> str:

@@ -194,7 +194,8 @@ def test_example_runs_to_the_end(script: str, host: str, steps: int, tmp_path: P
 def load(path: Path) -> ModuleType:
     """A script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
