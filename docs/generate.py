@@ -200,21 +200,25 @@ def draw() -> None:
     from qsnn_ext import footprint, models
 
     matplotlib.rcParams |= {"svg.hashsalt": "qsnn_ext", "font.size": 9}
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
 
-    current = 0.25 * torch.rand(60, generator=torch.Generator().manual_seed(4))
-    styles: list[tuple[int | None, str, Any]] = [
-        (None, "32 bits", "0.6"), (4, "4 bits", "C0"), (2, "2 bits", "C3"),
-    ]  # fmt: skip
-    for row, (bits, label, color) in enumerate(styles):
+    # Up to three input spikes of weight 0.35 arrive in each step.
+    generator = torch.Generator().manual_seed(0)
+    current = 0.35 * (torch.rand(3, 60, generator=generator) < 0.25).float().sum(0)
+    widths: list[tuple[int | None, str]] = [(None, "0.4"), (4, "C0"), (2, "C3")]
+    for axes, (bits, color) in zip(left.subplots(3, 1, sharex=True), widths, strict=True):
         charges, spikes = trace(bits, current)
-        left.step(range(len(charges)), charges, where="post", color=color, label=label)
-        left.plot(spikes, [1.25 + 0.09 * row] * len(spikes), "|", color=color, ms=7)
-    left.axhline(1.0, color="k", lw=0.6, ls=":")
-    left.set(xlabel="time step", ylabel="membrane potential", title="one neuron, the same input")
-    left.legend(loc="lower right", ncols=3, frameon=False)
+        axes.step(range(len(charges)), charges, where="post", color=color, lw=1)
+        axes.plot(spikes, [1.6] * len(spikes), "|", color=color, ms=8, mew=1.5)
+        axes.axhline(1.0, color="k", lw=0.6, ls=":")
+        axes.set(
+            ylim=(-0.1, 1.9), ylabel=f"{bits or 32} bits", yticks=[0, 1], yticklabels=["0", "θ"]
+        )
+    axes.set_xlabel("time step")
+    left.suptitle("one neuron, the same input: potential and spikes", fontsize=9)
 
+    sizes_axes = right.subplots()
     names = ("resnet19", "vgg16", "vggsnn")
     for column, bits in enumerate(("32w-32u", "1w-8u", "1w-2u")):
         sizes = []
@@ -226,12 +230,12 @@ def draw() -> None:
             result = footprint(model, batch=1, input_shape=(channels, 32, 32), **options)
             sizes.append(result.megabytes)
         places = [i + 0.27 * (column - 1) for i in range(len(names))]
-        bars = right.bar(places, sizes, 0.25, label=bits, color=["0.6", "C0", "C3"][column])
-        right.bar_label(bars, fmt="%.1f", fontsize=7)
-    right.set_xticks(range(len(names)), ["ResNet19", "VGG16", "VGGSNN"])
-    right.set(yscale="log", ylabel="MB", title="size, weights and membranes, batch 1")
-    right.set_ylim(top=150)
-    right.legend(ncols=3, frameon=False, fontsize=7)
+        bars = sizes_axes.bar(places, sizes, 0.25, label=bits, color=["0.6", "C0", "C3"][column])
+        sizes_axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    sizes_axes.set_xticks(range(len(names)), ["ResNet19", "VGG16", "VGGSNN"])
+    sizes_axes.set(yscale="log", ylabel="MB", ylim=(1, 150))
+    right.suptitle("weights and membranes, batch 1", fontsize=9)
+    sizes_axes.legend(ncols=3, frameon=False, fontsize=7)
     (DOCS / "img").mkdir(exist_ok=True)
     figure.savefig(DOCS / "img" / "overview.svg", metadata={"Date": None})
 

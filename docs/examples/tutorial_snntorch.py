@@ -99,7 +99,10 @@ def main(folder: Path = Path("."), steps: int = 200) -> dict[str, float]:
     print(report)
     report.to_csv(folder / "tutorial_snntorch.csv")
 
-    deploy.save(net, folder / "tutorial_snntorch.qsnn", sample)
+    program = deploy.save(net, folder / "tutorial_snntorch.qsnn", sample)
+    # The program's input is rounded to 8 bits; given the same input, does it do what the model does?
+    comparison = deploy.compare(net, program, [x_test], quantize_input=True)
+    print(comparison)
     deployed = deploy.load(folder / "tutorial_snntorch.qsnn")
     spikes, _ = deployed(x_test.numpy())
     answers = torch.from_numpy(spikes).sum(0).argmax(1)
@@ -107,7 +110,7 @@ def main(folder: Path = Path("."), steps: int = 200) -> dict[str, float]:
     result = {
         "trained": (predicted == y_test).float().mean().item(),
         "deployed": (answers == y_test).float().mean().item(),
-        "agreement": (answers == predicted).float().mean().item(),
+        "agreement": comparison.predictions,
         "bytes": (folder / "tutorial_snntorch.qsnn").stat().st_size,
         "float_bytes": 4 * sum(p.numel() for p in net.parameters()),
     }

@@ -98,14 +98,17 @@ def main(folder: Path = Path("."), steps: int = 100) -> dict[str, float]:
     report.to_csv(folder / "zoo_spikingjelly.csv")
 
     functional.reset_net(model)
-    deploy.save(model, folder / "zoo_spikingjelly.qsnn", sample)
+    program = deploy.save(model, folder / "zoo_spikingjelly.qsnn", sample)
+    # The program's input is rounded to 8 bits; given the same input, does it do what the model does?
+    comparison = deploy.compare(model, program, [over_time(x_test[:16])], quantize_input=True)
+    print(comparison)
     deployed = deploy.load(folder / "zoo_spikingjelly.qsnn")
     answers = torch.from_numpy(deployed(over_time(x_test).numpy())).mean(0).argmax(1)
 
     result = {
         "trained": (predicted == y_test).float().mean().item(),
         "deployed": (answers == y_test).float().mean().item(),
-        "agreement": (answers == predicted).float().mean().item(),
+        "agreement": comparison.predictions,
         "bytes": (folder / "zoo_spikingjelly.qsnn").stat().st_size,
         "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
     }

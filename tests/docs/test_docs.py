@@ -145,16 +145,21 @@ def test_every_deliberate_error_of_the_package_is_one_of_them() -> None:
 
 
 def test_api_reference_names_all_that_is_public() -> None:
-    text = "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md"))
-    documented = re.findall(r"^::: (\S+)", text, re.M)
-    modules = {d for d in documented if d.rsplit(".", 1)[-1].islower()}
-    members = set(re.findall(r"^ +- (\w+)$", text, re.M))
-    missing = []
-    for public, home in qsnn_ext._HOMES.items():
-        named = f"qsnn_ext.{home}.{public}" in documented or public in members
-        if not named and not (f"qsnn_ext.{home}" in modules and f"qsnn_ext.{home}" not in members):
-            missing.append(public)
-    assert not missing
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    # A module given with a list of members shows these, one without shows all that is public.
+    whole: set[str] = set()
+    shown: set[str] = set()
+    for module, options in re.findall(r"^::: (\S+)\n((?: +.*\n|\n(?= ))*)", text, re.M):
+        members = re.findall(r"^ +- (\w+)$", options, re.M)
+        shown |= {f"{module}.{member}" for member in members}
+        whole |= set() if members else {module}
+    missing = [
+        public
+        for public, home in qsnn_ext._HOMES.items()
+        if f"qsnn_ext.{home}" not in whole and f"qsnn_ext.{home}.{public}" not in shown
+    ]
+    # The errors have a page of their own.
+    assert missing == ["QSNNError"]
 
 
 def test_pages_load_nothing_from_elsewhere() -> None:
@@ -181,11 +186,11 @@ def test_example_runs_to_the_end(script: str, host: str, steps: int, tmp_path: P
     pytest.importorskip("sklearn")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = load(DOCS / "examples" / f"{script}.py").main(tmp_path, steps=steps)
-    assert "converted: hidden layer" in printed.getvalue() or script == "tutorial_snntorch"
+    assert "predictions agree" in printed.getvalue()
     assert (tmp_path / f"{script}.qsnn").stat().st_size == result["bytes"]
     # The file is smaller than the float parameters it stands for.
     assert result["bytes"] < result["float_bytes"] / 3
-    assert result["agreement"] >= 0.9
+    assert result["agreement"] >= 0.99
     if script == "tutorial_snntorch":
         assert result["trained"] > 0.7
         assert result["deployed"] > 0.7
