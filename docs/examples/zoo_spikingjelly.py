@@ -99,7 +99,7 @@ def main(folder: Path = Path("."), steps: int = 100) -> dict[str, float]:
 
     functional.reset_net(model)
     program = deploy.save(model, folder / "zoo_spikingjelly.qsnn", sample)
-    # The program's input is rounded to 8 bits; given the same input, does it do what the model does?
+    # The program rounds its input to 8 bits. Given the same input, does it do what the model does?
     comparison = deploy.compare(model, program, [over_time(x_test[:16])], quantize_input=True)
     print(comparison)
     deployed = deploy.load(folder / "zoo_spikingjelly.qsnn")
