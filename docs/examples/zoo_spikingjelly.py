@@ -97,7 +97,6 @@ def main(folder: Path = Path("."), steps: int = 100) -> dict[str, float]:
     print(report)
     report.to_csv(folder / "zoo_spikingjelly.csv")
 
-    functional.reset_net(model)
     program = deploy.save(model, folder / "zoo_spikingjelly.qsnn", sample)
     # The program rounds its input to 8 bits. Given the same input, does it do what the model does?
     comparison = deploy.compare(model, program, [over_time(x_test[:16])], quantize_input=True)
