@@ -159,7 +159,7 @@ def _neuron() -> list[list[str]]:
             word = "faster" if after < before else "slower"
             factor = max(before, after) / min(before, after)
             return [[
-                f"a layer of neurons, {case}, against SpikingJelly's `LIFNode` on CPU",
+                f"a layer of neurons, {case}, against SpikingJelly's eager `LIFNode`, CPU",
                 f"{before:.0f} ms", f"{after:.0f} ms", f"{factor:.1f} times {word}",
                 "`python -m benchmarks.neuron`",
             ]]  # fmt: skip
