@@ -165,7 +165,7 @@ def _neuron() -> list[list[str]]:
                     f"{before:.0f} ms",
                     f"{after:.0f} ms",
                     f"{factor:.1f} times {word}",
-                    "`python -m benchmarks.neuron`",
+                    "`python benchmarks/neuron.py`",
                 ]
             )
     return rows
