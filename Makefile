@@ -39,5 +39,8 @@ format: $(READY) ## mend what ruff can mend
 types: $(READY) ## mypy --strict on the package
 	$(BIN)/mypy
 
+docs: $(READY) ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -1,0 +1,258 @@
+"""Write what the documentation takes from the code and from committed data.
+
+    python docs/generate.py
+
+Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the pages and are
+replaced; ``--figures`` also draws ``docs/img/overview.svg``. The tests compare the tables with
+the pages.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsnn_ext import PRESETS, errors
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+#: Pages with generated tables, seen from here.
+PAGES = ("explanation/index.md", "errors.md", "../README.md")
+
+_REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is the head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def presets() -> str:
+    """How each option differs between the presets, from ``PRESETS``."""
+    meaning = {
+        "standardize": "mean and deviation of latent weights over",
+        "scale": "scale",
+        "gradient": "gradient of the sign",
+        "squash": "function applied to the potential first",
+    }
+    rows = [["option of", "name", "what it is", *(f"`{name}`" for name in PRESETS)]]
+    for part, owner in (("weight", "BinaryWeight"), ("membrane", "MembraneQuantizer")):
+        names = dict.fromkeys(n for preset in PRESETS.values() for n in getattr(preset, part))
+        for name in names:
+            values = [f"`{getattr(preset, part)[name]!r}`" for preset in PRESETS.values()]
+            what = meaning[name] + (
+                " per output channel" if part == "weight" else " of a layer"
+            ) * (name == "scale")
+            rows.append([f"`{owner}`", f"`{name}`", what, *values])
+    values = [f"`{preset.reduction!r}`" for preset in PRESETS.values()]
+    rows.append(["`WSDRRegularizer`", "`reduction`", "over layers", *values])
+    return table(rows)
+
+
+def error_classes() -> str:
+    """All error classes with their built-in base and first sentence."""
+    rows = [["error", "is also a", "meaning"]]
+    for name, kind in vars(errors).items():
+        if inspect.isclass(kind) and issubclass(kind, errors.QSNNError):
+            also = [b.__name__ for b in kind.__bases__ if b is not errors.QSNNError]
+            meaning = " ".join(inspect.getdoc(kind).split()).replace("``", "`")
+            rows.append([f"`{name}`", ", ".join(f"`{b}`" for b in also), meaning])
+    return table(rows)
+
+
+def results() -> str:
+    """Before and after, from the results that are committed; what was not measured has no row."""
+    rows = [["", "float", "quantized", "", "from"]]
+    rows += [*_sizes(), *_accuracies(), *_inference(), *_neuron()]
+    return table(rows)
+
+
+def _sizes() -> list[list[str]]:
+    from qsnn_ext import footprint, models
+
+    rows = []
+    for batch in (1, 256):
+        before, after = (
+            footprint(models.resnet19(bits=bits), batch=batch).megabytes
+            for bits in ("32w-32u", "1w-2u")
+        )
+        rows.append([
+            f"ResNet19, 1w-2u: size by the paper's count, batch {batch}",
+            f"{before:.2f} MB", f"{after:.2f} MB", f"{before / after:.1f} times less",
+            "`python -m qsnn_ext.footprint`",
+        ])  # fmt: skip
+    return rows
+
+
+def _accuracies() -> list[list[str]]:
+    """Accuracy after the last epoch, over the seeds, of each recipe and data set with results."""
+    runs: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((ROOT / "recipes" / "results").rglob("*result.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        config = run["config"]
+        key = (run["recipe"], config["data"], config["width"], config["epochs"])
+        label = config["bits"] if run["variant"] != "plain" else f"{config['bits']} plain"
+        runs[key][label].append(run["last_accuracy"])
+    rows = []
+    for (recipe, data, width, epochs), by_bits in sorted(runs.items()):
+        full = by_bits.pop("32w-32u plain", None)
+        for bits, accuracies in sorted(by_bits.items()):
+            if full is None:
+                continue
+            before, after = statistics.mean(full), statistics.mean(accuracies)
+            rows.append([
+                f"{data}, {recipe}, width {width:g}, {epochs} epochs, {bits}: test accuracy, "
+                f"{len(accuracies)} seed(s)",
+                f"{before:.2f} %", f"{after:.2f} %", f"{after - before:+.2f} points",
+                f"`python -m recipes.{recipe} --data {data}`",
+            ])  # fmt: skip
+    return rows
+
+
+def _read(benchmark: str) -> list[dict[str, str]]:
+    """Rows of the newest date in a benchmark's results."""
+    path = ROOT / "benchmarks" / "results" / f"{benchmark}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = max((row["date"] for row in rows), default="")
+    return [row for row in rows if row["date"] == newest]
+
+
+def _inference() -> list[list[str]]:
+    """The integer engine's fastest path against eager float32, batch 1, one thread."""
+    times = {}
+    for row in _read("inference"):
+        case = (row["network"], row["batch"], row["threads"])
+        if case == ("resnet19", "1", "1") and row["firing_rate"] in ("", "0.2"):
+            times[row["contender"]] = (float(row["median_ms"]), row["processor"])
+    found = next((c for c in ("avx512", "avx2", "portable") if c in times), None)
+    if "eager" not in times or found is None:
+        return []
+    (before, processor), (after, _) = times["eager"], times[found]
+    return [[
+        f"ResNet19, T = 2: one image, one thread of {processor}, {found}, firing rate 0.2",
+        f"{before:.1f} ms", f"{after:.1f} ms", f"{before / after:.1f} times faster",
+        "`python -m benchmarks.inference`",
+    ]]  # fmt: skip
+
+
+def _neuron() -> list[list[str]]:
+    """Training through one layer of neurons, against the host's; the fastest rounds of each."""
+    times = {(row["case"], row["variant"]): float(row["min_ms"]) for row in _read("neuron")}
+    rows = []
+    for (case, variant), before in times.items():
+        after = times.get((case, "QuantLIFNode 2 bit"))
+        if variant in ("LIFNode", "torch.compile(LIFNode)") and after is not None:
+            word = "faster" if after < before else "slower"
+            factor = max(before, after) / min(before, after)
+            rows.append(
+                [
+                    f"a layer of neurons, {case}, CPU, against SpikingJelly's `{variant}`",
+                    f"{before:.0f} ms",
+                    f"{after:.0f} ms",
+                    f"{factor:.1f} times {word}",
+                    "`python benchmarks/neuron.py`",
+                ]
+            )
+    return rows
+
+
+TABLES = {"presets": presets, "errors": error_classes, "results": results}
+
+
+def fill(text: str) -> str:
+    """The page with its generated tables as the code and the data have them now."""
+    return _REGION.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+# --------------------------------------------------------------------------- the figure
+
+
+def trace(bits: int | None, current: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Charge before firing, and times of spikes, of one neuron with that many membrane bits."""
+    from qsnn_ext import functional as F
+
+    v, charges, spikes = torch.zeros(1), [], []
+    for time, x in enumerate(current):
+        spike, carried = F.lif_step(x.view(1), v, decay=0.9, threshold=1.0)
+        charges.append((0.9 * v + x).item())
+        if spike.item():
+            spikes.append(time)
+        # One neuron alone would be its own scale; the grid of a layer spans the threshold.
+        v = carried if bits is None else F.quantize_membrane(carried, bits, torch.tensor(1.0))
+    return charges, spikes
+
+
+def draw() -> None:
+    """``img/overview.svg``: a neuron at three widths, and the size of the paper's networks."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from qsnn_ext import footprint, models
+
+    matplotlib.rcParams |= {"svg.hashsalt": "qsnn_ext", "font.size": 9}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+
+    # Up to three input spikes of weight 0.35 arrive in each step.
+    generator = torch.Generator().manual_seed(0)
+    current = 0.35 * (torch.rand(3, 60, generator=generator) < 0.25).float().sum(0)
+    widths: list[tuple[int | None, str]] = [(None, "0.4"), (4, "C0"), (2, "C3")]
+    for axes, (bits, color) in zip(left.subplots(3, 1, sharex=True), widths, strict=True):
+        charges, spikes = trace(bits, current)
+        axes.step(range(len(charges)), charges, where="post", color=color, lw=1)
+        axes.plot(spikes, [1.6] * len(spikes), "|", color=color, ms=8, mew=1.5)
+        axes.axhline(1.0, color="k", lw=0.6, ls=":")
+        axes.set(
+            ylim=(-0.1, 1.9), ylabel=f"{bits or 32} bits", yticks=[0, 1], yticklabels=["0", "θ"]
+        )
+    axes.set_xlabel("time step")
+    left.suptitle("one neuron, the same input: potential and spikes", fontsize=9)
+
+    sizes_axes = right.subplots()
+    names = ("resnet19", "vgg16", "vggsnn")
+    for column, bits in enumerate(("32w-32u", "1w-8u", "1w-2u")):
+        sizes = []
+        for name in names:
+            channels = 2 if name == "vggsnn" else 3
+            model = getattr(models, name)(bits=bits)
+            steps = 10 if name == "vggsnn" else None
+            options = {"time_steps": steps} if steps else {}
+            result = footprint(model, batch=1, input_shape=(channels, 32, 32), **options)
+            sizes.append(result.megabytes)
+        places = [i + 0.27 * (column - 1) for i in range(len(names))]
+        bars = sizes_axes.bar(places, sizes, 0.25, label=bits, color=["0.6", "C0", "C3"][column])
+        sizes_axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    sizes_axes.set_xticks(range(len(names)), ["ResNet19", "VGG16", "VGGSNN"])
+    sizes_axes.set(yscale="log", ylabel="MB", ylim=(1, 150))
+    right.suptitle("weights and membranes, batch 1", fontsize=9)
+    sizes_axes.legend(ncols=3, frameon=False, fontsize=7)
+    (DOCS / "img").mkdir(exist_ok=True)
+    figure.savefig(DOCS / "img" / "overview.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Rewrite the tables; with ``--figures`` draw the figure too."""
+    for page in PAGES:
+        path = DOCS / page
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if "--figures" in sys.argv[1:]:
+        draw()
+
+
+if __name__ == "__main__":
+    main()

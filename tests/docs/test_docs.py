@@ -1,0 +1,206 @@
+"""The documentation tells the truth: its code runs, and what is generated is up to date.
+
+Blocks of one page share a namespace and run in order, in an empty folder. A block that cannot run
+says why in a comment right above it: ``<!-- not run: needs several GPUs -->``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import io
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import qsnn_ext
+from qsnn_ext import errors
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+HOSTS = ("spikingjelly", "snntorch")
+
+_BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+?) -->\s*\n)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
+    re.M | re.S,
+)
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and text of each block of the language that is to be tested."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, found.start("code")), found["code"])
+        for found in _BLOCK.finditer(text)
+        if found["language"] == language and not found["reason"]
+    ]
+
+
+def with_blocks(language: str) -> list[object]:
+    return [pytest.param(page, id=name(page)) for page in PAGES if blocks(page, language)]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_fresh_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled() -> object:
+    """Compiling a kernel takes longer than a page's worth of work with it."""
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("qsnn_ext.kernels"):
+            kernels = importlib.import_module("qsnn_ext.kernels")
+            stack.enter_context(kernels.use_backend("function"))
+        yield
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_code_on_the_page_runs(page: Path) -> None:
+    found = blocks(page, "python")
+    for host in (*HOSTS, "tonic", "matplotlib", "sklearn"):
+        if any(re.search(rf"^\s*(import|from) {host}\b", code, re.M) for _, code in found):
+            pytest.importorskip(host)
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for line, code in found:
+        # Padded, so that a traceback shows the line of the page.
+        compiled = compile("\n" * line + code, str(page), "exec")
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compiled, namespace)
+
+
+def test_config_files_on_the_page_are_accepted() -> None:
+    found = blocks(DOCS / "howto" / "config-file.md", "toml")
+    assert found
+    for _, text in found:
+        config = qsnn_ext.QuantConfig.from_dict(tomllib.loads(text))
+        assert qsnn_ext.QuantConfig.from_dict(config.to_dict()) == config
+
+
+def commands() -> list[object]:
+    found = []
+    for page in PAGES:
+        lines = [line for k in ("bash", "console") for _, code in blocks(page, k)
+                 for line in code.replace("\\\n", " ").splitlines()]  # fmt: skip
+        for line in dict.fromkeys(line.removeprefix("$ ").split("#")[0].strip() for line in lines):
+            if line:
+                found.append(pytest.param(line, id=f"{name(page)}: {line}"))
+    return found
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_on_the_page_exists(line: str) -> None:
+    """Commands are not run, but what they call exists and recipes take their options."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+        assert words[1] in targets
+    elif "-m" in words:
+        module, options = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        if module.split(".")[0] in ("qsnn_ext", "recipes", "benchmarks"):
+            assert importlib.util.find_spec(module), f"there is no {module}"
+        if module.count(".") == 1 and (ROOT / "recipes" / "engine").is_dir():
+            recipe = importlib.import_module(module) if module.startswith("recipes.") else None
+            if hasattr(recipe, "config") and "--help" not in options:
+                pytest.importorskip("jsonargparse")
+                cli = importlib.import_module("recipes.engine.cli")
+                cli.parse(recipe.config, options)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    generate = load(DOCS / "generate.py")
+    for page in generate.PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert generate.fill(text) == text, f"{page}: run python docs/generate.py"
+
+
+def test_errors_page_lists_every_error_class() -> None:
+    listed = set(re.findall(r"^\| `(\w+)`", (DOCS / "errors.md").read_text(), re.M))
+    defined = {n for n, c in vars(errors).items()
+               if inspect.isclass(c) and issubclass(c, errors.QSNNError)}  # fmt: skip
+    assert listed == defined
+
+
+def test_every_deliberate_error_of_the_package_is_one_of_them() -> None:
+    for file in (ROOT / "qsnn_ext").rglob("*.py"):
+        for error in re.findall(r"^class (\w+)\([^)]*Error[^)]*\)", file.read_text(), re.M):
+            assert hasattr(errors, error), f"{file}: {error} is not in qsnn_ext/errors.py"
+
+
+def test_api_reference_names_all_that_is_public() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    # A module given with a list of members shows these, one without shows all that is public.
+    whole: set[str] = set()
+    shown: set[str] = set()
+    for module, options in re.findall(r"^::: (\S+)\n((?: +.*\n|\n(?= ))*)", text, re.M):
+        members = re.findall(r"^ +- (\w+)$", options, re.M)
+        shown |= {f"{module}.{member}" for member in members}
+        whole |= set() if members else {module}
+    missing = [
+        public
+        for public, home in qsnn_ext._HOMES.items()
+        if f"qsnn_ext.{home}" not in whole and f"qsnn_ext.{home}.{public}" not in shown
+    ]
+    # The errors have a page of their own.
+    assert missing == ["QSNNError"]
+
+
+def test_pages_load_nothing_from_elsewhere() -> None:
+    """No script, style, font or picture of the site comes from another server."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in settings
+    assert not re.search(r"extra_(javascript|css)", settings)
+    for page in PAGES:
+        assert not re.search(r"(<script|<link|!\[[^\]]*\]\(https?:)", page.read_text()), page
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#]+)", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("script", "host", "steps"),
+    [("zoo_spikingjelly", "spikingjelly", 20), ("tutorial_snntorch", "snntorch", 150)],
+)
+def test_example_runs_to_the_end(script: str, host: str, steps: int, tmp_path: Path) -> None:
+    pytest.importorskip(host)
+    pytest.importorskip("sklearn")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = load(DOCS / "examples" / f"{script}.py").main(tmp_path, steps=steps)
+    assert "predictions agree" in printed.getvalue()
+    assert (tmp_path / f"{script}.qsnn").stat().st_size == result["bytes"]
+    # The file is smaller than the float parameters it stands for.
+    assert result["bytes"] < result["float_bytes"] / 3
+    assert result["agreement"] >= 0.99
+    if script == "tutorial_snntorch":
+        assert result["trained"] > 0.7
+        assert result["deployed"] > 0.7
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
