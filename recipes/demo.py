@@ -29,7 +29,7 @@ FULL, PLAIN, UNTUNED, WSDR = (
     "1w-2u, WS-DR",
 )
 
-# Without standardisation the latent weights are small, and no rate of plain SGD that was tried suits
+# Without standardisation the latent weights are small, and no rate of plain SGD we tried suits
 # both their signs and the rest of the network. Adam's steps do not depend on the gradient's scale.
 PLAIN_SETTING: dict[str, Any] = {"optimizer": "adam", "lr": 0.003}
 
