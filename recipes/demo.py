@@ -156,8 +156,8 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> str:
     )
     smaller = results[FULL][0]["weight_bytes"] / results[WSDR][0]["weight_bytes"]
     return (
-        f"With WS-DR the quantized network is {full - wsdr:+.2f} points below full precision "
-        f"(without: {full - plain:+.2f}), in {smaller:.1f} times fewer weight bytes."
+        f"With WS-DR the quantized network is {full - wsdr:.2f} points below full precision "
+        f"(without: {full - plain:.2f}), in {smaller:.1f} times fewer weight bytes."
     )
 
 
