@@ -29,7 +29,7 @@ FULL, PLAIN, UNTUNED, WSDR = (
     "1w-2u, WS-DR",
 )
 
-# Without standardisation the latent weights are small, and no rate of plain SGD that was tried suits
+# Without standardisation the latent weights are small, and no rate of plain SGD we tried suits
 # both their signs and the rest of the network. Adam's steps do not depend on the gradient's scale.
 PLAIN_SETTING: dict[str, Any] = {"optimizer": "adam", "lr": 0.003}
 
@@ -156,8 +156,8 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> str:
     )
     smaller = results[FULL][0]["weight_bytes"] / results[WSDR][0]["weight_bytes"]
     return (
-        f"With WS-DR the quantized network is {full - wsdr:+.2f} points below full precision "
-        f"(without: {full - plain:+.2f}), in {smaller:.1f} times fewer weight bytes."
+        f"With WS-DR the quantized network is {full - wsdr:.2f} points below full precision "
+        f"(without: {full - plain:.2f}), in {smaller:.1f} times fewer weight bytes."
     )
 
 
