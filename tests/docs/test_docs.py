@@ -11,8 +11,10 @@ import importlib
 import importlib.util
 import inspect
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -27,7 +29,14 @@ from qsnn_ext import errors
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-HOSTS = ("spikingjelly", "snntorch")
+#: What code on a page imports, and what that needs to be installed.
+NEEDS = {
+    "spikingjelly": ["spikingjelly"],
+    "snntorch": ["snntorch"],
+    "qsnn_ext.spikingjelly": ["spikingjelly"],
+    "qsnn_ext.models": ["spikingjelly"],  # their default host
+    "recipes": ["sklearn", "torchvision", "tonic"],
+}
 
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\s*\n)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
@@ -72,9 +81,10 @@ def _uncompiled() -> object:
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_code_on_the_page_runs(page: Path) -> None:
     found = blocks(page, "python")
-    for host in (*HOSTS, "tonic", "matplotlib", "sklearn"):
-        if any(re.search(rf"^\s*(import|from) {host}\b", code, re.M) for _, code in found):
-            pytest.importorskip(host)
+    for imported, needed in NEEDS.items():
+        if any(re.search(rf"^\s*(import|from) {imported}\b", code, re.M) for _, code in found):
+            for package in needed:
+                pytest.importorskip(package)
     namespace: dict[str, object] = {"__name__": "docs"}
     for line, code in found:
         # Padded, so that a traceback shows the line of the page.
@@ -113,17 +123,17 @@ def test_command_on_the_page_exists(line: str) -> None:
         module, options = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
         if module.split(".")[0] in ("qsnn_ext", "recipes", "benchmarks"):
             assert importlib.util.find_spec(module), f"there is no {module}"
-        if module.count(".") == 1 and (ROOT / "recipes" / "engine").is_dir():
-            recipe = importlib.import_module(module) if module.startswith("recipes.") else None
-            if hasattr(recipe, "config") and "--help" not in options:
-                pytest.importorskip("jsonargparse")
-                cli = importlib.import_module("recipes.engine.cli")
-                cli.parse(recipe.config, options)
+        if module.startswith("recipes.") and "--help" not in options:
+            pytest.importorskip("jsonargparse")
+            recipe = importlib.import_module(module)
+            if hasattr(recipe, "config"):
+                importlib.import_module("recipes.engine.cli").parse(recipe.config, options)
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
 
 
 def test_generated_parts_are_up_to_date() -> None:
+    pytest.importorskip("spikingjelly")  # sizes are those of models built with it
     generate = load(DOCS / "generate.py")
     for page in generate.PAGES:
         text = (DOCS / page).read_text(encoding="utf-8")
@@ -170,6 +180,25 @@ def test_pages_load_nothing_from_elsewhere() -> None:
         assert not re.search(r"(<script|<link|!\[[^\]]*\]\(https?:)", page.read_text()), page
 
 
+def test_site_builds_strictly(tmp_path: Path) -> None:
+    """No broken link, no missing page, no docstring that cannot be shown."""
+    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(package)
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert 'not included in the "nav"' not in built.stderr
+    neuron = (tmp_path / "site" / "explanation" / "neuron.html").read_text(encoding="utf-8")
+    assert "<math" in neuron
+    assert "arithmatex" not in neuron
+    assert "qsnn_ext.convert.quantize_" in (tmp_path / "site/api/conversion.html").read_text()
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#]+)", page.read_text()):
@@ -182,7 +211,8 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 )
 def test_example_runs_to_the_end(script: str, host: str, steps: int, tmp_path: Path) -> None:
     pytest.importorskip(host)
-    pytest.importorskip("sklearn")
+    for package in NEEDS["recipes"]:
+        pytest.importorskip(package)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = load(DOCS / "examples" / f"{script}.py").main(tmp_path, steps=steps)
     assert "predictions agree" in printed.getvalue()
