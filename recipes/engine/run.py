@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from recipes.engine.module import Training
 from recipes.engine.plots import plot_run
 from recipes.engine.record import Record
 from recipes.engine.results import collect, write_json
+
+# What a disk that is full, over quota, failing or read-only says.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 CONFIG, RESULT, PLOT = "config.json", "result.json", "run.png"
 
@@ -60,7 +66,9 @@ def train(config: Config) -> dict[str, Any]:
     try:
         if first:
             prepare(config, folder)
-        return _train(config, folder, checkpoints.newest_sound(folder) if config.resume else None)
+        with explained(folder):
+            start = checkpoints.newest_sound(folder) if config.resume else None
+            return _train(config, folder, start)
     finally:
         if owner is not None:
             owner.close()
@@ -154,6 +162,29 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
     elif trainer.is_global_zero:
         print(f"Stopped after epoch {len(record.history)} of {config.epochs}; go on with --resume.")
     return result
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Give faults of the machine that libraries report in their own terms a name and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        # TensorBoard's writer, for one, fails in a thread of its own and reports it anywhere.
+        if error.errno not in _DISK:
+            raise
+        raise TrainingError(
+            f"The run's files in {folder} could not be written: {error}. Make room or fix the "
+            "folder, then go on with --resume; finished checkpoints are untouched."
+        ) from error
+    except RuntimeError as error:
+        # torch raises it from a signal handler, wherever the main thread happens to be.
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"A data loading process was killed ({str(error).strip()}), most often because memory "
+            "ran out. Give fewer with --workers or a smaller --batch, and go on with --resume."
+        ) from error
 
 
 @rank_zero_only

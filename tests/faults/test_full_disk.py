@@ -89,8 +89,9 @@ def test_the_disk_fills_up_during_training(disk, unbroken):
 
     second = live(tiny(folder, resume=True), room_until_training_starts)
     assert second.wait() == OWN_ERROR, second.said()
-    assert "TrainingError: Could not write" in second.said()
-    assert "epoch-0003.ckpt: the disk is full" in second.said()
+    assert "TrainingError" in second.said()
+    assert str(folder) in second.said()
+    assert "Make room" in second.said()
     assert "--resume" in second.said()
     assert {p.name: p.read_bytes() for p in folder.glob("*.ckpt*")} == before
 
@@ -125,8 +126,8 @@ def test_a_checkpoint_that_grows_too_large(tmp_path, unbroken):
 
     life = Life(limited)
     assert life.wait() == OWN_ERROR, life.said()
-    assert "Could not write" in life.said()
-    assert "epoch-0002.ckpt" in life.said()
+    assert "TrainingError" in life.said()
+    assert str(folder) in life.said()
     assert [p.name for p in folder.glob("*.ckpt*")].count("epoch-0001.ckpt") == 1
     assert (folder / "epoch-0001.ckpt").read_bytes() == before
     assert not (folder / "epoch-0002.ckpt").exists()
@@ -144,7 +145,7 @@ def write_program(path):
 
     from ..deploy.random_programs import random_program
 
-    program = random_program(np.random.default_rng(0))
+    program = random_program(0)
     program.metadata["padding"] = "x" * 100_000
     save_program(program, path)
 

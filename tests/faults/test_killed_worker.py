@@ -41,9 +41,10 @@ def damaged():
     raise DataError("cache/17.npz is missing or damaged: delete cache, it is made again.")
 
 
-@pytest.mark.parametrize("at", [1, 40])
+@pytest.mark.parametrize("at", [1, 60])
 def test_a_killed_worker_ends_the_run(tmp_path, unbroken, at):
-    """The 40th sample of a worker comes in the third or fourth epoch, after a checkpoint."""
+    """The 60th sample of a worker comes after the first checkpoint: it fetches 16 an epoch to
+    train, as many to test, and reads ahead."""
     folder = tmp_path / "run"
     life = live(tiny(folder, workers=2), in_worker(at, killed))
     assert life.wait(60) == OWN_ERROR, life.said()

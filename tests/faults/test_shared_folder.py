@@ -70,7 +70,7 @@ def write_program(path, value):
 
     from ..deploy.random_programs import random_program
 
-    program = random_program(np.random.default_rng(0))
+    program = random_program(0)
     program.metadata = {"value": ",".join([str(value)] * 20_000)}
     save_program(program, path)
 
