@@ -169,6 +169,9 @@ class Loading(LightningDataModule):
         world = self.trainer.world_size if self.trainer else 1
         config = self.config
         sampler = EpochSampler(len(samples), config.seed, shuffle, rank, world)
+        # A resumed run's workers begin to fetch before the Trainer tells the sampler its epoch.
+        if self.trainer:
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         batches: Sampler[list[Draw]]
         if shuffle:
             batches = BatchSampler(sampler, config.batch, drop_last=len(sampler) >= config.batch)
