@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import qsnn_ext
 from qsnn_ext import convert, hosts
 from qsnn_ext.convert import ConversionReport, Target, conversion_report
 from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError, QSNNError
+from qsnn_ext.files import write_atomically
 from qsnn_ext.folding import FoldedNorm, replace_module
 from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, MembraneQuantizer, Quantizer
@@ -52,7 +52,6 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         CheckpointError: the file cannot be written, or the model's state is not all tensors.
         MissingDependencyError: safetensors is not installed.
     """
-    save_file = _safetensors().torch.save_file
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
     tensors, tied = _distinct(model.state_dict())
@@ -67,17 +66,11 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         "report": report.to_dict() if report is not None else None,
     }
     text = json.dumps(header, sort_keys=True)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, {_KEY: text, "sha256": _digest(text, tensors)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        content = _safetensors().torch.save(tensors, {_KEY: text, "sha256": _digest(text, tensors)})
     except Exception as error:
-        raise CheckpointError(f"cannot write the checkpoint {str(path)!r}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"the model's tensors cannot be stored: {error}") from error
+    write_atomically(Path(path), lambda file: file.write(content), CheckpointError)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import nn
 
 from qsnn_ext.errors import ConfigError, InputTypeError, MissingDependencyError
+from qsnn_ext.files import write_atomically
 from qsnn_ext.functional import StepOrder, check_order
 from qsnn_ext.quantizers import (
     MEMBRANE_BITS,
@@ -409,7 +410,7 @@ class QuantConfig(_Table):
         """Write a ``.toml``, ``.yaml`` or ``.yml`` file that :meth:`from_file` reads back exactly.
 
         Raises:
-            ConfigError: another suffix.
+            ConfigError: another suffix, or the file cannot be written.
             MissingDependencyError: the library for that format is not installed.
         """
         path = Path(path)
@@ -417,7 +418,7 @@ class QuantConfig(_Table):
             text = _library("tomli_w").dumps(self.to_dict())
         else:
             text = _library("yaml").safe_dump(self.to_dict(), sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, lambda file: file.write(text.encode()), ConfigError)
 
     @classmethod
     def from_file(cls, path: str | Path) -> QuantConfig:

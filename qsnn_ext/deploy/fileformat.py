@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from qsnn_ext.deploy.program import OP_TYPES, IntArray, Neuron, Op, Program, Value
 from qsnn_ext.errors import FormatError
+from qsnn_ext.files import write_atomically
 
 FORMAT_VERSION = 1
 MAX_HEADER = 8 * 2**20  # bytes of JSON
@@ -100,16 +101,10 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> int:
         path: Where to write.
 
     Raises:
-        FormatError: If the program is not valid.
+        FormatError: If the program is not valid, or the file cannot be written.
     """
     content = dump_program(program)
-    target = Path(path)
-    scratch = target.with_name(target.name + f".{os.getpid()}.part")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(Path(path), lambda file: file.write(content), FormatError)
     return len(content)
 
 
