@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import qsnn_ext
 from qsnn_ext import convert, hosts
 from qsnn_ext.convert import ConversionReport, Target, conversion_report
-from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError, QSNNError
+from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError
 from qsnn_ext.files import write_atomically
 from qsnn_ext.folding import FoldedNorm, replace_module
 from qsnn_ext.layers import QuantizedWeight
@@ -100,11 +100,13 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
         )
     try:
         _restore(built, header, tensors, path)
-    except QSNNError:
+    except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
+        # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
         raise CheckpointError(
-            f"{str(path)!r} does not fit the model: {type(error).__name__}: {error}"
+            f"{str(path)!r} does not fit the model ({type(error).__name__}: {str(error):.300}); "
+            "write it anew with qsnn_ext.save_checkpoint."
         ) from error
     return built
 
@@ -181,12 +183,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that has been found whole."""
     library = _safetensors()
     try:
-        with library.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Read once: the library itself opens the file twice, and between the two another process
+        # may put a newer checkpoint in its place.
+        content = path.read_bytes()
+        tensors = library.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}.") from error
-    except (library.SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (library.SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{str(path)!r} is damaged or no safetensors file: {error}"
         ) from error
@@ -198,14 +203,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if metadata.get("sha256") != _digest(text, tensors):
         raise CheckpointError(f"{str(path)!r} is damaged: its contents do not match its digest.")
-    header = json.loads(text)
-    if header["schema"] != SCHEMA:
+    try:
+        header = json.loads(text)
+        schema = header["schema"]
+        if schema == SCHEMA:
+            for name, source in header["tied"].items():
+                tensors[name] = tensors[source]
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(path)!r} has schema {header['schema']} and this version of qsnn_ext reads "
+            f"{str(path)!r} has a malformed header ({type(error).__name__}: {str(error):.300}); "
+            "write it anew with qsnn_ext.save_checkpoint."
+        ) from error
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{str(path)!r} has schema {str(schema):.20} and this version of qsnn_ext reads "
             f"schema {SCHEMA}; upgrade qsnn_ext."
         )
-    for name, source in header["tied"].items():
-        tensors[name] = tensors[source]
     return header, tensors
 
 
@@ -233,17 +246,34 @@ def _restore(
             changes.append((module, target))
         elif is_quantized:
             changes.append((module, Target(None)))
-    convert.apply(changes)
-    for name in header["folded_norms"]:
-        replace_module(model, modules[name], FoldedNorm())
-    for name in header["folded_layers"]:
-        _make_room(modules[name])
-    model.load_state_dict(tensors, strict=True)
-    for host in hosts.adapters():
-        host.converted(model)
-    if header["report"] is not None:
-        report = ConversionReport.from_dict(header["report"])
-        setattr(model, convert.REPORT_ATTRIBUTE, report)
+    report = header["report"] and ConversionReport.from_dict(header["report"])
+    with convert.all_or_nothing(model):
+        for module, target in changes:
+            convert.become(module, target)
+        for name in header["folded_norms"]:
+            replace_module(model, modules[name], FoldedNorm())
+        for name in header["folded_layers"]:
+            _make_room(modules[name])
+        _check_shapes(model, tensors)
+        for host in hosts.adapters():
+            host.converted(model)
+        if report is not None:
+            setattr(model, convert.REPORT_ATTRIBUTE, report)
+        model.load_state_dict(tensors, strict=True)
+
+
+def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
+    ours = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, quantizers.MembraneQuantizer):
+            ours[f"{name}.alpha"] = module.alpha.shape  # in the state only when calibrated
+    for key, tensor in tensors.items():
+        if ours.get(key) != tensor.shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(tensor.shape)} in the file and does not fit the model; "
+                "the file is damaged or of another version of qsnn_ext."
+            )
 
 
 def _make_room(layer: Any) -> None:
@@ -300,6 +330,12 @@ def _differences(
 
 
 _FOLDED = ("bias", "output_scale")
+
+#: The only classes a file can name: it must not choose what is called with its options.
+_QUANTIZERS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (quantizers.BinaryWeight, quantizers.IntWeight, quantizers.MembraneQuantizer)
+}
 
 
 def _safetensors() -> Any:

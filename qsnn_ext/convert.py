@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -240,17 +242,20 @@ def conversion_report(model: nn.Module) -> ConversionReport | None:
 
 
 def _quantize(model: nn.Module, config: QuantConfig, sample: Any, strict: bool) -> ConversionReport:
-    plan = _Plan(model, config, sample)
-    if strict and plan.unsupported:
-        raise ConversionError(
-            f"strict: {len(plan.unsupported)} module(s) would stay in floating point: "
-            f"{'; '.join(plan.unsupported)}. Keep them with a rule (Rule.keep), or drop strict."
-        )
-    apply([(unit.module, unit.target) for unit in plan.units if unit.target is not None])
-    for host in hosts.adapters():
-        host.converted(model)
-    report = plan.report()
-    setattr(model, REPORT_ATTRIBUTE, report)
+    with all_or_nothing(model):
+        plan = _Plan(model, config, sample)
+        if strict and plan.unsupported:
+            raise ConversionError(
+                f"strict: {len(plan.unsupported)} module(s) would stay in floating point: "
+                f"{'; '.join(plan.unsupported)}. Keep them with a rule (Rule.keep), or drop strict."
+            )
+        for unit in plan.units:
+            if unit.target is not None:
+                become(unit.module, unit.target)
+        for host in hosts.adapters():
+            host.converted(model)
+        report = plan.report()
+        setattr(model, REPORT_ATTRIBUTE, report)
     return report
 
 
@@ -287,24 +292,34 @@ def quantized_neuron(module: nn.Module) -> Any:
     return None
 
 
-def apply(changes: list[tuple[nn.Module, Target]]) -> None:
-    """Change the class of each module to its target, all or none.
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undo, when its body fails or is interrupted, every change of class, attribute or child.
+
+    Values of tensors are not kept: a body must not write to those that were there before.
 
     Raises:
-        ConversionError: one could not be changed; those before it are as they were.
+        ConversionError: the body failed; the model is as it was.
     """
-    before: list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]] = []
+    before = [
+        (
+            module,
+            type(module),
+            module.__dict__.copy(),
+            # Parameters, buffers, children, hooks: put back into the same containers.
+            [(t, t.copy()) for t in module.__dict__.values() if isinstance(t, (dict, set))],
+        )
+        for module in model.modules()
+    ]
     try:
-        for module, target in changes:
-            before.append((module, type(module), module.__dict__.copy(), module._modules.copy()))
-            _become(module, target)
+        yield
     except BaseException as error:
-        for module, kind, attributes, children in reversed(before):
+        for module, kind, attributes, tables in before:
             module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+            tracing.put_back(module.__dict__, attributes)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
         if isinstance(error, QSNNError) or not isinstance(error, Exception):
             raise
         raise ConversionError(
@@ -312,7 +327,8 @@ def apply(changes: list[tuple[nn.Module, Target]]) -> None:
         ) from error
 
 
-def _become(module: Any, target: Target) -> None:
+def become(module: Any, target: Target) -> None:
+    """Change the class of one module to its target, inside :func:`all_or_nothing`."""
     if isinstance(module, (_ConvNd, nn.Linear)):
         table = sisters(module)
         assert table is not None  # planned with it

@@ -39,12 +39,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, before, held in zip(modules, attributes, stores, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(before)
+                put_back(module.__dict__, before)
                 for name, content in held.items():
                     store = module.__dict__[name]
                     store.clear()
                     store.update(content)
+
+
+def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make a module's attributes what they were; never without those a module cannot lack."""
+    attributes.update(before)
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
 
 
 def call(model: nn.Module, sample: Any) -> Any:
