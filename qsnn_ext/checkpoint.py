@@ -254,7 +254,7 @@ def _restore(
             replace_module(model, modules[name], FoldedNorm())
         for name in header["folded_layers"]:
             _make_room(modules[name])
-        _check_shapes(model, tensors)
+        _check_shapes(model, tensors, path)
         for host in hosts.adapters():
             host.converted(model)
         if report is not None:
@@ -262,7 +262,7 @@ def _restore(
         model.load_state_dict(tensors, strict=True)
 
 
-def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
     ours = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
@@ -271,8 +271,8 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if ours.get(key) != tensor.shape:
             raise CheckpointError(
-                f"{key!r} has shape {tuple(tensor.shape)} in the file and does not fit the model; "
-                "the file is damaged or of another version of qsnn_ext."
+                f"{str(path)!r} does not fit the model: {key!r} has shape {tuple(tensor.shape)} in "
+                "it; write it anew with qsnn_ext.save_checkpoint."
             )
 
 

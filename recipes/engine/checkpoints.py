@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
@@ -16,6 +15,18 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from qsnn_ext.errors import CheckpointError
 from recipes.engine.files import link_atomically, write_atomically
+
+# What the Trainer takes from a checkpoint without asking whether it is there.
+_PARTS: dict[str, type] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 NAME = re.compile(r"epoch-(\d+)\.ckpt$")
 
@@ -86,10 +97,12 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             damaged = archive.testzip()  # every record against its checksum
         if damaged is None:
             content = torch.load(path, map_location=map_location, weights_only=True)
-            if isinstance(content, dict) and {"state_dict", "epoch"} <= content.keys():
+            if isinstance(content, dict) and all(
+                isinstance(content.get(name), kind) for name, kind in _PARTS.items()
+            ):
                 return content
             damaged = "its content"
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # a spoilt pickle can fail in any way
         raise CheckpointError(f"Checkpoint {path} cannot be read: {error}") from error
     raise CheckpointError(f"Checkpoint {path} is damaged ({damaged}).")
 

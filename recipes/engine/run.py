@@ -83,7 +83,14 @@ def prepare(config: Config, folder: Path) -> None:
                 f"{folder} already holds a run. Continue it with --resume, or give another folder "
                 "with --out."
             )
-        changed = differences(config.to_dict(), json.loads(note.read_text()))
+        try:
+            noted = dict(json.loads(note.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{note} is damaged ({error}), so nobody can tell whether this is the same run. "
+                "Restore it, or start anew in another folder with --out."
+            ) from error
+        changed = differences(config.to_dict(), noted)
         if changed:
             listed = ", ".join(f"{k} was {was!r}, is {now!r}" for k, (was, now) in changed.items())
             raise ConfigError(
