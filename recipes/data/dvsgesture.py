@@ -75,7 +75,7 @@ def _recordings(folder: Path, split: str, facts: Facts) -> list[Recording]:
     if not trials.is_file():
         raise _incomplete(folder, facts, f"{trials} is missing")
     recordings = []
-    for name in trials.read_text().split():
+    for name in trials.read_text(errors="replace").split():
         path = folder / name
         table = path.with_name(f"{path.stem}_labels.csv")
         if path.parent != folder or not path.is_file():

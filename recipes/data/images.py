@@ -86,7 +86,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")  # some images of TinyImageNet are grey
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # every decoder has its own
             raise DataError(
                 f"{path} is missing or damaged ({error}): delete its data set's folder, the "
                 f"archive is unpacked again."

@@ -63,7 +63,7 @@ def _classes(folder: Path, facts: Facts) -> dict[str, int]:
     path = folder / "wnids.txt"
     if not path.is_file():
         raise _incomplete(folder, facts, f"{path} is missing")
-    names = sorted(path.read_text().split())
+    names = sorted(path.read_text(errors="replace").split())
     if not names:
         raise _incomplete(folder, facts, f"{path} is empty")
     return {name: label for label, name in enumerate(names)}
@@ -101,7 +101,7 @@ def _validation_images(
         raise _incomplete(folder, facts, f"{table} is missing")
     images = _images(table.parent / "images")
     # A row: file name, WordNet id, bounding box.
-    rows = [line.split("\t") for line in table.read_text().splitlines() if line]
+    rows = [line.split("\t") for line in table.read_text(errors="replace").splitlines() if line]
     if len(rows) != facts.test:
         problem = f"{table} lists {len(rows):,} images, expected {facts.test:,}"
         raise _incomplete(folder, facts, problem)

@@ -1,5 +1,6 @@
 """Files spoilt at random, by accident (bytes) and on purpose (values of a document)."""
 
+import copy
 import os
 import random
 from collections.abc import Iterator
@@ -64,8 +65,8 @@ def corrupt(document: Any, rng: random.Random) -> None:
         container[rng.choice(("x", "", "__class__", key + "x"))] = container.pop(key)
     elif kind == 2:
         other, name = rng.choice(list(spots(document)))
-        container[key] = other[name]
+        container[key] = copy.deepcopy(other[name])
     elif kind == 3 and isinstance(container, list):
         container.append(container[key])
     else:
-        container[key] = rng.choice(HOSTILE)
+        container[key] = copy.deepcopy(rng.choice(HOSTILE))
