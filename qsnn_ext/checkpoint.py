@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,29 +180,49 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 # --------------------------------------------------------------------------- reading
 
 
+def _contents(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Metadata and all bytes of a safetensors file whose size is what its header says.
+
+    Read once and here: the library opens the file twice, and between the two another process may
+    put a newer checkpoint in its place.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        word = file.read(8)
+        length = int.from_bytes(word, "little")
+        if not 0 < length <= size - 8:
+            raise CheckpointError(f"{str(path)!r} is damaged: its header does not fit into it.")
+        header = file.read(length)
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", None) or {}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size - 8 - length:
+            raise CheckpointError(f"{str(path)!r} is damaged: it is not as long as it says.")
+        return metadata, word + header + file.read()
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that has been found whole."""
     library = _safetensors()
     try:
-        # Read once: the library itself opens the file twice, and between the two another process
-        # may put a newer checkpoint in its place.
-        content = path.read_bytes()
+        metadata, content = _contents(path)
         tensors = library.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        text = metadata.get(_KEY)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {str(path)!r}.") from error
-    except (library.SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
+    except (
+        library.SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError,
+        RuntimeError,
+    ) as error:  # fmt: skip
         raise CheckpointError(
-            f"{str(path)!r} is damaged or no safetensors file: {error}"
+            f"{str(path)!r} is damaged or no safetensors file: {str(error):.300}"
         ) from error
-    text = metadata.get(_KEY)
     if text is None:
         raise CheckpointError(
             f"{str(path)!r} holds tensors but was not written by qsnn_ext.save_checkpoint; "
             "load it with safetensors and model.load_state_dict."
         )
-    if metadata.get("sha256") != _digest(text, tensors):
+    if not isinstance(text, str) or metadata.get("sha256") != _digest(text, tensors):
         raise CheckpointError(f"{str(path)!r} is damaged: its contents do not match its digest.")
     try:
         header = json.loads(text)

@@ -106,6 +106,30 @@ def _library(name: str) -> Any:
         ) from error
 
 
+#: Characters in a configuration file, and in one line of it. Readers of TOML and YAML take time
+#: and memory that grow with the square of a line.
+_LONGEST, _WIDEST = 1_000_000, 10_000
+
+
+def _yaml(text: str) -> Any:
+    """Plain values of a YAML document.
+
+    Raises:
+        ConfigError: not YAML, with tags, nested endlessly, or with aliases, by which few lines can
+            say endlessly much.
+    """
+    yaml = _library("yaml")
+    depth = 0
+    try:
+        for token in yaml.scan(text):
+            depth += isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken))
+            if isinstance(token, yaml.AliasToken) or depth > 1000:
+                raise ConfigError("it has aliases (*name) or endless lists; write out what is meant.")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"it is not YAML: {error}.") from error
+
+
 class _Table:
     """Dataclass to and from a plain dictionary, refusing keys it does not know."""
 
@@ -431,21 +455,18 @@ class QuantConfig(_Table):
         path = Path(path)
         form = _format(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as file:
+                text = file.read(_LONGEST + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.") from error
-        if form == "toml":
-            try:
-                data = tomllib.loads(text)
-            except tomllib.TOMLDecodeError as error:
-                raise ConfigError(f"{str(path)!r} is not TOML: {error}.") from error
-        else:
-            yaml = _library("yaml")
-            try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{str(path)!r} is not YAML: {error}.") from error
-        return cls.from_dict(data)
+        if len(text) > _LONGEST or max(map(len, text.splitlines()), default=0) > _WIDEST:
+            raise ConfigError(f"{str(path)!r} is longer than any configuration; check its name.")
+        try:
+            data = tomllib.loads(text) if form == "toml" else _yaml(text)
+            return cls.from_dict(data)
+        except (ValueError, RecursionError) as error:  # ours are ValueErrors as well
+            kind = "" if isinstance(error, ConfigError) else f" is not {form.upper()}"
+            raise ConfigError(f"{str(path)!r}{kind}: {str(error):.2000}") from error
 
     @classmethod
     def parse(cls, config: Any) -> QuantConfig:

@@ -115,14 +115,16 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         path: A file written by :func:`save_program`.
 
     Raises:
-        FormatError: If the file is damaged, hostile, or of an unknown version.
-        OSError: If it cannot be opened.
+        FormatError: If the file is damaged, hostile, of an unknown version, or cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE:
-            raise FormatError(f"{path}: {size} bytes is more than any .qsnn file has")
-        content = file.read(size + 1)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise FormatError(f"{path}: {size} bytes is more than any .qsnn file has")
+            content = file.read(size + 1)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
     return parse_program(content, str(path))
 
 
