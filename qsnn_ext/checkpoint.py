@@ -106,7 +106,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
     except Exception as error:
         # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
         raise CheckpointError(
-            f"{str(path)!r} does not fit the model ({type(error).__name__}: {str(error):.300}); "
+            f"{str(path)!r} does not fit the model ({type(error).__name__}: {error!s:.300}); "
             "write it anew with qsnn_ext.save_checkpoint."
         ) from error
     return built
@@ -215,7 +215,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         RuntimeError,
     ) as error:  # fmt: skip
         raise CheckpointError(
-            f"{str(path)!r} is damaged or no safetensors file: {str(error):.300}"
+            f"{str(path)!r} is damaged or no safetensors file: {error!s:.300}"
         ) from error
     if text is None:
         raise CheckpointError(
@@ -232,12 +232,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 tensors[name] = tensors[source]
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(path)!r} has a malformed header ({type(error).__name__}: {str(error):.300}); "
+            f"{str(path)!r} has a malformed header ({type(error).__name__}: {error!s:.300}); "
             "write it anew with qsnn_ext.save_checkpoint."
         ) from error
     if schema != SCHEMA:
         raise CheckpointError(
-            f"{str(path)!r} has schema {str(schema):.20} and this version of qsnn_ext reads "
+            f"{str(path)!r} has schema {schema!s:.20} and this version of qsnn_ext reads "
             f"schema {SCHEMA}; upgrade qsnn_ext."
         )
     return header, tensors

@@ -466,7 +466,7 @@ class QuantConfig(_Table):
             return cls.from_dict(data)
         except (ValueError, RecursionError) as error:  # ours are ValueErrors as well
             kind = "" if isinstance(error, ConfigError) else f" is not {form.upper()}"
-            raise ConfigError(f"{str(path)!r}{kind}: {str(error):.2000}") from error
+            raise ConfigError(f"{str(path)!r}{kind}: {error!s:.2000}") from error
 
     @classmethod
     def parse(cls, config: Any) -> QuantConfig:

@@ -185,6 +185,8 @@ class SpikingNet(nn.Module):
                 f"expected images [N, {self.in_channels}, H, W] or frames "
                 f"[T, N, {self.in_channels}, H, W], got {tuple(x.shape)}."
             )
+        if x.dim() == 5 and x.shape[0] == 0:
+            raise InputError("the sequence has no time steps; give frames [T, N, C, H, W], T > 0.")
         if min(x.shape[-2:]) < self.reduces:
             raise InputError(
                 f"images of {x.shape[-2]}x{x.shape[-1]} are too small: the network halves them to "

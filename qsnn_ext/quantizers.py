@@ -101,9 +101,13 @@ class Quantizer(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
-def _integers(codes: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(codes).all():
+def _check_finite(x: Tensor, what: str) -> None:
+    if not torch.isfinite(x).all():
         raise InputError(f"{what} hold NaN or infinity, which have no integer code; mend them.")
+
+
+def _integers(codes: Tensor, what: str) -> Tensor:
+    _check_finite(codes, what)
     return codes.to(torch.int8)
 
 
@@ -378,6 +382,7 @@ class MembraneQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes in -n..n (int8) and the 0-dim scale ``alpha/n``. Updates no running mean."""
+        _check_finite(x, "membrane potentials")  # clipping would make infinity a code
         v = torch.tanh(x) if self.squash == "tanh" else x
         if self.mode == "frozen" and self.calibrated:
             alpha = self.alpha.to(v.dtype)

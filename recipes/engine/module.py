@@ -96,7 +96,8 @@ class Training(LightningModule):
         if self.regularizer is not None:
             term = self.regularizer()
         total = loss + term
-        if not torch.isfinite(total):
+        # A neuron makes no spike of NaN, so a bad input need not show in the loss.
+        if not (torch.isfinite(total) and torch.isfinite(x).all()):
             self._stop(x, total, index)
         self.train_tally.add(logits, labels, loss, term)
         return total
@@ -128,6 +129,16 @@ class Training(LightningModule):
         if index == 0 and self.annealing is not None:
             self.annealing.load_state_dict({"epoch": self.current_epoch})
         torch.manual_seed(mix(self.config.seed, self.current_epoch, index, self.global_rank))
+
+    def on_train_epoch_end(self) -> None:
+        """Stop before a checkpoint is made of weights that are no numbers; spikes hide them."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"After epoch {self.current_epoch + 1} {name!r} holds NaN or infinity. Try a "
+                    "lower --lr, --clip 1, or --precision 32-true; checkpoints of earlier epochs "
+                    "are kept."
+                )
 
     def on_validation_epoch_start(self) -> None:
         """Start counting answers and spikes."""

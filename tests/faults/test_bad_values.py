@@ -13,7 +13,7 @@ from torch import nn
 
 import qsnn_ext
 from qsnn_ext import quantize_
-from qsnn_ext.errors import ConversionError, InputError, LoweringError, QSNNError, TrainingError
+from qsnn_ext.errors import ConversionError, InputError, LoweringError, QSNNError
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, MembraneQuantizer
 from recipes.data import digits
 
@@ -142,8 +142,30 @@ def test_bad_constants_are_not_lowered(what):
     qsnn_ext.calibrate(model, [torch.rand(4, 1, 8, 8)])
     with torch.no_grad():
         getattr(model[1], what)[0] = math.nan
-    with pytest.raises(LoweringError, match=r"\b1\b"):
+    with pytest.raises(LoweringError, match="not finite"):
         lower(model, torch.rand(4, 1, 8, 8))
+
+
+def test_weights_that_became_nan_make_no_checkpoint(tmp_path):
+    """A dead layer spikes no more and the loss stays finite: only the weights show it."""
+
+    def poison():
+        from recipes.engine.module import Training
+
+        step = Training.on_validation_epoch_start
+
+        def after_one_epoch(self):
+            step(self)
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    self.model.features[3].conv1.bn.running_mean[0] = math.nan
+
+        Training.on_validation_epoch_start = after_one_epoch
+
+    life = live(tiny(tmp_path / "run", epochs=4), poison)
+    assert life.wait() == OWN_ERROR, life.said()
+    assert "After epoch 2 'features.3.conv1.bn.running_mean' holds NaN" in life.said()
+    assert [p.name for p in (tmp_path / "run").glob("epoch-*")] == ["epoch-0001.ckpt"]
 
 
 def test_complex_and_text_inputs(deployed):

@@ -198,7 +198,9 @@ def test_training_checkpoints_with_checksums_that_fit(tmp_path, unbroken):
                 new.writestr(name, spoil(part, rng) if name.endswith("data.pkl") else part)
         return made.getvalue()
 
-    refused = try_all(path, source, lambda: checkpoints.read(path), count=COUNT // 4, mutate=rewrite)
+    refused = try_all(
+        path, source, lambda: checkpoints.read(path), count=COUNT // 4, mutate=rewrite
+    )
     assert refused > COUNT / 16
 
 

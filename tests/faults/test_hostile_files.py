@@ -142,7 +142,9 @@ def test_an_archive_cannot_write_outside(tmp_path, name, kind):
     assert not os.path.exists(name)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_an_archive_cannot_hold_links_or_devices(tmp_path, kind):
     path = tmp_path / "a.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
@@ -354,4 +356,6 @@ def test_a_sparse_giant(tmp_path):
 
 
 def test_the_errors_are_ours():
-    assert all(issubclass(e, QSNNError) for e in (CheckpointError, ConfigError, DataError, FormatError))
+    assert all(
+        issubclass(e, QSNNError) for e in (CheckpointError, ConfigError, DataError, FormatError)
+    )

@@ -77,9 +77,7 @@ def untouched(before, after):
     (parts, state), (parts_now, state_now) = before, after
     return (
         len(parts) == len(parts_now)
-        and all(
-            a[:3] == b[:3] and same(a[3], b[3]) for a, b in zip(parts, parts_now, strict=True)
-        )
+        and all(a[:3] == b[:3] and same(a[3], b[3]) for a, b in zip(parts, parts_now, strict=True))
         and len(state) == len(state_now)
         and all(
             a[0] == b[0] and a[1] is b[1] and torch.equal(a[2], b[2])

@@ -59,7 +59,7 @@ def die_in_the_middle_of_writing(share):
 
 def progress(folder):
     """Epoch of the newest checkpoint, having read all of them."""
-    for path in folder.glob("*.ckpt"): 
+    for path in folder.glob("*.ckpt"):
         checkpoints.read(path)
     found = checkpoints.saved(folder)
     return int(checkpoints.NAME.search(found[0].name)[1]) if found else 0
@@ -74,7 +74,7 @@ def test_twenty_kills(tmp_path, unbroken):
 
     kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
     rng.shuffle(kinds)
-    landed = {kind: 0 for kind in KILLS}
+    landed = dict.fromkeys(KILLS, 0)
     finished, folder = 0, tmp_path / "run-0"
     while kinds or not (folder / "result.json").exists():
         done = progress(folder)

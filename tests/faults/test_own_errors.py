@@ -68,7 +68,7 @@ def test_only_our_own_are_raised():
         where = path.relative_to(ROOT).as_posix()
         for node in raises(ast.parse(path.read_text())):
             name = name_of(node.exc)
-            if name in ours or name == "error" and not is_exception(name):
+            if name in ours or (name == "error" and not is_exception(name)):
                 continue  # `error`: a variable that holds the type or the one just caught
             if (where, name) in ALLOWED:
                 used.add((where, name))
