@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qsnn_ext import hosts, layers, tracing
+from qsnn_ext import hosts, layers, trace, tracing
 from qsnn_ext.config import MembraneConfig, QuantConfig, Rule, WeightConfig, nearest
 from qsnn_ext.errors import ConfigError, ConversionError, InputTypeError, QSNNError
 from qsnn_ext.layers import QuantizedWeight
@@ -316,7 +316,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException as error:
         for module, kind, attributes, tables in before:
             module.__class__ = kind
-            tracing.put_back(module.__dict__, attributes)
+            trace.put_back(module.__dict__, attributes)
             for table, content in tables:
                 table.clear()
                 table.update(content)

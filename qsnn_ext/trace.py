@@ -91,8 +91,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, (attributes, children, parameters) in zip(modules, saved, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
+            put_back(vars(module), attributes)
             module._modules.clear()
             module._modules.update(children)
             module._parameters.clear()
@@ -101,6 +100,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
             hook.owner = owner
         random.setstate(generators[0])
         np.random.set_state(generators[1])
+
+
+def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make a module's attributes what they were; never without those a module cannot lack."""
+    attributes.update(before)
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
 
 
 def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qsnn_ext import hosts
 from qsnn_ext.quantizers import MembraneQuantizer
+from qsnn_ext.trace import untouched
 
 #: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
 _STORES = ("_buffers", "_memories")
@@ -20,37 +19,14 @@ _STORES = ("_buffers", "_memories")
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, reset states; afterwards everything is as before.
 
-    That means training flags, membrane potentials and other attributes and buffers of every
-    module, and torch's random numbers on the CPU.
+    See :func:`qsnn_ext.trace.untouched` for what "everything" is.
     """
-    modules = list(model.modules())
-    uncalibrated = [m for m in modules if isinstance(m, MembraneQuantizer) and not m.calibrated]
-    attributes = [module.__dict__.copy() for module in modules]
-    stores = [
-        {name: dict(module.__dict__[name]) for name in _STORES if name in module.__dict__}
-        for module in modules
-    ]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            model.eval()
-            hosts.reset(model)
-            for quantizer in uncalibrated:
-                quantizer.mode = "dynamic"  # a frozen scale without a value cannot run
-            yield
-        finally:
-            for module, before, held in zip(modules, attributes, stores, strict=True):
-                put_back(module.__dict__, before)
-                for name, content in held.items():
-                    store = module.__dict__[name]
-                    store.clear()
-                    store.update(content)
-
-
-def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    """Make a module's attributes what they were; never without those a module cannot lack."""
-    attributes.update(before)
-    for name in attributes.keys() - before.keys():
-        del attributes[name]
+    with untouched(model):
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, MembraneQuantizer) and not module.calibrated:
+                module.mode = "dynamic"  # a frozen scale without a value cannot run
+        yield
 
 
 def call(model: nn.Module, sample: Any) -> Any:
