@@ -124,7 +124,9 @@ def _yaml(text: str) -> Any:
         for token in yaml.scan(text):
             depth += isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken))
             if isinstance(token, yaml.AliasToken) or depth > 1000:
-                raise ConfigError("it has aliases (*name) or endless lists; write out what is meant.")
+                raise ConfigError(
+                    "it has aliases (*name) or endless lists; write out what is meant."
+                )
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"it is not YAML: {error}.") from error

@@ -157,7 +157,9 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if mem is not None:
             self.mem = mem
             if self.init_hidden:
-                raise InputTypeError("pass no `mem` to a neuron with init_hidden=True: it keeps its own")
+                raise InputTypeError(
+                    "pass no `mem` to a neuron with init_hidden=True: it keeps its own."
+                )
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
