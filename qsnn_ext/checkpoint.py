@@ -287,7 +287,7 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
     ours = {key: tensor.shape for key, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
-        if isinstance(module, quantizers.MembraneQuantizer):
+        if isinstance(module, MembraneQuantizer):
             ours[f"{name}.alpha"] = module.alpha.shape  # in the state only when calibrated
     for key, tensor in tensors.items():
         if ours.get(key) != tensor.shape:
@@ -351,12 +351,6 @@ def _differences(
 
 
 _FOLDED = ("bias", "output_scale")
-
-#: The only classes a file can name: it must not choose what is called with its options.
-_QUANTIZERS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (quantizers.BinaryWeight, quantizers.IntWeight, quantizers.MembraneQuantizer)
-}
 
 
 def _safetensors() -> Any:
