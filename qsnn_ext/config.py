@@ -73,6 +73,9 @@ def _part(value: Any, kind: Any) -> Any:
 
 
 def _given(options: Mapping[str, str]) -> dict[str, str | None]:
+    for name, value in options.items():
+        if not isinstance(value, str):  # null would be lost in TOML, and back comes the preset's
+            raise ConfigError(f"{name}={value!r} must be a name; write 'none' for none.")
     return {k: None if v == "none" else v for k, v in options.items() if v != "preset"}
 
 

@@ -158,7 +158,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
             self.mem = mem
             if self.init_hidden:
                 raise InputTypeError(
-                    "pass no `mem` to a neuron with init_hidden=True: it keeps its own"
+                    "pass no `mem` to a neuron with init_hidden=True: it keeps its own."
                 )
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)

@@ -154,9 +154,7 @@ class Loading(LightningDataModule):
         self.test = SeededDataset(test, classes, f"the {config.data} test set")
         for part in (self.train, self.test):
             if len(part) == 0:
-                raise ConfigError(
-                    f"{part.name[0].upper()}{part.name[1:]} is empty; check the data set."
-                )
+                raise ConfigError(f"{part.name} is empty: check the data set.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled; the incomplete last batch is left out, as batch norm suffers from it."""

@@ -1,6 +1,6 @@
-"""Promise: NaN, infinity and labels out of range are noticed where they enter and named. They do not
-train, are not converted, calibrated into a scale, lowered or answered; what they must not do is pass
-through a rounding step and look like an ordinary number afterwards.
+"""Promise: NaN, infinity and labels out of range are noticed where they enter and named. They do
+not train, are not converted, calibrated into a scale, lowered or answered; what they must not do is
+pass through a rounding step and look like an ordinary number afterwards.
 """
 
 import math

@@ -43,20 +43,21 @@ OURS = QSNNError
 
 def try_all(path, content, read, seed=0, count=COUNT, mutate=spoil):
     """Write one mutation after the other to ``path`` and read it; how many were refused."""
-    rng, refused = random.Random(seed), 0
+    rng, refused, longest = random.Random(seed), 0, 0
     for k in range(count):
         path.write_bytes(mutate(content, rng))
         try:
             read()
         except OURS as error:
-            assert len(str(error)) < 100_000, f"an endless message for mutation {k}"
             refused += 1
+            longest = max(longest, len(str(error)))
         except Exception as error:
             keep = path.with_name(f"mutation-{k}{path.suffix}")
             shutil.copy(path, keep)
             raise AssertionError(f"mutation {k} of {path.name}, kept as {keep}") from error
     path.write_bytes(content)
     read()  # and the whole file still reads
+    assert longest < 10_000, "a message must not repeat the file"
     return refused
 
 
@@ -141,8 +142,8 @@ def reads_or_leaves_alone(path):
     try:
         qsnn_ext.load_checkpoint(path, model)
     except CheckpointError as error:
-        assert path.name in str(error)
-        assert untouched(before, snapshot(model))
+        if path.name not in str(error) or not untouched(before, snapshot(model)):
+            raise AssertionError("not named, or the model was changed") from error
         raise
 
 
@@ -246,7 +247,8 @@ def test_packed_models(tmp_path):
             try:
                 assert dump_program(load_program(path)) == content
             except FormatError as error:
-                assert "net.qsnn" in str(error)
+                if "net.qsnn" not in str(error):
+                    raise AssertionError("the file is not named") from error
                 raise
 
         refused = try_all(path, content, read, seed, COUNT // 4)

@@ -1,5 +1,5 @@
-"""Promise: the largest and the smallest inputs either work as the mathematics says or are refused in
-words of ours. Nothing in between: no crash, no NaN out of finite numbers, no silent wrap-around.
+"""Promise: the largest and the smallest inputs either work as the mathematics says or are refused
+in words of ours. Nothing in between: no crash, no NaN out of finite numbers, no silent wrap-around.
 """
 
 import numpy as np

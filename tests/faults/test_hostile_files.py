@@ -1,7 +1,7 @@
 """Promise: no file that we read can run code, write outside its folder, or use up the memory. Not a
 pickle in the place of a checkpoint, a cache or a data set, not a path inside an archive or a table,
-not a YAML tag or an exploding alias, not the header of a safetensors or ``.qsnn`` file. Each ends in
-an error of ours.
+not a YAML tag or an exploding alias, not the header of a safetensors or ``.qsnn`` file. Each ends
+in an error of ours.
 """
 
 import io
@@ -207,7 +207,7 @@ TAGS = [
 def test_yaml_tags(tmp_path, owned, text):
     path = tmp_path / "config.yaml"
     path.write_text(text.format(owned=owned))
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         QuantConfig.from_file(path)
 
 

@@ -83,7 +83,8 @@ def test_twenty_kills(tmp_path, unbroken):
             count = rng.randint(1, 40)
             before = lambda f=folder, n=count: die_at_file_operation(f, n)  # noqa: E731
         elif kind == "middle of writing":
-            before = lambda s=rng.random(): die_in_the_middle_of_writing(s)  # noqa: E731
+            share = rng.random()
+            before = lambda s=share: die_in_the_middle_of_writing(s)  # noqa: E731
         life = live(tiny(folder, resume=True), before)
         if kind == "moment":
             end = life.started + rng.uniform(0, reach)
