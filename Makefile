@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Built when the package is installed, and again here when its sources have changed.
+ENGINE := qsnn_ext/deploy/_qsnn.so
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -22,10 +24,13 @@ $(READY): pyproject.toml constraints.txt $(wildcard hatch_build.py)
 		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train full-precision and quantized networks on handwritten digits, under five minutes
+$(ENGINE): $(wildcard qsnn_ext/deploy/runtime/*) | $(READY)
+	-$(BIN)/python hatch_build.py
+
+demo: $(READY) $(ENGINE) ## train full-precision and quantized networks on handwritten digits, under five minutes
 	$(BIN)/python -m recipes.demo
 
-test: $(READY) ## run the test suite
+test: $(READY) $(ENGINE) ## run the test suite
 	$(PYTEST) -n auto -q
 
 lint: $(READY) ## ruff: lint and formatting
