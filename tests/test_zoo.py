@@ -48,7 +48,7 @@ def test_the_five_styles_of_snntorch(name):
     assert not outcome.report.of("unsupported")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", [n for n in ENTRIES if n not in FAST], ids=_id)
 def test_every_other_constructor(name):
     _check(name)
