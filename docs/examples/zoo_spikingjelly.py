@@ -78,7 +78,7 @@ def predict(model: torch.nn.Module, x: Tensor) -> Tensor:
     return model(over_time(x)).mean(0).argmax(1)
 
 
-def main(folder: Path = Path("."), steps: int = 100) -> dict[str, float]:
+def main(folder: Path = Path("."), steps: int = 40) -> dict[str, float]:
     """Run the whole way; the files go to ``folder``."""
     torch.manual_seed(0)
     (x, y), (x_test, y_test) = digits()
