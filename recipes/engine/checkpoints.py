@@ -71,10 +71,12 @@ class EpochCheckpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, then drop what is older than the newest ``keep``."""
         path = self.folder / f"epoch-{trainer.current_epoch + 1:04d}.ckpt"
-        trainer.save_checkpoint(path)
+        # The best one first: a run killed between the two does the epoch again, and both with it.
+        best = self.folder / "best.ckpt"
+        trainer.save_checkpoint(best if self.record.is_best else path)
         if trainer.is_global_zero:
             if self.record.is_best:
-                link_atomically(path, self.folder / "best.ckpt")
+                link_atomically(best, path)
             for old in saved(self.folder)[self.keep :]:
                 old.unlink(missing_ok=True)
 

@@ -170,7 +170,7 @@ class Loading(LightningDataModule):
         config = self.config
         sampler = EpochSampler(len(samples), config.seed, shuffle, rank, world)
         # A resumed run's workers begin to fetch before the Trainer tells the sampler its epoch.
-        if self.trainer:
+        if shuffle and self.trainer:
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         batches: Sampler[list[Draw]]
         if shuffle:

@@ -7,7 +7,6 @@ The points are lines of code: an exception is raised at one line after the other
 ``quantize_`` runs in this package.
 """
 
-import copy
 import sys
 from pathlib import Path
 
@@ -162,12 +161,14 @@ def test_a_library_that_fails_inside(monkeypatch):
 def test_a_copy_never_touches_the_original(host):
     model = MODELS[host]()
     before, listed = snapshot(model), len(snn.SpikingNeuron.instances)
-    total = run_with(0, None, lambda: quantize_(copy.deepcopy(model), "1w-2u", inplace=False))
+    work = lambda: quantize_(model, "1w-2u", inplace=False)  # noqa: E731
+    work()  # what runs the first time only is not counted
+    total = run_with(0, None, work)
     for at in range(1, total, total // 40):
         with pytest.raises((Interruption, ConversionError)):
-            run_with(at, Interruption(), lambda: quantize_(model, "1w-2u", inplace=False))
+            run_with(at, Interruption(), work)
         assert untouched(before, snapshot(model))
-    assert len(snn.SpikingNeuron.instances) <= listed + len(list(model.modules()))
+    assert len(snn.SpikingNeuron.instances) <= listed + 3 * len(list(model.modules()))
 
 
 def test_refused_for_good_reasons():

@@ -116,3 +116,13 @@ def check_end(folder, unbroken):
     for key in ("last_accuracy", "best_accuracy", "best_epoch", "layer_rates", "history"):
         assert_same(ours[key], theirs[key], key)
     assert not list(folder.glob("*.partial")), "half a file was left behind"
+
+
+def test_killed_between_the_best_and_the_newest(tmp_path, unbroken):
+    """The first epoch is the best so far: its file gets two names, and the run dies in between."""
+    folder = tmp_path / "run"
+    life = live(tiny(folder), lambda: setattr(checkpoints, "link_atomically", lambda *_: die()))
+    assert life.wait() == -signal.SIGKILL, life.said()
+    resumed = live(tiny(folder, resume=True))
+    assert resumed.wait() == 0, resumed.said()
+    check_end(folder, unbroken)
