@@ -336,7 +336,10 @@ def _differences(
     has = {
         k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))
     }
-    for key, tensor in tensors.items():
+    # A file's tensors come in no particular order; people read the model's.
+    place = {key: number for number, key in enumerate(has)}
+    for key in sorted(tensors, key=lambda k: (place.get(k, len(place)), k)):
+        tensor = tensors[key]
         if key in alphas or (key in added and key not in has):
             continue
         if key not in has:
