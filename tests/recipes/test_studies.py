@@ -127,3 +127,12 @@ def test_table_2_has_the_papers_36_cells():
     for cells in lines:
         for ours, paper in zip(cells[2::2], cells[3::2], strict=True):
             assert float(ours) == pytest.approx(float(paper), abs=0.0101)
+
+
+def test_sign_flips_are_counted(tmp_path, capsys):
+    from recipes import sign_flips
+
+    sign_flips.main(steps=3, out=tmp_path / "flips.csv")
+    rows = (tmp_path / "flips.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(sign_flips.CASES)
+    assert "standardised layer" in capsys.readouterr().out
