@@ -456,7 +456,7 @@ class _Plan:
                 calls = tracing.running_order(
                     model,
                     [unit.module for unit in self.weighted],
-                    lambda: tracing.call(model, sample),
+                    lambda: trace.call(model, sample),
                 )
             except Exception as error:
                 raise ConversionError(

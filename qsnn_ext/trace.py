@@ -109,22 +109,24 @@ def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
         del attributes[name]
 
 
-def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> None:
+def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
     """One pass: ``run(model, sample)``, or the model called with ``sample``.
 
     Args:
         model: what to run.
         sample: a tensor, a tuple or list of positional, or a dictionary of keyword arguments.
         run: for models that are called in another way, such as once per time step.
+
+    Returns:
+        What the pass returned.
     """
     if run is not None:
-        run(model, sample)
-    elif isinstance(sample, (tuple, list)):
-        model(*sample)
-    elif isinstance(sample, dict):
-        model(**sample)
-    else:
-        model(sample)
+        return run(model, sample)
+    if isinstance(sample, (tuple, list)):
+        return model(*sample)
+    if isinstance(sample, dict):
+        return model(**sample)
+    return model(sample)
 
 
 @dataclass

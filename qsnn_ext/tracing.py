@@ -29,15 +29,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def call(model: nn.Module, sample: Any) -> Any:
-    """``model(sample)``; a tuple or list is its positional, a dictionary its named arguments."""
-    if isinstance(sample, dict):
-        return model(**sample)
-    if isinstance(sample, (tuple, list)):
-        return model(*sample)
-    return model(sample)
-
-
 def running_order(
     model: nn.Module, modules: Iterable[nn.Module], run: Callable[[], Any]
 ) -> list[nn.Module]:
