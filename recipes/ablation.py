@@ -61,6 +61,8 @@ def main(
     epochs: int | None = None,
     width: float | None = None,
     size: int | None = None,
+    steps: int | None = None,
+    kernels: Literal["auto", "compiled", "function", "eager"] = "auto",
     limit_batches: int | None = None,
     processes: int | None = None,
     runs: Path | None = None,
@@ -77,6 +79,8 @@ def main(
         epochs: Passes over the training set, the same for every variant; none takes the recipe's.
         width: Multiplier of the network's channels; none takes the recipe's.
         size: Side of the input in pixels; none takes the recipe's.
+        steps: Time steps T; none takes the recipe's.
+        kernels: How the neurons run. Many runs share a process, so compiling pays here.
         limit_batches: Only this many batches per epoch, to try the study out.
         processes: Runs at a time; none takes one per CPU core.
         runs: Folder of the single runs; none takes runs/ablation-DATA.
@@ -90,7 +94,11 @@ def main(
     recipe = cifar10_resnet19 if data == "digits" else dvscifar10_vggsnn
     common = recipe.config(data=data).but(limit_batches=limit_batches)
     base = common.but(
-        epochs=epochs or common.epochs, width=width or common.width, size=size or common.size
+        epochs=epochs or common.epochs,
+        width=width or common.width,
+        size=size or common.size,
+        steps=steps or common.steps,
+        kernels=kernels,
     )
     runs = runs or Path("runs") / f"ablation-{data}"
 

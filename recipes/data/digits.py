@@ -78,10 +78,11 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
 def load_images(size: int, *, augment: bool) -> tuple[DigitImages, DigitImages]:
     """Return (train, test) digits as images, float32 [1, size, size], and the label 0..9.
 
-    Normalised by mean and standard deviation of the training pixels.
+    Pixels have 8 bits, as those of any camera and image file, which an integer program can take
+    as they are; then they are normalised by mean and standard deviation of the training pixels.
     """
     train, test = split()
-    images, labels = pictures(size), load_digits().target
+    images, labels = torch.round(pictures(size) * 255) / 255, load_digits().target
     mean, std = images[train].mean().item(), images[train].std().item()
     return (
         DigitImages(
