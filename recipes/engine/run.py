@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,22 +177,33 @@ def explained(folder: Path) -> Iterator[None]:
     """Give faults of the machine that libraries report in their own terms a name and a remedy."""
     try:
         yield
-    except OSError as error:
+    except (EOFError, OSError, RuntimeError) as error:
+        if _worker_killed(error):
+            raise TrainingError(
+                f"A data loading process was killed ({str(error).strip() or 'it went silent'}), "
+                "most often because memory ran out. Give fewer with --workers or a smaller "
+                "--batch, and go on with --resume."
+            ) from error
         # TensorBoard's writer, for one, fails in a thread of its own and reports it anywhere.
-        if error.errno not in _DISK:
-            raise
-        raise TrainingError(
-            f"The run's files in {folder} could not be written: {error}. Make room or fix the "
-            "folder, then go on with --resume; finished checkpoints are untouched."
-        ) from error
-    except RuntimeError as error:
-        # torch raises it from a signal handler, wherever the main thread happens to be.
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"A data loading process was killed ({str(error).strip()}), most often because memory "
-            "ran out. Give fewer with --workers or a smaller --batch, and go on with --resume."
-        ) from error
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise TrainingError(
+                f"The run's files in {folder} could not be written: {error}. Make room or fix the "
+                "folder, then go on with --resume; finished checkpoints are untouched."
+            ) from error
+        raise
+
+
+def _worker_killed(error: Exception) -> bool:
+    """Whether a data loading process has died, rather than reported a fault of its own.
+
+    torch says so from a signal handler, wherever the main thread happens to be. But the worker's
+    sockets close before the signal comes, so a batch that is being handed over may break first.
+    What a living worker reports is raised elsewhere, after the batch has arrived.
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error) and not str(error).startswith("Caught ")
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == "_try_get_data" for frame, _ in frames)
 
 
 @rank_zero_only

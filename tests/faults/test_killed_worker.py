@@ -6,6 +6,7 @@ its own, such as a damaged file, reports that reason.
 
 import os
 import signal
+from multiprocessing import resource_sharer
 
 import pytest
 
@@ -35,6 +36,27 @@ def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def unfinished():
+    """In the training process: the third batch breaks off while it is handed over.
+
+    That is what a worker leaves behind when it is killed at just that moment, which a test that
+    really kills it meets once in a hundred runs.
+    """
+    receive, left = resource_sharer.DupFd.detach, [3]
+
+    def broken(self):
+        left[0] -= 1
+        if left[0] == 0:
+            raise EOFError
+        return receive(self)
+
+    resource_sharer.DupFd.detach = broken
+
+
+def confused():
+    raise RuntimeError("the file ends early")
+
+
 def damaged():
     from qsnn_ext.errors import DataError
 
@@ -56,6 +78,19 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken, at):
     resumed = live(tiny(folder, workers=2, resume=True))
     assert resumed.wait() == 0, resumed.said()
     assert_same_end(folder, unbroken)
+
+
+def test_a_worker_killed_while_it_hands_over_a_batch_ends_the_run(tmp_path):
+    life = live(tiny(tmp_path / "run", workers=2), unfinished)
+    assert life.wait(60) == OWN_ERROR, life.said()
+    assert "TrainingError: A data loading process was killed (it went silent)" in life.said()
+
+
+def test_a_fault_inside_a_worker_is_not_taken_for_its_death(tmp_path):
+    life = live(tiny(tmp_path / "run", workers=2), in_worker(3, confused))
+    assert life.wait(60) != 0
+    assert "the file ends early" in life.said()
+    assert "was killed" not in life.said()
 
 
 def test_a_worker_reports_a_damaged_file(tmp_path):
