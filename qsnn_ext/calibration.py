@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qsnn_ext import hosts, tracing
+from qsnn_ext import hosts, trace
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
 from qsnn_ext.quantizers import MembraneQuantizer
 
@@ -64,7 +64,7 @@ def calibrate(
             f"{type(model).__name__} has no quantized membrane potential; call quantize_ first."
         )
     seen: dict[str, list[Tensor]] = {name: [] for name in quantizers}
-    with tracing.undisturbed(model):
+    with trace.undisturbed(model):
         for name, quantizer in quantizers.items():
             quantizer.mode = "dynamic"
             quantizer.observer = _recorder(

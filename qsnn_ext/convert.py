@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qsnn_ext import hosts, layers, trace, tracing
+from qsnn_ext import hosts, layers, trace
 from qsnn_ext.config import MembraneConfig, QuantConfig, Rule, WeightConfig, nearest
 from qsnn_ext.errors import ConfigError, ConversionError, InputTypeError, QSNNError
 from qsnn_ext.layers import QuantizedWeight
@@ -227,7 +227,7 @@ def quantize_(
     if inplace:
         return _quantize(model, parsed, sample, strict)
     # States inside a live graph cannot be copied; the copy starts from their values.
-    memo = {id(t): t.detach().clone() for t in tracing.graph_tensors(model)}
+    memo = {id(t): t.detach().clone() for t in trace.graph_tensors(model)}
     quantized = copy.deepcopy(model, memo)
     _quantize(quantized, parsed, sample, strict)
     for host in hosts.adapters():
@@ -453,7 +453,7 @@ class _Plan:
         by_id = {id(unit.module): unit for unit in self.weighted}
         if sample is not None:
             try:
-                calls = tracing.running_order(
+                calls = trace.running_order(
                     model,
                     [unit.module for unit in self.weighted],
                     lambda: trace.call(model, sample),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsnn_ext import trace, tracing
+from qsnn_ext import trace
 from qsnn_ext.errors import ConversionError, InputTypeError, StateError
 from qsnn_ext.layers import QuantizedWeight, fold_, normalization_affine, sister_tables
 from qsnn_ext.models import ConvBN
@@ -233,7 +233,7 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
         handles.append(norm.register_forward_pre_hook(enter))
         handles.append(norm.register_forward_hook(leave))
     try:
-        with tracing.undisturbed(model), watch:
+        with trace.undisturbed(model), watch:
             result = trace.call(model, sample)
     except Exception as error:
         raise ConversionError(

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from qsnn_ext import hosts
 from qsnn_ext.errors import ConfigError, InputError, QSNNError
 from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.membranes import Membrane
 from qsnn_ext.quantizers import MembraneQuantizer, Quantizer
-from qsnn_ext.trace import Membrane, call, check_model, untouched, watching
+from qsnn_ext.trace import call, check_model, untouched, watching
 
 Accounting = Literal["paper", "resident"]
 Execution = Literal["step", "layer"]

@@ -28,8 +28,9 @@ from qsnn_ext.footprint import (
     weight_bits,
 )
 from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.membranes import Membrane
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
-from qsnn_ext.trace import Membrane, call, check_model, untouched, watching
+from qsnn_ext.trace import call, check_model, untouched, watching
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""A forward pass that leaves the model exactly as it was, and what the pass tells of membranes."""
+"""Running somebody else's model to learn about it, and leaving it as it was found."""
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,15 @@ from torch import Tensor, nn
 
 from qsnn_ext import hosts
 from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.regularizers import _Hook
 
 #: Attributes of every module. Of these only the buffers are state; hooks must stay where they are,
 #: because the handles that remove them point to their dictionaries.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}
+
+#: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
+_STORES = ("_buffers", "_memories")
 
 
 def check_model(model: Any, what: str) -> nn.Module:
@@ -102,6 +105,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         np.random.set_state(generators[1])
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, reset states; afterwards everything is as before.
+
+    See :func:`untouched` for what "everything" is.
+    """
+    with untouched(model):
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, MembraneQuantizer) and not module.calibrated:
+                module.mode = "dynamic"  # a frozen scale without a value cannot run
+        yield
+
+
 def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
     """Make a module's attributes what they were; never without those a module cannot lack."""
     attributes.update(before)
@@ -129,71 +146,6 @@ def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | N
     return model(sample)
 
 
-@dataclass
-class _Chain:
-    """One membrane potential that is handed from call to call."""
-
-    start: int
-    end: int
-    last: Tensor
-
-
-@dataclass
-class Membrane:
-    """The membrane potential of one neuron layer, as a pass has seen it.
-
-    Attributes:
-        shape: of one time step, batch first.
-        itemsize: bytes of one element as the host holds it.
-        calls: number of calls seen.
-        states: how many such potentials are alive at once: more than one where a neuron is called
-            with several explicit membranes in a step.
-    """
-
-    shape: tuple[int, ...] = ()
-    itemsize: int = 4
-    calls: int = 0
-    _chains: list[_Chain] = field(default_factory=list, repr=False)
-
-    def observe(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Take note of one call of the neuron."""
-        spikes = hosts.spikes(output)
-        if not isinstance(spikes, Tensor):
-            return
-        multi_step = getattr(module, "step_mode", "s") == "m"
-        shape = tuple(spikes.shape[1:] if multi_step else spikes.shape)
-        if np.prod(shape) >= np.prod(self.shape) or not self.calls:
-            self.shape, self.itemsize = shape, spikes.element_size()
-        given = args[-1] if len(args) > 1 else kwargs.get("mem")
-        if isinstance(given, Tensor) and isinstance(output, tuple):
-            self._follow(given, output[-1])
-        self.calls += 1
-
-    def _follow(self, given: Tensor, returned: Tensor) -> None:
-        # By storage: a potential may be detached or reshaped between calls. Chains keep their last
-        # tensor alive, so no later one can take its address.
-        address = given.untyped_storage().data_ptr()
-        for chain in self._chains:
-            if chain.last.untyped_storage().data_ptr() == address:
-                chain.end, chain.last = self.calls, returned
-                return
-        self._chains.append(_Chain(self.calls, self.calls, returned))
-
-    @property
-    def states(self) -> int:
-        """How many potentials are alive at once, at least 1."""
-        return max(
-            [1] + [sum(c.start <= at.start <= c.end for c in self._chains) for at in self._chains]
-        )
-
-    @property
-    def elements(self) -> int:
-        """Number of potentials held at once, over the whole batch."""
-        return int(np.prod(self.shape)) * self.states
-
-
 @contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module], Any]) -> Iterator[None]:
     """Forward hooks for the time of a pass.
@@ -212,3 +164,29 @@ def watching(model: nn.Module, watch: Callable[[str, nn.Module], Any]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def running_order(
+    model: nn.Module, modules: Iterable[nn.Module], run: Callable[[], Any]
+) -> list[nn.Module]:
+    """Those of ``modules`` that ``run`` calls, once for every call, in order."""
+    calls: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: calls.append(m)) for m in modules]
+    try:
+        with undisturbed(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def graph_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors kept by the modules of ``model`` that are part of a live graph (running states)."""
+    for module in model.modules():
+        held = list(module.__dict__.values())
+        for name in _STORES:
+            held += module.__dict__.get(name, {}).values()
+        for value in held:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                yield value

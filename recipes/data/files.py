@@ -7,7 +7,6 @@ moved into place, so a file that exists was written whole.
 """
 
 import hashlib
-import secrets
 import shutil
 import socket
 import tarfile
@@ -19,13 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import BinaryIO
 from urllib.error import URLError
 
 from torchvision.datasets.utils import download_url
 
+from qsnn_ext import files
 from qsnn_ext.errors import DataError
+from qsnn_ext.files import beside, discard
 
+_REMEDY = "Free some space or name another cache."
 _A_DAY = 24 * 3600
 _DAMAGED = (tarfile.ReadError, zipfile.BadZipFile, zlib.error, EOFError)
 
@@ -112,7 +114,7 @@ def _absent(archive: Archive, facts: Facts, root: Path, why: str) -> DataError:
 
 def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
     # A download cut short must not leave a file under the archive's own name.
-    partial = _beside(path)
+    partial = beside(path)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a firewall that drops packets would otherwise hang for minutes
     try:
@@ -123,17 +125,7 @@ def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
         raise _absent(archive, facts, root, f"could not be downloaded ({error})") from error
     finally:
         socket.setdefaulttimeout(timeout)
-        _discard(partial)
-
-
-def _beside(path: Path) -> Path:
-    """Return a hidden name in the same folder that no other process uses, on any machine."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-
-
-def _discard(path: Path) -> None:
-    with suppress(OSError):  # it must not hide the error that led here
-        path.unlink(missing_ok=True)
+        discard(partial)
 
 
 @contextmanager
@@ -143,7 +135,7 @@ def _hidden_folder(goal: Path) -> Iterator[Path]:
         with suppress(OSError):  # another process may have cleared it
             if time.time() - old.stat().st_mtime > _A_DAY:
                 shutil.rmtree(old, ignore_errors=True)
-    folder = _beside(goal)
+    folder = beside(goal)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -217,7 +209,7 @@ def unpack(path: Path, goal: Path, top: str | None = None) -> None:
         raise DataError(f"{path} could not be unpacked to {goal}: {error}.") from error
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is there whole or not at all, even if the process is killed.
 
     Args:
@@ -228,15 +220,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         DataError: It could not be written (disk full, no permission).
 
     """
-    partial = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
     except OSError as error:
-        raise DataError(
-            f"{path} could not be written: {error}. Free some space or name another cache."
-        ) from error
-    finally:
-        _discard(partial)
+        raise DataError(f"{path} could not be written: {error}. {_REMEDY}") from error
+    files.write_atomically(path, write, DataError, _REMEDY)

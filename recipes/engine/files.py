@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from qsnn_ext import files
 from qsnn_ext.errors import TrainingError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that ``path`` is, at every instant, the old file or the whole new one.
+    """:func:`qsnn_ext.files.write_atomically` for the files of a run.
 
     Args:
         path: File to make or replace.
@@ -25,37 +26,35 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         TrainingError: The disk is full or the folder cannot be written.
 
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
+
+    def told_in_errno(file: BinaryIO) -> None:
+        try:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch's zip writer reports a failed write as a RuntimeError of its own.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
-        if isinstance(error, OSError) or full:
-            reason = "the disk is full" if full else str(error)
-            raise TrainingError(
-                f"Could not write {path}: {reason}. Make room or fix the folder, then continue "
-                "with --resume; the checkpoint before is untouched."
-            ) from error
-        raise
+        except RuntimeError as error:
+            # torch's zip writer reports a failed write as a RuntimeError of its own.
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "the disk is full") from error
+
+    remedy = (
+        "Make room or fix the folder, then continue with --resume; the checkpoint before is "
+        "untouched."
+    )
+    files.write_atomically(path, told_in_errno, TrainingError, remedy)
 
 
 def link_atomically(source: Path, target: Path) -> None:
     """Make ``target`` another name of ``source``, or a copy where links are not possible."""
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.unlink(missing_ok=True)
+    temporary = files.beside(target)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    _sync_folder(target.parent)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        files.sync_folder(target.parent)
+    finally:
+        files.discard(temporary)  # a rename onto another link of the same file leaves both
 
 
 def require_writable(folder: Path) -> None:
@@ -99,6 +98,8 @@ def require_space(folder: Path, needed: int) -> None:
 def lock(folder: Path) -> IO[str]:
     """Own the run's folder until the returned file is closed or the process ends in any way.
 
+    What a killed owner left half-written is removed.
+
     Raises:
         TrainingError: Another run is using it.
 
@@ -112,13 +113,6 @@ def lock(folder: Path) -> IO[str]:
         raise TrainingError(
             f"Another run is using {folder}. Wait for it, or give another folder with --out."
         ) from error
+    for half in folder.glob(".*.partial"):
+        files.discard(half)
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is only durable once the folder that holds the name is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
