@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -98,10 +99,17 @@ def collect(
         "device": device_name(device),
         "git": git_commit(),
         "versions": versions(),
-        "command": sys.argv,
+        "command": command(),
         "config": config.to_dict(),
         "history": history,
     }
+
+
+def command() -> str:
+    """The command line of this process, without the paths of this machine's Python and scripts."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = ["-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    return shlex.join(["python", *script, *sys.argv[1:]])
 
 
 def write_json(path: Path, content: Any) -> None:

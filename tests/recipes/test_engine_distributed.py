@@ -50,6 +50,8 @@ def test_two_processes_equal_one(tmp_path):
     ours, theirs = two["history"][0], one["history"][0]
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
     assert ours["train_accuracy"] == theirs["train_accuracy"]
+    assert ours["layer_rates"] == pytest.approx(theirs["layer_rates"], rel=1e-6)
+    assert two["layer_entropies"] == pytest.approx(one["layer_entropies"], rel=1e-6)
 
 
 @pytest.mark.slow

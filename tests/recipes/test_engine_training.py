@@ -69,6 +69,8 @@ def test_what_a_run_leaves(unbroken):
     assert written["best_accuracy"] == best["test_accuracy"]
     assert written["best_accuracy"] == max(e["test_accuracy"] for e in written["history"])
     assert written["config"]["width"] == 1 / 32
+    assert written["command"].startswith("python ")
+    assert "/" not in written["command"].split()[1]  # no path of this machine's interpreter
     assert written["seed"] == 0
     assert written["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(written["git"]["commit"] or "0" * 40) == 40
@@ -264,10 +266,53 @@ def test_the_learning_rate_rises_then_falls_to_zero(tmp_path):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
-def test_gradients_are_accumulated(tmp_path, unbroken):
-    train(tiny(tmp_path, accumulate=2))
-    assert checkpoints.read(tmp_path / "epoch-0003.ckpt")["global_step"] == 3
-    assert checkpoints.read(unbroken[0] / "epoch-0003.ckpt")["global_step"] == 6
+def test_gradients_are_accumulated(tmp_path, monkeypatch):
+    """Two batches of 8 a step train what one of 16 does, where nothing depends on the batch."""
+    build = networks.build
+
+    def with_still_batch_norm(config, spec):
+        model = build(config, spec)
+        train_set, _ = datasets.datasets("digits", size=8, augment=False)
+        images = torch.stack([train_set[i][0] for i in range(32)])
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        model.double()(images.double())
+        for norm in norms:
+            norm.eval()
+            norm.train = lambda mode=True, norm=norm: norm
+        return model
+
+    monkeypatch.setattr(networks, "build", with_still_batch_norm)
+    common = {"bits": "32w-32u", "precision": "64-true", "epochs": 1}
+    train(tiny(tmp_path / "one", **common, batch=16, limit_batches=3))
+    train(tiny(tmp_path / "two", **common, batch=8, limit_batches=6, accumulate=2))
+    one, two = (checkpoints.read(tmp_path / n / "epoch-0001.ckpt") for n in ("one", "two"))
+    assert one["global_step"] == two["global_step"] == 3
+    moved = False
+    start = with_still_batch_norm(tiny(tmp_path), datasets.spec("digits", size=8)).state_dict()
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-9, atol=1e-12)
+        moved |= not torch.equal(value, start[name.removeprefix("model.")])
+    assert moved
+
+
+def test_compiling_the_network_changes_nothing(tmp_path, monkeypatch):
+    """Captured as for ``--compile``; inductor's own code generation would take minutes here."""
+    compiled, plain = nn.Module.compile, {"epochs": 1}
+    seen = []
+
+    def without_inductor(module, **options):
+        seen.append(module)
+        compiled(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", without_inductor)
+    ours = train(tiny(tmp_path / "compiled", compile=True, **plain))["history"][0]
+    assert len(seen) == 1
+    theirs = train(tiny(tmp_path / "plain", **plain))["history"][0]
+    assert len(seen) == 1
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+    assert ours["layer_rates"] == pytest.approx(theirs["layer_rates"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
