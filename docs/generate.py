@@ -3,8 +3,8 @@
     python docs/generate.py
 
 Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the pages and are
-replaced; ``--figures`` also draws ``docs/img/overview.svg``. The tests compare the tables with
-the pages.
+replaced; ``--figures`` also draws ``docs/img/overview.svg`` and ``docs/img/study.svg``. The tests
+compare the tables with the pages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
-PAGES = ("explanation/index.md", "errors.md", "../README.md")
+PAGES = ("explanation/index.md", "errors.md", "study.md", "../README.md")
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
 
@@ -171,7 +172,64 @@ def _neuron() -> list[list[str]]:
     return rows
 
 
-TABLES = {"presets": presets, "errors": error_classes, "results": results}
+def study(data: str) -> dict[str, Any]:
+    """The committed results of ``python -m recipes.ablation --data ...``."""
+    path = ROOT / "recipes" / "results" / f"ablation-{data}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def study_table(data: str) -> str:
+    """Every variant at its own best setting and at the common one, against WS-DR."""
+    from scipy import stats
+
+    rows_of = defaultdict(dict)
+    for row in study(data)["rows"]:
+        rows_of[row["variant"]][row["tuned"]] = row
+    reference = rows_of["ws-dr"][True]["accuracies"]
+    rows = [["variant", "its setting", "accuracy (%)", "against WS-DR (points)", "common setting"]]
+    for name, found in rows_of.items():
+        tuned = found[True]
+        untuned = found.get(False, tuned)  # the common setting may be the best
+        difference = "-"
+        if name != "ws-dr":
+            test = stats.ttest_ind(tuned["accuracies"], reference, equal_var=False)
+            low, high = test.confidence_interval(0.95)
+            mean = tuned["mean"] - rows_of["ws-dr"][True]["mean"]
+            difference = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+            if low > 0 or high < 0:
+                difference = f"**{difference}**"
+        rows.append([
+            name, tuned["setting"].replace(":", " "), _spread(tuned), difference, _spread(untuned)
+        ])  # fmt: skip
+    return table(rows)
+
+
+def tuning_table(data: str) -> str:
+    """Accuracy of every variant at every setting tried, on the seed that is not counted."""
+    tuning = study(data)["tuning"]
+    settings = list(next(iter(tuning.values())))
+    rows = [["variant", *(s.replace(":", " ") for s in settings)]]
+    for name, accuracies in tuning.items():
+        best = max(settings, key=accuracies.__getitem__)
+        cells = [f"{accuracies[s]:.2f}" for s in settings]
+        rows.append([name, *(f"**{c}**" if s == best else c for s, c in zip(settings, cells))])
+    return table(rows)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.2f} ± {row['std']:.2f}"
+
+
+TABLES = {
+    "presets": presets,
+    "errors": error_classes,
+    "results": results,
+    "study-digits": partial(study_table, "digits"),
+    "study-digits-events": partial(study_table, "digits-events"),
+    "tuning-digits": partial(tuning_table, "digits"),
+    "tuning-digits-events": partial(tuning_table, "digits-events"),
+}
 
 
 def fill(text: str) -> str:
@@ -245,13 +303,40 @@ def draw() -> None:
     figure.savefig(DOCS / "img" / "overview.svg", metadata={"Date": None})
 
 
+def draw_study() -> None:
+    """``img/study.svg``: every variant at its own best setting, each seed a dot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, data in zip(panels, ("digits", "digits-events"), strict=True):
+        content = study(data)
+        rows = [row for row in content["rows"] if row["tuned"]]
+        for place, row in enumerate(rows):
+            color = "C3" if row["variant"] == "ws-dr" else "C0"
+            axes.plot(row["accuracies"], [place] * row["n"], "o", ms=3, color=color, alpha=0.5)
+            axes.errorbar(
+                row["mean"], place, xerr=row["std"], fmt="|", color=color, ms=12, capsize=3
+            )
+            axes.annotate(
+                row["setting"].replace(":", " "), (1.01, place),
+                xycoords=("axes fraction", "data"), fontsize=7, va="center",
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+        axes.set(title=content["study"], xlabel="test accuracy after the last epoch (%)")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    figure.savefig(DOCS / "img" / "study.svg", metadata={"Date": None})
+
+
 def main() -> None:
-    """Rewrite the tables; with ``--figures`` draw the figure too."""
+    """Rewrite the tables; with ``--figures`` draw the figures too."""
     for page in PAGES:
         path = DOCS / page
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
     if "--figures" in sys.argv[1:]:
         draw()
+        draw_study()
 
 
 if __name__ == "__main__":
