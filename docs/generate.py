@@ -213,7 +213,9 @@ def tuning_table(data: str) -> str:
     for name, accuracies in tuning.items():
         best = max(settings, key=accuracies.__getitem__)
         cells = [f"{accuracies[s]:.2f}" for s in settings]
-        rows.append([name, *(f"**{c}**" if s == best else c for s, c in zip(settings, cells))])
+        rows.append(
+            [name, *(f"**{c}**" if s == best else c for s, c in zip(settings, cells, strict=True))]
+        )
     return table(rows)
 
 
