@@ -463,18 +463,16 @@ class TestInputCodes:
 class TestFolding:
     """``fold_batchnorm_`` moves batch norms into layers; the program stays what it is."""
 
-    @pytest.mark.parametrize("name", ["plif", "frames", "spiking_resnet18", "resnet19", "vggsnn"])
+    @pytest.mark.parametrize("name", ["plif", "spiking_resnet18", "resnet19", "vggsnn"])
     def test_exact_arithmetic(self, name):
         net, x = NETWORKS[name]()
         net = make_dyadic(quantize_models(net, 2, "fire_first"), seed=3)
         before = lower(net, x)
-        folded = fold_batchnorm_(copy.deepcopy(net), x).folded
-        net_folded = copy.deepcopy(net)
-        assert fold_batchnorm_(net_folded, x).folded == folded
-        after = lower(net_folded, x)
+        assert fold_batchnorm_(net, x).folded
+        after = lower(net, x)
         for a, b in zip(answers(before, x), answers(after, x), strict=True):
             np.testing.assert_array_equal(a, b)
-        spikes_agree(net_folded, after, x)
+        spikes_agree(net, after, x)
 
     @pytest.mark.parametrize("make", [models.resnet19, models.vggsnn])
     def test_real_scales(self, make):
