@@ -41,7 +41,9 @@ from qsnn_ext.deploy.program import (
 from qsnn_ext.deploy.tracing import origin, trace
 from qsnn_ext.errors import FormatError, InputError, LoweringError
 
-CURRENT_BITS = 26  # a current is scaled so that its largest possible value has about 26 bits
+# A current is scaled so that its largest possible value has about this many bits.
+CURRENT_BITS = 26  # room to be added to currents of other units
+NEURON_BITS = 28  # into a neuron, where nothing but the membrane potential is added
 Atom: TypeAlias = tuple[str, int]  # (axis label, size)
 Axis: TypeAlias = tuple[Atom, ...]  # several atoms: axes flattened into one
 
@@ -226,9 +228,12 @@ class _Lowering:
         return self.memo[key]
 
     def _fixed_point(
-        self, gain: Real, bias: Real, reach: int
+        self, gain: Real, bias: Real, reach: int, bits: int, beside: float
     ) -> tuple[float, IntArray, IntArray, IntArray, int]:
-        """Unit, multiplier, shift and bias of ``gain * x + bias`` for ``|x| <= reach``."""
+        """Unit, multiplier, shift and bias of ``gain * x + bias`` for ``|x| <= reach``.
+
+        ``bits`` hold the largest result, and ``beside``, the largest constant it meets.
+        """
         if not (np.isfinite(gain).all() and np.isfinite(bias).all()):
             raise self.fail(
                 "its scale or bias is not finite",
@@ -236,7 +241,8 @@ class _Lowering:
                 "checkpoint",
             )
         top = float((np.abs(gain) * reach + np.abs(bias)).max())
-        exponent = CURRENT_BITS - math.ceil(math.log2(top)) if top > 0 else 16
+        held = max(top, beside)
+        exponent = bits - math.ceil(math.log2(held)) if held > 0 else 16
         exponent = max(-8, min(exponent, 24))
         unit = 2.0**-exponent
         # 32-bit products are faster; use them where they leave the multiplier 15 bits.
@@ -262,20 +268,20 @@ class _Lowering:
             integers.astype(np.int64).astype(np.int32), high,
         )  # fmt: skip
 
-    def settle(self, a: _Array) -> _Array:
+    def settle(self, a: _Array, bits: int = CURRENT_BITS, beside: float = 0.0) -> _Array:
         """Write a pending convolution or batch norm into the program."""
         if not a.lazy:
             return a
         with self.at(a.origin):
-            return self._settle(a)
+            return self._settle(a, bits, beside)
 
-    def _settle(self, a: _Array) -> _Array:
+    def _settle(self, a: _Array, bits: int, beside: float) -> _Array:
         assert a.gain is not None
         assert a.bias is not None
         shape = self._shape(a.base)
         if isinstance(a.base, _PendingConv):
             conv = a.base
-            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, conv.reach)
+            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, conv.reach, bits, beside)
 
             def make() -> int:
                 name = self._unique(conv.name)
@@ -291,7 +297,9 @@ class _Lowering:
             key = ("conv", id(conv), m.tobytes(), s.tobytes(), b.tobytes())
         else:
             source = a.base
-            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, self.state.high[source])
+            unit, m, s, b, high = self._fixed_point(
+                a.gain, a.bias, self.state.high[source], bits, beside
+            )
 
             def make() -> int:
                 name = self._unique(self.where)
@@ -649,12 +657,13 @@ class _Lowering:
 
     def neuron(self, module: Any, x: _Array, mem: Any, name: str) -> Any:
         """One call of a neuron: spikes, or (spikes, membrane) as the host returns them."""
-        x = self.settle(x)
+        inner = module.neuron if type(module).__name__ == "OverTime" else module
+        model = read_neuron(name or "the model", inner)
+        x = self.settle(x, NEURON_BITS, model.largest / model.gain)
         assert isinstance(x.base, int)
         source = x.base
         over_time = any(label == "T" for axis in x.axes for label, _ in axis)
         over_time = over_time or type(module).__name__ == "OverTime"
-        inner = module.neuron if type(module).__name__ == "OverTime" else module
         own = "hand the membrane potential it returned last, and nothing else, to its next call"
         if mem is None:
             others = [u for k, u in self.uses.items() if k[0] == id(inner) and k[1] != source]
@@ -665,7 +674,6 @@ class _Lowering:
                 )
         key = (id(inner), source)
         if key not in self.uses:
-            model = read_neuron(name or "the model", inner)
             shape = self.state.values[source].shape
             unique = self._unique(name)
             spikes = self._value(unique + ".spikes", shape, 1, 1.0, 1)

@@ -52,6 +52,15 @@ class NeuronModel:
     squash: bool
     order: Literal["fire_first", "quantize_first"]
 
+    @property
+    def largest(self) -> float:
+        """Bound on the constants that meet the current: threshold, reset and leaked levels."""
+        reset = max(abs(self.v_reset), abs(self.v_initial), abs(self.offset))
+        theta = float(self.theta.max())
+        if self.bits == 32 and self.delayed:
+            theta /= max(float(self.decay.min()), 0.01)
+        return theta + reset + max(self.alpha, 0.0) * (self.bits != 32)
+
 
 def _names(module: nn.Module) -> set[str]:
     return {base.__name__ for base in type(module).__mro__}
