@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from qsnn_ext import calibrate
 from qsnn_ext.deploy import DeployedModel, backends, compare, lower
@@ -25,11 +24,10 @@ def _uncompiled():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def case(tmp_path_factory):
     """The narrow ResNet19 of the demo after some epochs, its program, and the test batches."""
+    from benchmarks.agreement import trained
     from recipes import cifar10_resnet19
-    from recipes import data as datasets
-    from recipes.engine import checkpoints, networks
     from recipes.engine.run import train
 
     torch.manual_seed(0)
@@ -38,23 +36,14 @@ def trained(tmp_path_factory):
     )
     result = train(config)
     assert result["last_accuracy"] > 60  # of a network that has learned nothing, little is shown
-    options = networks.data_options(config)
-    model = networks.build(config, datasets.spec(config.data, **options))
-    newest = checkpoints.newest_sound(config.folder)
-    weights = checkpoints.read(newest)["state_dict"]
-    model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
-    train_set, test_set = datasets.datasets(
-        config.data, config.data_dir, augment=False, split=config.split, **options
-    )
-    images = [x for x, _ in DataLoader(train_set, batch_size=64)]
+    model, batches, test = trained(config.folder)
     with use_backend("function"):
-        calibrate(model, images)
-    program = lower(model, torch.cat(images[:4]))
-    return model, program, [(x, y) for x, y in DataLoader(test_set, batch_size=90)]
+        calibrate(model, [x for x, _ in batches])
+    return model, lower(model, batches[0][0]), test
 
 
-def test_predictions_agree(trained):
-    model, program, batches = trained
+def test_predictions_agree(case):
+    model, program, batches = case
     report = compare(model, program, batches)
     assert report.samples == 450
     assert report.accuracy_model > 0.6
@@ -64,8 +53,8 @@ def test_predictions_agree(trained):
     assert min(a.agreement for a in report.layers) > 0.995, str(report)
 
 
-def test_input_of_8_bits_is_where_the_rest_comes_from(trained):
-    model, _, batches = trained
+def test_input_of_8_bits_is_where_the_rest_comes_from(case):
+    model, _, batches = case
     program = lower(model, batches[0][0], input_bits=8)
     coarse = compare(model, program, batches[:2])
     given = compare(model, program, batches[:2], quantize_input=True)
@@ -73,8 +62,8 @@ def test_input_of_8_bits_is_where_the_rest_comes_from(trained):
     assert min(a.agreement for a in coarse.layers) < 0.99 < worst, f"{coarse}\n{given}"
 
 
-def test_engine_and_reference_give_the_same_bits(trained):
-    _, program, batches = trained
+def test_engine_and_reference_give_the_same_bits(case):
+    _, program, batches = case
     codes = DeployedModel(program, "numpy").codes(batches[0][0][:48])
     session = ReferenceSession(program, 48)
     expected = [session.step(codes)[0] for _ in range(program.timesteps)]
