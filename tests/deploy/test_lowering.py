@@ -16,7 +16,16 @@ from torch import nn
 
 from qsnn_ext import layers as own_layers
 from qsnn_ext import models
-from qsnn_ext.deploy import DeployedModel, compare, lower, lowering, neurons, tracing
+from qsnn_ext.deploy import (
+    DeployedModel,
+    compare,
+    lower,
+    lowering,
+    neurons,
+    nir,
+    saving,
+    tracing,
+)
 from qsnn_ext.deploy.lowering import input_code
 from qsnn_ext.errors import InputError, LoweringError
 from qsnn_ext.folding import fold_batchnorm_
@@ -375,7 +384,7 @@ class TestRefusals:
         ]
         assert len(calls) > 50
         assert all(len(call.args) == 2 for call in calls)
-        source += inspect.getsource(neurons) + inspect.getsource(tracing)
+        source += "".join(inspect.getsource(m) for m in (neurons, nir, saving, tracing))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "LoweringError":
                 text = ast.unparse(node.args[0])
