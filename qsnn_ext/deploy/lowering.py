@@ -165,6 +165,7 @@ class _Lowering:
         self.arrays: dict[fx.Node, Any] = {}
         self.steps = 1
         self.where = "the model"
+        self.room: int | None = None  # bits of input codes, where the first layer found too many
         rest = sample.shape[2 if time_first else 1 :]
         if not 1 <= len(rest) <= 3:
             raise self.fail(
@@ -401,7 +402,13 @@ class _Lowering:
             reach = int(np.abs(rows.astype(np.int64)).sum(axis=1).max()) * high
         if reach >= 2**31:
             if source.base == self.input:
-                raise _InputWidthError(self.where, (2**31 - 1) // (reach // high))
+                largest = (2**31 - 1) // (reach // high)
+                self.room = (largest + 1).bit_length()  # codes reach 2**(bits - 1) - 1 <= largest
+                raise self.fail(
+                    f"its 32-bit accumulator may overflow, reaching {reach}, with input codes up "
+                    f"to {high}",
+                    f"pass input_bits={max(self.room, 2)} or less",
+                )
             raise self.fail(
                 f"its accumulator may reach {reach}, which exceeds 32 bits",
                 "split the layer, or give its input fewer levels (spikes, smaller pooling windows)",
@@ -1151,17 +1158,6 @@ def _returns_membrane(module: Any) -> bool:
     return bool(module.output) or not bool(module.init_hidden)
 
 
-class _InputWidthError(LoweringError):
-    """The first layer's accumulator would overflow at this width of the input codes."""
-
-    def __init__(self, where: str, largest: int) -> None:
-        self.bits = (largest + 1).bit_length()  # signed codes reach 2**(bits-1) - 1 <= largest
-        super().__init__(
-            f"{where}: its 32-bit accumulator may overflow with inputs as wide as these; pass "
-            f"input_bits={max(self.bits, 2)} or less"
-        )
-
-
 HEADROOM = 2.0  # 16-bit codes reach this much further than the sample
 
 
@@ -1305,10 +1301,10 @@ def lower(
         work = _Lowering(twin, pair, first, scale)
         try:
             result = work.run(graph, max(-limits[0], limits[1]))
-        except _InputWidthError as error:
-            if input_bits is not None or not 2 <= error.bits < widest:
+        except LoweringError:
+            if input_bits is not None or work.room is None or not 2 <= work.room < widest:
                 raise
-            widest = error.bits
+            widest = work.room
             continue
         return _finish(work, result, scale, limits, type(model).__name__)
 

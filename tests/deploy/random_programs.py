@@ -23,7 +23,7 @@ INPUT_RANGES = [(-100, 100), (0, 255), (-32767, 32767)]  # signed and unsigned b
 class RandomProgram:
     """Grows a program operation by operation; ``rng`` decides everything."""
 
-    def __init__(self, rng: np.random.Generator, input_range: tuple[int, int]) -> None:
+    def __init__(self, rng: np.random.Generator, input_range=(-100, 100)) -> None:
         self.rng = rng
         self.input_range = input_range
         shape = (int(rng.integers(1, 7)), int(rng.integers(1, 10)), int(rng.integers(1, 10)))

@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qsnn_ext.deploy.engine import EngineSession, backends, choose, open_session
-from qsnn_ext.deploy.program import Conv, Program, Value
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import ConfigError, InputError
-from tests.deploy.random_programs import INPUT_RANGES, random_input, random_program
+from tests.deploy.random_programs import random_input, random_program
 
 COMPILED = [b for b in backends() if b != "numpy"]
 needs_engine = pytest.mark.skipif(not COMPILED, reason="the C engine is not built")
@@ -41,38 +40,6 @@ def test_random_programs(backend, seed, steps, batch):
         np.testing.assert_array_equal(got, want)
     for name, state in reference.state().items():
         np.testing.assert_array_equal(session.state()[name], state)
-
-
-@needs_engine
-@pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("binary", [True, False], ids=["1-bit", "8-bit"])
-@pytest.mark.parametrize("limits", INPUT_RANGES, ids=str)
-def test_first_layer_at_the_ends_of_every_input_range(limits, binary, backend, rng):
-    """Codes and weights at their extremes: accumulators reach as far as they are proven to."""
-    channels, cout, kernel = 3, 40, 5
-    rows = channels * kernel * kernel
-    if binary:
-        weight = rng.integers(0, 2**32, (1, rows, 2), dtype=np.uint32)
-        weight[:, :, 1] &= 2 ** (cout % 32) - 1
-        weight[:, :, 0] |= 1
-    else:
-        weight = rng.integers(-127, 128, (1, rows, cout)).astype(np.int8)
-        weight[:, :, 0], weight[:, :, 1] = 127, -127
-    conv = Conv(
-        "conv", 0, 1, weight, (kernel, kernel), (1, 1), (2, 2, 2, 2), (1, 1), 1,
-        np.full(cout, 2**20, np.int32), np.full(cout, 20, np.uint8),
-        rng.integers(-99, 100, cout).astype(np.int32),
-    )  # fmt: skip
-    values = [Value("input", (channels, 6, 7), 0), Value("out", (cout, 6, 7), 0)]
-    program = Program(values, [conv], (1,), input_range=limits)
-    lo, hi = limits
-    x = rng.integers(lo, hi + 1, (4, 1, channels, 6, 7)).astype(np.int32)
-    x[0], x[1] = lo, hi
-    x[2] = np.where(rng.random(x[2].shape) < 0.5, lo, hi)
-    expected, _ = run_reference(program, x)
-    answer = EngineSession(program, 4, backend).run(x, 1, static=False)
-    np.testing.assert_array_equal(answer[0], expected[0])
-    assert np.abs(expected[0]).max() >= rows * hi * (1 if binary else 127) - 99
 
 
 @needs_engine
