@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from qsnn_ext import hosts, trace
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
 from qsnn_ext.quantizers import MembraneQuantizer
+
+#: A few inputs of each model calibrated in this process, for exporting it later.
+_examples: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def calibrate(
@@ -71,9 +75,12 @@ def calibrate(
                 quantizer, seen[name], percentile if statistic == "percentile" else None
             )
         count = 0
-        for count, batch in enumerate(batches, start=1):  # noqa: B007
+        example = None
+        for count, batch in enumerate(batches, start=1):
             hosts.reset(model)
             (forward or _run)(model, batch)
+            if count == 1 and forward is None:
+                example = _some(_input(batch))
     if count == 0:
         raise InputError("there is no batch to calibrate on.")
     scales = {name: torch.stack(values).double() for name, values in seen.items() if values}
@@ -89,14 +96,36 @@ def calibrate(
             )
     for name, alpha in frozen.items():
         quantizers[name].freeze(alpha)
+    if example is not None:
+        _examples[model] = example
     idle = [_owner(name) for name in quantizers if name not in frozen]
     if idle:
         warnings.warn(f"not calibrated because they did not run: {', '.join(idle)}", stacklevel=2)
     return {_owner(name): alpha for name, alpha in frozen.items()}
 
 
+def example_of(model: nn.Module) -> Tensor | None:
+    """A few inputs that ``model`` was last calibrated with in this process, if it was.
+
+    They are kept beside the model, not in it: copies, pickles and checkpoints are without.
+    """
+    return _examples.get(model)
+
+
+def _some(x: Any) -> Tensor | None:
+    """At most 16 samples of ``[N, ...]`` or ``[T, N, ...]`` (3 and 5 axes), on the CPU."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        return None
+    axis = 1 if x.dim() in (3, 5) else 0
+    return x.detach().narrow(axis, 0, min(16, x.shape[axis])).cpu().clone()
+
+
+def _input(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
 def _run(model: nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return model(_input(batch))
 
 
 def _owner(name: str) -> str:

@@ -100,7 +100,7 @@ def main(folder: Path = Path("."), steps: int = 200) -> dict[str, float]:
     report.to_csv(folder / "tutorial_snntorch.csv")
 
     program = deploy.save(net, folder / "tutorial_snntorch.qsnn", sample)
-    # The program rounds its input to 8 bits. Given the same input, does it do what the model does?
+    # The program rounds its input. Given the same input, does it do what the model does?
     comparison = deploy.compare(net, program, [x_test], quantize_input=True)
     print(comparison)
     deployed = deploy.load(folder / "tutorial_snntorch.qsnn")

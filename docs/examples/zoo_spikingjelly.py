@@ -98,7 +98,7 @@ def main(folder: Path = Path("."), steps: int = 40) -> dict[str, float]:
     report.to_csv(folder / "zoo_spikingjelly.csv")
 
     program = deploy.save(model, folder / "zoo_spikingjelly.qsnn", sample)
-    # The program rounds its input to 8 bits. Given the same input, does it do what the model does?
+    # The program rounds its input. Given the same input, does it do what the model does?
     comparison = deploy.compare(model, program, [over_time(x_test[:16])], quantize_input=True)
     print(comparison)
     deployed = deploy.load(folder / "zoo_spikingjelly.qsnn")

@@ -26,6 +26,7 @@ _HOMES = {
     "Comparison": "comparison",
     "export_c": "export",
     "resident_size": "export",
+    "pixel_table": "pixels",
     "to_nir": "nir",
     "from_nir": "nir",
 }
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qsnn_ext.deploy.model import load as load
     from qsnn_ext.deploy.nir import from_nir as from_nir
     from qsnn_ext.deploy.nir import to_nir as to_nir
+    from qsnn_ext.deploy.pixels import pixel_table as pixel_table
     from qsnn_ext.deploy.program import Program as Program
     from qsnn_ext.deploy.reference import ReferenceSession as ReferenceSession
     from qsnn_ext.deploy.saving import save as save

@@ -148,8 +148,8 @@ def compare(
             recorded = recorder.take()
             got = np.asarray(_first(deployed(x)))
             worst = max(worst, float(np.abs(expected - got).max()))
-            _layers(program, codes, recorded, counts)
-            _membranes(model, program, codes, errors)
+            states = _layers(program, codes, recorded, counts)
+            _membranes(model, program, states, errors)
             time = got.ndim - (2 if deployed._ranks[0] == 1 else 4)
             a, b = (v.mean(axis=0) if time > 0 else v for v in (expected, got))
             a, b = (v.reshape(v.shape[0], -1).argmax(axis=1) for v in (a, b))
@@ -189,8 +189,8 @@ def _layers(
     codes: IntArray,
     recorded: dict[str, list[Tensor]],
     counts: dict[str, np.ndarray[Any, Any]],
-) -> None:
-    """Add spikes, agreements and rates of one batch to ``counts``."""
+) -> dict[str, IntArray]:
+    """Add spikes, agreements and rates of one batch to ``counts``; return the last states."""
     steps = _steps(program, codes)
     session = ReferenceSession(program, steps[0].shape[0])
     ours: dict[str, list[IntArray]] = {}
@@ -208,18 +208,17 @@ def _layers(
             continue
         total = counts.setdefault(name, np.zeros(4))
         total += [flat.size, (theirs == flat).sum(), theirs.sum(), flat.sum()]
+    return session.state()
 
 
 def _membranes(
-    model: nn.Module, program: Program, codes: IntArray, errors: dict[str, list[float]]
+    model: nn.Module,
+    program: Program,
+    states: dict[str, IntArray],
+    errors: dict[str, list[float]],
 ) -> None:
     """Difference of the last membrane potentials, where both sides keep k-bit codes of them."""
-    steps = _steps(program, codes)
     modules = dict(model.named_modules())
-    session = ReferenceSession(program, steps[0].shape[0])
-    for step in steps:
-        session.step(step)
-    states = session.state()
     for n in program.neurons:
         module: Any = modules.get(n.name)
         quantizer = getattr(module, "membrane", None)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qsnn_ext.deploy.image import build_image
-from qsnn_ext.deploy.program import Program
+from qsnn_ext.deploy.image import Image, build_image
+from qsnn_ext.deploy.program import Conv, IntArray, Program, words
+from qsnn_ext.errors import InputTypeError
 
 RUNTIME = Path(__file__).with_name("runtime")
 SOURCES = ("qsnn.h", "qsnn_vector.h", "qsnn_count.h", "qsnn.c")
@@ -27,13 +28,16 @@ _MODEL_H = """\
 #define QSNN_OUTPUT_WORDS {output}  /* one time step */
 
 extern const uint32_t qsnn_model[{image}];
-
+{pixels}
 #endif
 """
 
+_PIXELS_H = """\
+extern const int16_t qsnn_pixel_code[{channels}][256]; /* input codes of 8-bit pixels */
+"""
+
 _MAIN_C = """\
-/* Reads the input codes of one time step after the other (int32, as the machine stores them) and
- * prints the answers. */
+/* Reads the input codes of one time step after the other (int32) and prints the answers. */
 #include <stdio.h>
 #include "model.h"
 
@@ -41,15 +45,12 @@ static uint32_t state[QSNN_STATE_WORDS], arena[QSNN_ARENA_WORDS];
 static int32_t input[QSNN_INPUT_WORDS], output[QSNN_OUTPUT_WORDS];
 
 int main(void) {
-    int i;
-    setvbuf(stdin, 0, _IONBF, 0); /* without buffers, stdio needs no heap */
-    setvbuf(stdout, 0, _IONBF, 0);
+    setvbuf(stdin, 0, _IONBF, 0), setvbuf(stdout, 0, _IONBF, 0); /* stdio buffers are heap */
     qsnn_reset(qsnn_model, state);
-    while (fread(input, sizeof input, 1, stdin) == 1) {
+    while (fread(input, sizeof input, 1, stdin)) {
         qsnn_run(qsnn_model, state, arena, input, 1, 0, output);
-        for (i = 0; i < QSNN_OUTPUT_WORDS; i++) printf("%ld\\n", (long)output[i]);
+        for (int i = 0; i < QSNN_OUTPUT_WORDS; i++) printf("%ld\\n", (long)output[i]);
     }
-    return 0;
 }
 """
 
@@ -58,28 +59,47 @@ int main(void) {
 class ResidentSize:
     """Memory of a program on a device, in bytes; code is not counted.
 
+    ``weights`` and ``membranes`` are what :func:`qsnn_ext.footprint` counts as such with
+    ``accounting="resident"``; its ``scales`` and ``others`` are real numbers, which became
+    ``constants`` here. All the rest is in no footprint.
+
     Args:
-        flash: Constants: weights, scales, tables.
-        state: Membrane potentials of one sample, packed.
-        arena: Activations and scratch of one running sample.
+        weights: Packed weights.
+        constants: Multipliers, shifts and biases of layers, tables of neurons.
+        layout: What executing from flash adds: lists of operations, alignment, padding of rows.
+        pixels: The table from pixels to input codes, where one is written.
+        membranes: Membrane potentials of one sample, packed.
+        resets: Last spikes of neurons that reset a step later (snnTorch's ``reset_delay``), and
+            alignment of the membrane potentials.
+        activations: Spikes and currents between layers, and scratch, of one running sample.
         io: Input codes and answers of one time step.
     """
 
-    flash: int
-    state: int
-    arena: int
+    weights: int
+    constants: int
+    layout: int
+    pixels: int
+    membranes: int
+    resets: int
+    activations: int
     io: int
+
+    @property
+    def flash(self) -> int:
+        """Everything that is only read."""
+        return self.weights + self.constants + self.layout + self.pixels
 
     @property
     def ram(self) -> int:
         """Everything that is written to."""
-        return self.state + self.arena + self.io
+        return self.membranes + self.resets + self.activations + self.io
 
     def __str__(self) -> str:
         return (
-            f"flash {self.flash:,} bytes (constants); RAM {self.ram:,} bytes "
-            f"(membranes {self.state:,}, activations and scratch {self.arena:,}, "
-            f"input and output {self.io:,})"
+            f"flash {self.flash:,} bytes (weights {self.weights:,}, constants {self.constants:,}, "
+            f"layout {self.layout:,}, pixel table {self.pixels:,}); RAM {self.ram:,} bytes "
+            f"(membranes {self.membranes:,}, resets and alignment {self.resets:,}, activations and "
+            f"scratch {self.activations:,}, input and output {self.io:,})"
         )
 
 
@@ -89,13 +109,35 @@ def resident_size(program: Program) -> ResidentSize:
     Args:
         program: A valid program.
     """
-    image = build_image(program)
+    return _resident_size(program, build_image(program), 0)
+
+
+def _resident_size(program: Program, image: Image, pixels: int) -> ResidentSize:
+    weights = constants = membranes = 0
+    for op in program.ops:
+        if isinstance(op, Conv):
+            groups, rows, columns = op.weight.shape  # columns: words of bits, or bytes
+            weights += groups * rows * (columns if op.binary else words(8 * columns)) * 4
+        for name in ("multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value",
+                     "reading"):  # fmt: skip
+            array = getattr(op, name, None)
+            constants += array.nbytes if isinstance(array, np.ndarray) else 0
+    for neuron in program.neurons:
+        c, h, w = program.values[neuron.source].shape
+        membranes += h * w * (c if neuron.bits == 32 else neuron.bits * words(c)) * 4
     io = program.values[0].elements + sum(program.values[i].elements for i in program.outputs)
-    return ResidentSize(4 * image.words.size, 4 * image.state_words, 4 * image.arena_words, 4 * io)
+    return ResidentSize(
+        weights, constants, 4 * image.words.size - weights - constants, pixels, membranes,
+        4 * max(image.state_words, 1) - membranes, 4 * image.arena_words, 4 * io,
+    )  # fmt: skip
 
 
 def export_c(
-    program: Program, folder: str | os.PathLike[str], *, verbose: bool = True
+    program: Program,
+    folder: str | os.PathLike[str],
+    *,
+    pixels: IntArray | None = None,
+    verbose: bool = True,
 ) -> ResidentSize:
     """Write a program as C99 that needs no heap and no library but the standard one.
 
@@ -106,6 +148,8 @@ def export_c(
         program: A valid program.
         folder: Where to write ``qsnn.c``, its headers, ``model.c``, ``model.h`` and ``main.c``;
             created if missing.
+        pixels: Table of :func:`~qsnn_ext.deploy.pixel_table`, to be written as
+            ``qsnn_pixel_code[channel][pixel]`` beside the model.
         verbose: Print the memory it takes.
 
     Returns:
@@ -113,28 +157,52 @@ def export_c(
 
     Raises:
         FormatError: If the program is not valid.
+        InputTypeError: If ``pixels`` is not a table for this program.
     """
     image = build_image(program)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    shape = program.values[0].shape
+    declaration = definition = ""
+    if pixels is not None:
+        if not isinstance(pixels, np.ndarray) or (pixels.shape, pixels.dtype) != (
+            (shape[0], 256), np.dtype(np.int16)
+        ):  # fmt: skip
+            raise InputTypeError(
+                f"pixels must be an int16 array of shape ({shape[0]}, 256): "
+                "pixel_table(program, mean, std)"
+            )
+        declaration = _PIXELS_H.format(channels=shape[0])
+        definition = _pixel_constants(pixels)
     for name in SOURCES:
         (target / name).write_bytes((RUNTIME / name).read_bytes())
-    size = resident_size(program)
+    size = _resident_size(program, image, 0 if pixels is None else pixels.nbytes)
     header = _MODEL_H.format(
         title=program.metadata.get("model", "model").replace("*/", ""),
         state=max(image.state_words, 1),
         arena=image.arena_words,
         input=program.values[0].elements,
-        input_shape=list(program.values[0].shape),
+        input_shape=list(shape),
         output=sum(program.values[i].elements for i in program.outputs),
         image=image.words.size,
+        pixels=declaration,
     )
     (target / "model.h").write_text(header)
-    (target / "model.c").write_text(_constants(image.words))
+    (target / "model.c").write_text(_constants(image.words) + definition)
     (target / "main.c").write_text(_MAIN_C)
     if verbose:
         print(f"{target}: {size}")
     return size
+
+
+def _pixel_constants(pixels: IntArray) -> str:
+    lines = ["", f"const int16_t qsnn_pixel_code[{len(pixels)}][256] = {{"]
+    for row in pixels.tolist():
+        lines.append("    {")
+        for start in range(0, 256, 16):
+            lines.append("        " + ", ".join(map(str, row[start : start + 16])) + ",")
+        lines.append("    },")
+    return "\n".join([*lines, "};", ""])
 
 
 def _constants(words: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -37,10 +38,12 @@ from qsnn_ext.deploy.program import (
     targets_of,
     words,
 )
-from qsnn_ext.deploy.tracing import trace
+from qsnn_ext.deploy.tracing import origin, trace
 from qsnn_ext.errors import FormatError, InputError, LoweringError
 
-CURRENT_BITS = 26  # a current is scaled so that its largest possible value has about 26 bits
+# A current is scaled so that its largest possible value has about this many bits.
+CURRENT_BITS = 26  # room to be added to currents of other units
+NEURON_BITS = 28  # into a neuron, where nothing but the membrane potential is added
 Atom: TypeAlias = tuple[str, int]  # (axis label, size)
 Axis: TypeAlias = tuple[Atom, ...]  # several atoms: axes flattened into one
 
@@ -54,6 +57,7 @@ class _Array:
         axes: Its axes; labels T and N are time and batch, the rest C, H, W.
         scale: Real value of one unit of the activation.
         gain, bias: Per-channel real factors not yet applied (a folded batch norm), or None.
+        origin: Module path that gain and bias came from last.
         steps: Time steps it stands for: None for all (or a single-step model).
         reduction: Whether time has been summed over.
     """
@@ -63,6 +67,7 @@ class _Array:
     scale: float = 1.0
     gain: Real | None = None
     bias: Real | None = None
+    origin: str = ""
     steps: frozenset[int] | None = None
     reduction: Literal["none", "sum", "mean"] = "none"
     factor: float = 1.0  # of the reduction
@@ -160,11 +165,13 @@ class _Lowering:
         self.arrays: dict[fx.Node, Any] = {}
         self.steps = 1
         self.where = "the model"
+        self.room: int | None = None  # bits of input codes, where the first layer found too many
         rest = sample.shape[2 if time_first else 1 :]
         if not 1 <= len(rest) <= 3:
-            raise LoweringError(
+            raise self.fail(
                 f"a sample of shape {tuple(sample.shape)} is not [N, ...] or [T, N, ...] of "
-                "features, channels x length or images"
+                "features, channels x length or images",
+                "pass one that is; time_first= tells whether its first axis is time",
             )
         self.rank = len(rest)
         shape = (rest[0], *(1,) * (3 - len(rest)), *rest[1:])
@@ -185,8 +192,18 @@ class _Lowering:
 
     # ---- building blocks -----------------------------------------------------------------------
 
-    def fail(self, why: str) -> LoweringError:
-        return LoweringError(f"{self.where}: {why}")
+    def fail(self, why: str, remedy: str) -> LoweringError:
+        """The error for what is being lowered: where, why, and what to do about it."""
+        return LoweringError(f"{self.where}: {why}; {remedy}")
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Let errors and names be about another module than the one being visited."""
+        before, self.where = self.where, where or self.where
+        try:
+            yield
+        finally:
+            self.where = before
 
     def _unique(self, name: str) -> str:
         name = name or "model"
@@ -212,13 +229,21 @@ class _Lowering:
         return self.memo[key]
 
     def _fixed_point(
-        self, gain: Real, bias: Real, reach: int
+        self, gain: Real, bias: Real, reach: int, bits: int, beside: float
     ) -> tuple[float, IntArray, IntArray, IntArray, int]:
-        """Unit, multiplier, shift and bias of ``gain * x + bias`` for ``|x| <= reach``."""
+        """Unit, multiplier, shift and bias of ``gain * x + bias`` for ``|x| <= reach``.
+
+        ``bits`` hold the largest result, and ``beside``, the largest constant it meets.
+        """
         if not (np.isfinite(gain).all() and np.isfinite(bias).all()):
-            raise self.fail("its scale or bias is not finite")
+            raise self.fail(
+                "its scale or bias is not finite",
+                "look for NaN and infinity in its parameters and train on or load a sound "
+                "checkpoint",
+            )
         top = float((np.abs(gain) * reach + np.abs(bias)).max())
-        exponent = CURRENT_BITS - math.ceil(math.log2(top)) if top > 0 else 16
+        held = max(top, beside)
+        exponent = bits - math.ceil(math.log2(held)) if held > 0 else 16
         exponent = max(-8, min(exponent, 24))
         unit = 2.0**-exponent
         # 32-bit products are faster; use them where they leave the multiplier 15 bits.
@@ -230,7 +255,10 @@ class _Lowering:
         shift = np.clip(shift, 1, longest)
         multiplier = np.rint(gain / unit * 2.0**shift)
         if np.abs(multiplier).max() > cap + 1:
-            raise self.fail("its scale is too large for the fixed-point range")
+            raise self.fail(
+                f"its scale, up to {float(np.abs(gain).max()):.3g}, exceeds the fixed-point range",
+                "look for exploded weights or a running variance near zero",
+            )
         if narrow:  # leave room for the rounding constant
             half = 2.0 ** (shift - 1)
             assert float((np.abs(multiplier) * reach + half).max()) < 2**31
@@ -241,16 +269,20 @@ class _Lowering:
             integers.astype(np.int64).astype(np.int32), high,
         )  # fmt: skip
 
-    def settle(self, a: _Array) -> _Array:
+    def settle(self, a: _Array, bits: int = CURRENT_BITS, beside: float = 0.0) -> _Array:
         """Write a pending convolution or batch norm into the program."""
         if not a.lazy:
             return a
+        with self.at(a.origin):
+            return self._settle(a, bits, beside)
+
+    def _settle(self, a: _Array, bits: int, beside: float) -> _Array:
         assert a.gain is not None
         assert a.bias is not None
         shape = self._shape(a.base)
         if isinstance(a.base, _PendingConv):
             conv = a.base
-            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, conv.reach)
+            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, conv.reach, bits, beside)
 
             def make() -> int:
                 name = self._unique(conv.name)
@@ -266,7 +298,9 @@ class _Lowering:
             key = ("conv", id(conv), m.tobytes(), s.tobytes(), b.tobytes())
         else:
             source = a.base
-            unit, m, s, b, high = self._fixed_point(a.gain, a.bias, self.state.high[source])
+            unit, m, s, b, high = self._fixed_point(
+                a.gain, a.bias, self.state.high[source], bits, beside
+            )
 
             def make() -> int:
                 name = self._unique(self.where)
@@ -281,7 +315,10 @@ class _Lowering:
         """Time and batch axes, in front of the axes of one sample."""
         lead = [x for x in a.axes if x and all(label in "TN" for label, _ in x)]
         if tuple(lead) != a.axes[: len(lead)]:
-            raise self.fail("its batch or time axis is not in front")
+            raise self.fail(
+                "its batch or time axis is not in front",
+                "permute the axes to [T, N, ...] before it",
+            )
         return tuple(lead)
 
     def spatial(self, a: _Array) -> tuple[Axis, ...]:
@@ -292,7 +329,10 @@ class _Lowering:
         expected = [("C", c), ("H", h), ("W", w)]
         mentioned = [e for e in expected if e in flat or e[1] != 1]
         if [f for f in flat if f[1] != 1] != [e for e in mentioned if e[1] != 1]:
-            raise self.fail(f"its input axes {a.axes} are not channels, height, width in order")
+            raise self.fail(
+                f"its input axes {a.axes} are not channels, height, width in order",
+                "keep that order; a program moves no data",
+            )
         return rest
 
     def _axes(
@@ -312,11 +352,19 @@ class _Lowering:
         quantizer = getattr(module, "quantizer", None)
         if quantizer is None:
             raise self.fail(
-                f"its weights are floating point; quantize the {type(module).__name__} (for "
-                'example quantize_(model, "1w-2u"), which keeps first and last layer at 8 bits)'
+                "its weights are floating point",
+                f"quantize the {type(module).__name__} (for example quantize_(model, "
+                '"1w-2u"), which keeps first and last layer at 8 bits)',
+            )
+        if not bool(torch.isfinite(module.weight).all()):
+            raise self.fail(
+                "its weights contain NaN or infinity", "train on or load a sound checkpoint"
             )
         codes, scale = quantizer.codes(module.weight)
         alpha = scale.detach().to(torch.float64).cpu().numpy().reshape(-1)
+        folded = getattr(module, "output_scale", None)  # left by fold_batchnorm_
+        if folded is not None:
+            alpha = alpha * folded.detach().to(torch.float64).cpu().numpy()
         codes = codes.detach().cpu().numpy()
         return codes, np.broadcast_to(alpha, (codes.shape[0],)).astype(np.float64)
 
@@ -337,7 +385,8 @@ class _Lowering:
         if value.planes == 0 and source.base != self.input:
             raise self.fail(
                 "it follows another layer without a neuron in between, so its input is a "
-                "current, not spikes; merge the two layers or put a neuron between them"
+                "current, not spikes",
+                "merge the two layers or put a neuron between them",
             )
         key = ("pending", id(module), source.base, source.scale)
         binary = set(np.unique(codes).tolist()) <= {-1, 1} and _bits(module) == 1
@@ -352,7 +401,18 @@ class _Lowering:
             weight = np.ascontiguousarray(rows.astype(np.int8))
             reach = int(np.abs(rows.astype(np.int64)).sum(axis=1).max()) * high
         if reach >= 2**31:
-            raise self.fail("its accumulator would exceed 32 bits")
+            if source.base == self.input:
+                largest = (2**31 - 1) // (reach // high)
+                self.room = (largest + 1).bit_length()  # codes reach 2**(bits - 1) - 1 <= largest
+                raise self.fail(
+                    f"its 32-bit accumulator may overflow, reaching {reach}, with input codes up "
+                    f"to {high}",
+                    f"pass input_bits={max(self.room, 2)} or less",
+                )
+            raise self.fail(
+                f"its accumulator may reach {reach}, which exceeds 32 bits",
+                "split the layer, or give its input fewer levels (spikes, smaller pooling windows)",
+            )
         name = self.where
         h, w = value.shape[1:]
         top, left, bottom, right = geometry["padding"]
@@ -370,15 +430,22 @@ class _Lowering:
         bias = np.zeros(cout)
         if module.bias is not None:
             bias = module.bias.detach().to(torch.float64).cpu().numpy()
-        return replace(source, base=self._pendings[key], gain=alpha * source.scale, bias=bias)
+        return replace(
+            source, base=self._pendings[key], gain=alpha * source.scale, bias=bias, origin=name
+        )
 
     _pendings: dict[tuple[Any, ...], _PendingConv]
 
     def conv(self, module: Any, x: _Array) -> _Array:
         if isinstance(module, nn.Conv3d):
-            raise self.fail("three-dimensional convolutions are not part of the integer program")
+            raise self.fail(
+                "three-dimensional convolutions are not part of the integer program",
+                "use two-dimensional ones, with time as steps",
+            )
         if module.padding_mode != "zeros":
-            raise self.fail(f"padding_mode={module.padding_mode!r}; only zeros can be lowered")
+            raise self.fail(
+                f"padding_mode={module.padding_mode!r} cannot be lowered", "pad with zeros"
+            )
         codes, alpha = self.weight_codes(module)
         one = isinstance(module, nn.Conv1d)
         if one:
@@ -401,7 +468,10 @@ class _Lowering:
         self.spatial(x)
         rest = len(x.axes) - len(self.lead(x))
         if rest != (2 if one else 3):
-            raise self.fail(f"its input has {rest} axes besides batch and time")
+            raise self.fail(
+                f"its input has {rest} axes besides batch and time",
+                f"give it {'[C, L]' if one else '[C, H, W]'} per sample",
+            )
         y = self.pending(module, x, codes, alpha, geometry)
         return replace(y, axes=self._axes(self.lead(x), self._shape(y.base), rest))
 
@@ -409,7 +479,10 @@ class _Lowering:
         rest = self.spatial(x)
         c, h, w = self._shape(x.base)
         if len(rest) != 1 and math.prod(n for axis in rest[:-1] for _, n in axis) != 1:
-            raise self.fail("a linear layer must see all features of a sample in one axis; flatten")
+            raise self.fail(
+                "a linear layer must see all features of a sample in one axis",
+                "put a Flatten before it",
+            )
         codes, alpha = self.weight_codes(module)
         # A flattened [C, H, W] is read by a kernel that covers it.
         codes = codes.reshape(codes.shape[0], c, h, w)
@@ -418,8 +491,23 @@ class _Lowering:
         return replace(y, axes=self._axes(self.lead(x), self._shape(y.base), 1))
 
     def norm(self, module: Any, x: _Array) -> _Array:
-        if module.running_mean is None:
-            raise self.fail("a batch norm without running statistics depends on the batch")
+        if module.running_mean is None or module.running_var is None:
+            raise self.fail(
+                "a batch norm without running statistics makes a sample depend on its batch",
+                "build it with track_running_stats=True and train it",
+            )
+        for what in ("running_mean", "running_var", "weight", "bias"):
+            value = getattr(module, what)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise self.fail(
+                    f"its {what} contains NaN or infinity",
+                    "train on or load a sound checkpoint; running statistics are also taken anew "
+                    "by reset_running_stats() and a pass over data in training mode",
+                )
+        if bool((module.running_var + module.eps <= 0).any()):
+            raise self.fail(
+                "its running_var is not positive", "load a sound checkpoint or train it anew"
+            )
         self.spatial(x)
 
         def real(t: Any, default: float) -> Real:
@@ -432,10 +520,13 @@ class _Lowering:
         shift = beta - real(module.running_mean, 0.0) * factor
         c = self._shape(x.base)[0]
         if factor.size != c:
-            raise self.fail(f"it normalises {factor.size} features of a value of {c} channels")
+            raise self.fail(
+                f"it normalises {factor.size} features of a value of {c} channels",
+                "give it as many features as its input has channels",
+            )
         gain = x.gain if x.gain is not None else np.full(c, x.scale)
         bias = x.bias if x.bias is not None else np.zeros(c)
-        return replace(x, gain=gain * factor, bias=bias * factor + shift)
+        return replace(x, gain=gain * factor, bias=bias * factor + shift, origin=self.where)
 
     def pool(self, module: Any, x: _Array) -> _Array:
         _, h, w = self._shape(x.base)
@@ -449,7 +540,7 @@ class _Lowering:
                    for o, n in zip(wanted, (h, w), strict=True)]  # fmt: skip
             return self.adaptive(x, (out[0], out[1]), isinstance(module, nn.AdaptiveMaxPool2d))
         if getattr(module, "return_indices", False):
-            raise self.fail("return_indices cannot be lowered")
+            raise self.fail("return_indices cannot be lowered", "pool without it")
         if one and (h, w) == (1, 1) and "C" in {label for label, _ in x.axes[-1]}:
             return self.vote(module, x)
         stride = module.stride if module.stride is not None else module.kernel_size
@@ -463,15 +554,21 @@ class _Lowering:
         if isinstance(module, nn.AvgPool1d | nn.AvgPool2d):
             function = "sum"
             if getattr(module, "divisor_override", None):
-                raise self.fail("divisor_override cannot be lowered")
+                raise self.fail("divisor_override cannot be lowered", "pool without it")
             if any(p) and not module.count_include_pad:
-                raise self.fail("count_include_pad=False divides by a different number at the edge")
+                raise self.fail(
+                    "count_include_pad=False divides by a different number at the edge",
+                    "set count_include_pad=True, or pool without padding",
+                )
         elif _pair(module.dilation) != (1, 1) and module.dilation != 1:
-            raise self.fail("dilated pooling cannot be lowered")
+            raise self.fail("dilated pooling cannot be lowered", "pool with dilation=1")
         if module.ceil_mode:
             for size, k, s, q in zip((h, w), kernel, steps, p, strict=True):
                 if (size + 2 * q - k) % s:
-                    raise self.fail("ceil_mode adds a partial window here; pad the input instead")
+                    raise self.fail(
+                        "ceil_mode adds a partial window here",
+                        "turn it off and pad the input instead",
+                    )
         self.spatial(x)
         return self.window(x, function, kernel, steps, (p[0], p[1], p[0], p[1]))
 
@@ -484,7 +581,8 @@ class _Lowering:
         if out[0] % h == 0 and out[1] % w == 0:
             return self.window(x, "repeat", (out[0] // h, out[1] // w), (1, 1), (0, 0, 0, 0))
         raise self.fail(
-            f"adaptive pooling from {h}x{w} to {out[0]}x{out[1]} has windows of unequal size"
+            f"adaptive pooling from {h}x{w} to {out[0]}x{out[1]} has windows of unequal size",
+            "choose an output size that divides the input's, or another input size",
         )
 
     def window(
@@ -517,7 +615,10 @@ class _Lowering:
             high, scale = high * area, scale / area
             planes = high.bit_length() if planes else 0
             if high >= 2**31 or planes > 16:
-                raise self.fail("the sum of its window does not fit")
+                raise self.fail(
+                    "the sum of its window does not fit 16 bits of a count or 32 of a current",
+                    "use smaller windows",
+                )
 
         def make() -> int:
             name = self._unique(self.where)
@@ -531,16 +632,21 @@ class _Lowering:
     def vote(self, module: Any, x: _Array) -> _Array:
         """Average of neighbouring features: SpikingJelly's VotingLayer."""
         if not isinstance(module, nn.AvgPool1d):
-            raise self.fail("a maximum over features cannot be lowered")
+            raise self.fail("a maximum over features cannot be lowered", "average them (AvgPool1d)")
         k = int(_pair(module.kernel_size)[1])
         c = self._shape(x.base)[0]
         if _pair(module.stride)[1] != k or _pair(module.padding)[1] or c % k:
-            raise self.fail("features must be averaged in groups that do not overlap")
+            raise self.fail(
+                "features must be averaged in groups that do not overlap",
+                "use kernel_size = stride, a divisor of the features, and no padding",
+            )
         x = self.settle(x)
         assert isinstance(x.base, int)
         source = x.base
         if self.state.values[source].planes == 0 and source != self.input:
-            raise self.fail("averaging features needs spikes as its input")
+            raise self.fail(
+                "averaging features needs spikes as its input", "put a neuron before it"
+            )
         key = ("vote", source, k)
         if key not in self._pendings:
             self._pendings[key] = _PendingConv(
@@ -549,27 +655,32 @@ class _Lowering:
             )  # fmt: skip
         axes = (*x.axes[:-1], (("C", c // k), ("H", 1), ("W", 1)))
         gain = np.full(c // k, x.scale / k)
-        return replace(x, base=self._pendings[key], gain=gain, bias=np.zeros(c // k), axes=axes)
+        return replace(
+            x, base=self._pendings[key], gain=gain, bias=np.zeros(c // k), axes=axes,
+            origin=self.where,
+        )  # fmt: skip
 
     # ---- neurons -------------------------------------------------------------------------------
 
     def neuron(self, module: Any, x: _Array, mem: Any, name: str) -> Any:
         """One call of a neuron: spikes, or (spikes, membrane) as the host returns them."""
-        x = self.settle(x)
+        inner = module.neuron if type(module).__name__ == "OverTime" else module
+        model = read_neuron(name or "the model", inner)
+        x = self.settle(x, NEURON_BITS, model.largest / model.gain)
         assert isinstance(x.base, int)
         source = x.base
         over_time = any(label == "T" for axis in x.axes for label, _ in axis)
         over_time = over_time or type(module).__name__ == "OverTime"
-        inner = module.neuron if type(module).__name__ == "OverTime" else module
+        own = "hand the membrane potential it returned last, and nothing else, to its next call"
         if mem is None:
             others = [u for k, u in self.uses.items() if k[0] == id(inner) and k[1] != source]
             if others:
                 raise self.fail(
-                    "it is used in two places of the network, which would share a state"
+                    "it is used in two places of the network, which would share a state",
+                    "give each place a neuron of its own",
                 )
         key = (id(inner), source)
         if key not in self.uses:
-            model = read_neuron(name, inner)
             shape = self.state.values[source].shape
             unique = self._unique(name)
             spikes = self._value(unique + ".spikes", shape, 1, 1.0, 1)
@@ -580,18 +691,33 @@ class _Lowering:
         step = use.calls
         use.calls += 1
         if use.multi_step and step:
-            raise self.fail("it is called more than once on a whole sequence")
+            raise self.fail(
+                "it is called more than once on a whole sequence",
+                "give each place a neuron of its own",
+            )
         if x.steps is not None and x.steps != frozenset([step]):
-            raise self.fail(f"its call number {step} sees the input of step {sorted(x.steps)}")
+            raise self.fail(
+                f"its call number {step} sees the input of step {sorted(x.steps)}",
+                "feed the time steps in order, each once",
+            )
         if isinstance(mem, _Membrane):
             if mem.key != key or mem.step != step - 1:
-                raise self.fail("it continues from a membrane potential that is not its own last")
+                raise self.fail(
+                    "it continues from a membrane potential that is not its own last",
+                    own,
+                )
         elif isinstance(mem, _Constant):
             zero = torch.as_tensor(mem.value).abs().max() == 0 if _numel(mem.value) else True
             if step or not bool(zero):
-                raise self.fail("its membrane potential must start at zero and then be its own")
+                raise self.fail(
+                    "its membrane potential does not start at zero and stay its own",
+                    own,
+                )
         elif mem is not None:
-            raise self.fail("its membrane potential is computed by something else than itself")
+            raise self.fail(
+                "its membrane potential is computed by something else than itself",
+                own,
+            )
         steps = None if over_time else frozenset([step])
         self.steps = max(self.steps, step + 1)
         spikes_array = _Array(use.spikes, x.axes, 1.0, steps=steps)
@@ -612,7 +738,9 @@ class _Lowering:
 
     def _steps_of(self, a: _Array, b: _Array) -> frozenset[int] | None:
         if a.steps is not None and b.steps is not None and a.steps != b.steps:
-            raise self.fail("it combines different time steps")
+            raise self.fail(
+                "it combines different time steps", "let only neurons carry anything over time"
+            )
         return a.steps if a.steps is not None else b.steps
 
     def add(self, a: Any, b: Any, sign: int = 1) -> Any:
@@ -621,7 +749,9 @@ class _Lowering:
             return self._plus_constant(b, a, sign)
         if isinstance(b, _Constant) and isinstance(a, _Array):
             if sign < 0:
-                raise self.fail("subtracting a constant cannot be lowered")
+                raise self.fail(
+                    "subtracting a constant cannot be lowered", "put it into a layer's bias"
+                )
             return self._plus_constant(a, b, 1)
         if (
             sign > 0 and a.steps is not None and b.steps is not None and a.steps.isdisjoint(b.steps)
@@ -635,7 +765,9 @@ class _Lowering:
         assert isinstance(b.base, int)
         values, high = self.state.values, self.state.high
         if values[a.base].shape != values[b.base].shape:
-            raise self.fail("it adds values of different shapes")
+            raise self.fail(
+                "it adds values of different shapes", "bring both to one shape; nothing broadcasts"
+            )
         operands = [(a, 1), (b, sign)]
         if values[a.base].planes and values[b.base].planes and a.scale == b.scale and sign > 0:
             scale, factors = a.scale, (1, 1)
@@ -647,7 +779,11 @@ class _Lowering:
             planes = 0
         total = abs(factors[0]) * high[a.base] + abs(factors[1]) * high[b.base]
         if total >= 2**31:
-            raise self.fail("its operands differ too much in scale for the fixed-point range")
+            raise self.fail(
+                f"its operands differ too much in scale ({a.scale:.3g} and {b.scale:.3g}) for the "
+                "fixed-point range",
+                "look for a batch norm with exploded weights, or normalise both alike",
+            )
         sources = (a.base, b.base)
 
         def make() -> int:
@@ -666,7 +802,7 @@ class _Lowering:
             return a
         if sign < 0 and isinstance(a.base, int) and value.numel() == 1 and float(value) == 1.0:
             return ("complement", a)
-        raise self.fail("adding a constant tensor cannot be lowered; put it into a layer's bias")
+        raise self.fail("adding a constant cannot be lowered", "put it into a layer's bias")
 
     def multiply(self, a: Any, b: Any) -> Any:
         a, b = self._tensor(a), self._tensor(b)
@@ -674,7 +810,10 @@ class _Lowering:
             a, b = b, a
         if isinstance(b, _Constant):
             if _numel(b.value) != 1 or not isinstance(a, _Array):
-                raise self.fail("multiplying by a tensor cannot be lowered")
+                raise self.fail(
+                    "multiplying by a tensor cannot be lowered",
+                    "put the factors into a batch norm or a layer's weights",
+                )
             return self.scaled(a, float(b.value))
         function: Literal["and", "iand"] = "and"
         if isinstance(b, tuple) and b[0] == "complement":
@@ -682,13 +821,18 @@ class _Lowering:
         if isinstance(a, tuple) and a[0] == "complement":
             function, a = "iand", a[1]
         if not (isinstance(a, _Array) and isinstance(b, _Array)):
-            raise self.fail("this product cannot be lowered")
+            raise self.fail(
+                "this product cannot be lowered",
+                "multiply spikes with spikes, or with a positive number",
+            )
         steps = self._steps_of(a, b)
         assert isinstance(a.base, int)
         assert isinstance(b.base, int)
         for x in (a, b):
             if x.lazy or self.state.values[x.base].planes != 1 or x.scale != 1.0:  # type: ignore[index]
-                raise self.fail("only spikes can be multiplied with each other")
+                raise self.fail(
+                    "only spikes can be multiplied with each other", "put a neuron before it"
+                )
         sources = (a.base, b.base)
 
         def make() -> int:
@@ -707,7 +851,10 @@ class _Lowering:
             assert a.bias is not None
             return replace(a, gain=a.gain * factor, bias=a.bias * factor)
         if factor <= 0:
-            raise self.fail("multiplying by a number that is not positive cannot be lowered")
+            raise self.fail(
+                "multiplying by a number that is not positive cannot be lowered",
+                "put it into a batch norm or a layer's weights",
+            )
         return replace(a, scale=a.scale * factor)
 
     def _tensor(self, a: Any) -> Any:
@@ -739,13 +886,18 @@ class _Lowering:
                 group.append(atoms[at])
                 at += 1
             if product != size:
-                raise self.fail(f"a reshape from {a.axes} to {sizes} splits an axis")
+                raise self.fail(
+                    f"a reshape from {a.axes} to {sizes} splits an axis",
+                    "only join neighbouring axes, as Flatten does, or split what was joined",
+                )
             axes.append(tuple(group))
         while at < len(atoms) and atoms[at][1] == 1 and axes:
             axes[-1] = (*axes[-1], atoms[at])
             at += 1
         if at != len(atoms):
-            raise self.fail(f"a reshape to {sizes} loses elements")
+            raise self.fail(
+                f"a reshape to {sizes} loses elements", "only join or split neighbouring axes"
+            )
         return replace(a, axes=tuple(axes))
 
     def reshaped(self, node: fx.Node, a: Any) -> Any:
@@ -756,7 +908,10 @@ class _Lowering:
     def mean(self, a: _Array, dims: Any, total: bool) -> Any:
         rank = len(a.axes)
         if dims is None:
-            raise self.fail("a mean over everything cannot be lowered")
+            raise self.fail(
+                "a mean over everything cannot be lowered",
+                "name the axes: time, or height and width",
+            )
         listed = [dims] if isinstance(dims, int) else list(dims)
         chosen = sorted(d % rank for d in listed)
         labels = [label for d in chosen for label, n in a.axes[d]]
@@ -780,7 +935,10 @@ class _Lowering:
                 if d not in chosen
             )
             return replace(pooled, axes=axes)
-        raise self.fail("a mean over channels or the batch cannot be lowered")
+        raise self.fail(
+            "a mean over channels or the batch cannot be lowered",
+            "average over time, height or width; a VotingLayer averages features",
+        )
 
     def select(self, a: Any, index: Any, node: fx.Node) -> Any:
         if isinstance(a, tuple | list):
@@ -789,24 +947,33 @@ class _Lowering:
             return _Constant(node.meta.get("concrete"))
         if isinstance(index, tuple) and index and isinstance(index[0], int):
             if any(i != slice(None) for i in index[1:]):
-                raise self.fail("indexing into a sample cannot be lowered")
+                raise self.fail("indexing into a sample cannot be lowered", "index time steps only")
             index = index[0]
         if isinstance(index, int) and a.axes and {k for k, _ in a.axes[0]} == {"T"}:
             steps = a.axes[0][0][1]
             return replace(a, axes=a.axes[1:], steps=frozenset([index % steps]))
         if index is None or (isinstance(index, tuple) and None in index):
             return self.reshaped(node, a)
-        raise self.fail("indexing or slicing can only be lowered over time steps")
+        raise self.fail(
+            "indexing or slicing can only be lowered over time steps",
+            "crop or select outside the model",
+        )
 
     def stack(self, items: Any, dim: int) -> _Array:
         arrays = [self._tensor(i) for i in items]
         if not all(isinstance(a, _Array) for a in arrays) or dim != 0:
-            raise self.fail("only outputs of all time steps can be stacked, along the first axis")
+            raise self.fail(
+                "this stack cannot be lowered",
+                "stack the outputs of all time steps along the first axis",
+            )
         arrays = [self.settle(a) for a in arrays]
         first = arrays[0]
         for t, a in enumerate(arrays):
             if a.base != first.base or (a.steps is not None and a.steps != frozenset([t])):
-                raise self.fail("it stacks something else than one output at every time step")
+                raise self.fail(
+                    "it stacks something else than one output at every time step",
+                    "stack that alone, all steps in order",
+                )
         axes = ((("T", len(arrays)),), *first.axes)
         stacked: _Array = replace(first, axes=axes, steps=None)
         return stacked
@@ -847,9 +1014,9 @@ class _Lowering:
                 found = getattr(found, part)
             return _Constant(found)
         if node.op == "call_module":
-            self.where = str(node.target)
+            self.where = str(node.target) or "the model"
             return self._module(self.modules[str(node.target)], str(node.target), args, kwargs)
-        self.where = _origin(node)
+        self.where = origin(node)
         name = (
             node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
         )
@@ -862,12 +1029,21 @@ class _Lowering:
         if hosts.adapter_of(module) is not None or type(module).__name__ == "OverTime":
             mem = args[1] if len(args) > 1 else kwargs.get("mem")
             if not isinstance(x, _Array):
-                raise self.fail("its input does not depend on the input of the model")
+                raise self.fail(
+                    "its input does not depend on the input of the model",
+                    "remove it, or feed it from the model's input",
+                )
             return self.neuron(module, x, mem, name)
         if not isinstance(x, _Array):
-            raise self.fail("its input does not depend on the input of the model")
+            raise self.fail(
+                "its input does not depend on the input of the model",
+                "remove it, or feed it from the model's input",
+            )
         if x.reduction != "none":
-            raise self.fail("it follows a sum over time, so it would run once per sequence")
+            raise self.fail(
+                "it follows a sum over time, so it would run once per sequence",
+                "sum or average over time last",
+            )
         if isinstance(module, _CONVS):
             return self.conv(module, x)
         if isinstance(module, nn.Linear):
@@ -892,7 +1068,7 @@ class _Lowering:
     def _function(self, name: str, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name in ("add", "add_", "iadd"):
             if kwargs.get("alpha", 1) != 1:
-                raise self.fail("a scaled addition cannot be lowered")
+                raise self.fail("a scaled addition cannot be lowered", "add without alpha")
             return self.add(args[0], args[1])
         if name in ("sub", "sub_", "isub"):
             return self.add(args[0], args[1], sign=-1)
@@ -902,13 +1078,13 @@ class _Lowering:
             return self.multiply(args[0], args[1])
         if name in ("truediv", "div", "div_", "itruediv"):
             if not isinstance(args[1], int | float):
-                raise self.fail("dividing by a tensor cannot be lowered")
+                raise self.fail("dividing by a tensor cannot be lowered", "divide by a number")
             return self.scaled(self._tensor(args[0]), 1.0 / args[1])
         if name == "getitem":
             return self.select(args[0], args[1], node)
         if name == "unbind":
             if args[1:] not in ([], [0]) or kwargs.get("dim", 0) != 0:
-                raise self.fail("only time can be unbound")
+                raise self.fail("this unbind cannot be lowered", "unbind time only, the first axis")
             count = len(node.meta["concrete"])
             return tuple(self.select(args[0], t, node) for t in range(count))
         if name == "stack":
@@ -919,7 +1095,7 @@ class _Lowering:
         if name in ("mean", "sum"):
             dims = args[1] if len(args) > 1 else kwargs.get("dim")
             if kwargs.get("keepdim"):
-                raise self.fail("keepdim cannot be lowered")
+                raise self.fail("keepdim cannot be lowered", "leave the axis out")
             return self.mean(x, dims, total=name == "sum")
         if name in ("contiguous", "clone", "detach", "float", "to", "dropout", "type_as", "cpu"):
             return x
@@ -933,8 +1109,8 @@ class _Lowering:
         if name in ("zeros_like", "ones_like"):
             return _Constant(node.meta["concrete"])
         raise self.fail(
-            f"the operation {name!r} has no integer form; express it with layers, neurons, "
-            "additions and poolings"
+            f"the operation {name!r} has no integer form",
+            "express it with layers, neurons, additions and poolings",
         )
 
     def _functional_pool(
@@ -958,7 +1134,9 @@ class _Lowering:
             return replace(x, axes=((("T", shape[0]),), *x.axes[1:]), steps=None)
         if shape == old:
             return x
-        raise self.fail("an expansion can only repeat the input over time")
+        raise self.fail(
+            "this expansion cannot be lowered", "only repeat the input over time, as a first axis"
+        )
 
 
 def _settled(a: _Array) -> int:
@@ -980,41 +1158,86 @@ def _returns_membrane(module: Any) -> bool:
     return bool(module.output) or not bool(module.init_hidden)
 
 
-def _origin(node: fx.Node) -> str:
-    """Module path a function call was made in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(v[0]) for v in stack.values() if v and v[0]]
-    return paths[-1] if paths else "the model"
+HEADROOM = 2.0  # 16-bit codes reach this much further than the sample
 
 
-def input_code(sample: npt.NDArray[Any], bits: int = 8) -> tuple[float, tuple[int, int]]:
+def input_code(
+    sample: npt.NDArray[Any], bits: int | None = None, widest: int = 16
+) -> tuple[float, tuple[int, int]]:
     """Scale and range of the input codes.
 
-    The smallest number of equal steps that reproduces the sample exactly is used if there is one
-    (images of 256 grey levels, counts of events); otherwise the range of the sample is divided
-    evenly.
+    Counts of events stay what they are, and images of 256 grey levels in [0, 1] become the levels
+    0 to 255: both are exact in 8 bits. Anything else takes 16 bits, which reach to twice the
+    sample's largest value. Where the sample lies on a grid of evenly spaced values (grey levels
+    after normalisation), the unit is chosen so that these fall on codes, or nearly.
 
     Args:
         sample: Representative inputs.
-        bits: Width of a code.
+        bits: Width of a code; by default it is chosen.
+        widest: Width to take instead of 16 bits.
 
     Returns:
         ``scale`` and ``(lo, hi)``: ``code = clip(round(x / scale), lo, hi)``.
     """
     top = float(np.abs(sample).max(initial=0.0))
     signed = bool((sample < 0).any())
-    most = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    small = min(bits or 8, widest)
+    signed = signed or small == 16  # codes fit 16 bits with their sign
+    most = 2 ** (small - 1) - 1 if signed else 2**small - 1
+    narrow = (-most if signed else 0, most)
     if top == 0:
-        return 1.0, (-most if signed else 0, most)
-    flat = np.asarray(sample, np.float64).reshape(-1)[:200_000]
+        return 1.0, narrow
+    flat = np.asarray(sample, np.float64).reshape(-1)
+    for unit in (1.0, 1 / 255):
+        if top / unit <= most + 0.5 and _on_grid(flat, unit):
+            return unit, narrow
+    flat = flat[:200_000]
+    if bits is not None:
+        return _grid(flat, top, most) or top / most, narrow
+    most = 2 ** (widest - 1) - 1
+    finest = HEADROOM * top / most
+    grid = _grid(flat, top, 255)
+    if grid is not None and top / grid <= most:
+        return grid / 2.0 ** max(math.floor(math.log2(grid / finest)), 0), (-most, most)
+    return _offset_grid(flat, finest) or finest, (-most, most)
+
+
+def _on_grid(flat: npt.NDArray[np.float64], unit: float) -> bool:
+    codes = flat / unit
+    return bool(np.abs(codes - np.rint(codes)).max() < 1e-4)
+
+
+def _grid(flat: npt.NDArray[np.float64], top: float, most: int) -> float | None:
+    """The coarsest grid of at most ``most`` steps up to ``top`` that all values lie on."""
+    if _on_grid(flat, 1.0):
+        return 1.0
     for steps in range(1, most + 1):
-        codes = flat * (steps / top)
-        if np.abs(codes - np.rint(codes)).max() < 1e-4:
-            unit = top / steps
-            if abs(unit * 255 - 1) < 1e-5:
-                unit = 1 / 255
-            return unit, (-most if signed else 0, most)
-    return top / most, (-most if signed else 0, most)
+        if _on_grid(flat, top / steps):
+            return top / steps
+    return None
+
+
+def _offset_grid(flat: npt.NDArray[np.float64], finest: float) -> float | None:
+    """A unit that divides a grid which does not pass through 0, so that it hardly needs rounding.
+
+    With values ``start + i * gap`` and the unit ``gap / m`` all of them miss the codes by as much
+    as ``start`` does, and for a good m that is far less than half a code.
+    """
+    values = np.unique(flat)
+    gaps = np.diff(values)
+    gaps = gaps[gaps > finest / 100]  # closer ones are one value and its float rounding
+    if gaps.size == 0 or gaps.size > 4096:
+        return None
+    start, span = values[0], values[-1] - values[0]
+    gap = span / max(round(span / gaps.min()), 1)
+    places = (values - start) / gap
+    if np.abs(places - np.rint(places)).max() > 1e-2:
+        return None
+    m = np.arange(1, int(gap / finest) + 1)
+    if m.size == 0:
+        return None
+    miss = np.abs(start / gap * m - np.rint(start / gap * m)) / m
+    return float(gap / m[miss.argmin()])
 
 
 def lower(
@@ -1023,7 +1246,7 @@ def lower(
     *,
     time_first: bool | None = None,
     input_scale: float | None = None,
-    input_bits: int = 8,
+    input_bits: int | None = None,
 ) -> Program:
     """Turn a quantized model into an integer program.
 
@@ -1037,41 +1260,67 @@ def lower(
         time_first: Whether the first axis of the sample is time. By default it is for 3 axes
             (``[T, N, features]``) and 5 axes (``[T, N, C, H, W]``).
         input_scale: Real value of one input code.
-        input_bits: Bits of an input code, 2 to 16.
+        input_bits: Bits of an input code, 2 to 16. By default 8 where those are exact for the
+            sample (see :func:`input_code`), else 16, or as many as the first layer's 32-bit
+            accumulators leave room for.
 
     Returns:
         A valid program.
 
     Raises:
         LoweringError: If something has no exact integer counterpart; names the module.
-        InputError: If the sample is not a finite floating point tensor.
+        InputError: If the sample is not a finite floating point tensor, or all zero without an
+            ``input_scale``.
     """
     if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.dim() < 2:
         raise InputError("the sample must be a floating point tensor [N, ...] or [T, N, ...]")
     if not bool(torch.isfinite(sample).all()) or sample.numel() == 0:
         raise InputError("the sample must be finite and not empty")
-    if not 2 <= input_bits <= 16:
+    if input_bits is not None and not 2 <= input_bits <= 16:
         raise InputError(f"input_bits={input_bits}: choose 2 to 16")
+    if input_scale is not None and not 0 < input_scale < 1e30:
+        raise InputError(f"input_scale={input_scale}: it must be a positive finite number")
+    if input_scale is None and not bool(sample.any()):
+        raise InputError(
+            "the sample is all zero and does not show the range of the inputs; pass representative "
+            "inputs, or input_scale="
+        )
     first = sample.dim() in (3, 5) if time_first is None else time_first
     data = sample.detach().cpu()
-    scale, limits = input_code(data.numpy(), input_bits)
-    if input_scale is not None:
-        scale = float(input_scale)
     reset_states(model)
     twin = copy.deepcopy(model).cpu().eval()
     # Two samples, so that no axis but a real one has size 1 by accident.
     axis = 1 if first else 0
-    data = data.float().narrow(axis, 0, 1)
-    data = torch.cat([data, data], axis)
-    graph = trace(twin, data, _is_leaf)
+    pair = data.float().narrow(axis, 0, 1)
+    pair = torch.cat([pair, pair], axis)
+    graph = trace(twin, pair, _is_leaf)
     reset_states(twin)
-    work = _Lowering(twin, data, first, scale)
-    result = work.run(graph, max(-limits[0], limits[1]))
-    return _finish(work, result, scale, limits, type(model).__name__)
+    widest = 16
+    while True:
+        scale, limits = _input(data.numpy(), input_scale, input_bits, widest)
+        work = _Lowering(twin, pair, first, scale)
+        try:
+            result = work.run(graph, max(-limits[0], limits[1]))
+        except LoweringError:
+            if input_bits is not None or work.room is None or not 2 <= work.room < widest:
+                raise
+            widest = work.room
+            continue
+        return _finish(work, result, scale, limits, type(model).__name__)
+
+
+def _input(
+    data: npt.NDArray[Any], scale: float | None, bits: int | None, widest: int
+) -> tuple[float, tuple[int, int]]:
+    """Scale and range of the input codes as :func:`lower` was asked for them."""
+    if scale is None:
+        return input_code(data, bits, widest)
+    _, limits = input_code(np.rint(data / scale), bits, widest)
+    return float(scale), limits
 
 
 def _finish(
-    work: _Lowering, result: Any, scale: float, limits: tuple[int, int], origin: str
+    work: _Lowering, result: Any, scale: float, limits: tuple[int, int], model: str
 ) -> Program:
     work.where = "the output"
     answers = list(result) if isinstance(result, tuple | list) else [result]
@@ -1079,24 +1328,28 @@ def _finish(
     for a in answers:
         a = work._tensor(a)
         if not isinstance(a, _Array):
-            raise work.fail("it does not depend on the input of the model")
+            raise work.fail("it does not depend on the input of the model", "return what does")
         arrays.append(work.settle(a))
     timed = ["T" in {k for axis in a.axes for k, _ in axis} for a in arrays]
     reductions = {(a.reduction, round(a.factor, 12)) for a in arrays}
     if len(reductions) != 1:
-        raise work.fail("some outputs are summed over time and some are not")
+        raise work.fail(
+            "some outputs are summed over time and some are not", "return all of one kind"
+        )
     reduction, factor = reductions.pop()
     steps = max([work.steps, *(n for a in arrays for axis in a.axes for k, n in axis if k == "T")])
     values = list(work.state.values)
     final: Literal["none", "sum", "mean"] = "none"
     if reduction == "sum":
         if any(a.steps is not None and len(a.steps) != steps for a in arrays):
-            raise work.fail(f"it sums over some of the {steps} time steps only")
+            raise work.fail(
+                f"it sums over some of the {steps} time steps only", "sum over all of them"
+            )
         final = "mean" if math.isclose(factor * steps, 1.0, rel_tol=1e-6) else "sum"
         rest = factor * steps if final == "mean" else factor
         arrays = [replace(a, scale=a.scale * rest) for a in arrays]
     elif steps > 1 and not all(timed):
-        raise work.fail("it is the answer of one time step only; return all steps, or their mean")
+        raise work.fail("it is the answer of one time step only", "return all steps, or their mean")
     for a in arrays:
         assert isinstance(a.base, int)
         values[a.base] = replace(values[a.base], scale=a.scale)
@@ -1108,7 +1361,7 @@ def _finish(
         values, ops, tuple(int(a.base) for a in arrays),  # type: ignore[arg-type]
         reduction=final, input_scale=float(scale), input_range=limits, timesteps=steps,
         metadata={
-            "model": origin, "time": time, "input_rank": str(work.rank),
+            "model": model, "time": time, "input_rank": str(work.rank),
             "output_ranks": ",".join(map(str, ranks)),
             "structure": "tuple" if isinstance(result, tuple | list) else "tensor",
         },
@@ -1117,7 +1370,9 @@ def _finish(
     try:
         program.validate()
     except FormatError as error:
-        raise LoweringError(f"{origin}: no exact integer form ({error})") from error
+        raise LoweringError(
+            f"{model}: no exact integer form ({error}); look for exploded weights or scales there"
+        ) from error
     return program
 
 

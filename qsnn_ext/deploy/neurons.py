@@ -52,6 +52,15 @@ class NeuronModel:
     squash: bool
     order: Literal["fire_first", "quantize_first"]
 
+    @property
+    def largest(self) -> float:
+        """Bound on the constants that meet the current: threshold, reset and leaked levels."""
+        reset = max(abs(self.v_reset), abs(self.v_initial), abs(self.offset))
+        theta = float(self.theta.max())
+        if self.bits == 32 and self.delayed:
+            theta /= max(float(self.decay.min()), 0.01)
+        return theta + reset + max(self.alpha, 0.0) * (self.bits != 32)
+
 
 def _names(module: nn.Module) -> set[str]:
     return {base.__name__ for base in type(module).__mro__}
@@ -79,12 +88,12 @@ def read_neuron(name: str, module: nn.Module) -> NeuronModel:
         model = _read_spikingjelly(name, module, bases)
     else:
         raise LoweringError(
-            f"{name or 'the model'}: a {type(module).__name__} has no integer form; neurons that "
+            f"{name}: a {type(module).__name__} has no integer form; neurons that "
             "can be lowered are LIFNode, IFNode, ParametricLIFNode and Leaky, and their "
             "quantized versions"
         )
     if model.theta.min() <= 0:
-        raise LoweringError(f"{name}: its threshold is not positive")
+        raise LoweringError(f"{name}: its threshold is not positive; set one above 0")
     return model
 
 
@@ -135,7 +144,9 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
     if module.state_quant:
         raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
     if float(module.graded_spikes_factor) != 1.0:
-        raise LoweringError(f"{name}: graded_spikes_factor must be 1")
+        raise LoweringError(
+            f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
+        )
     bits, alpha, squash = _membrane(name, module)
     mechanism = module.reset_mechanism
     resets: dict[str, Literal["hard", "soft", "none"]] = {
@@ -169,7 +180,11 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
 def _int32(name: str, what: str, values: Any) -> npt.NDArray[np.int32]:
     values = np.atleast_1d(np.asarray(values, np.float64))
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) >= 2**30:
-        raise LoweringError(f"{name}: its {what} does not fit the fixed-point range")
+        raise LoweringError(
+            f"{name}: its {what}, up to {np.abs(values).max(initial=0):.3g} units of its input, "
+            "does not fit the fixed-point range; look for NaN and for exploded or vanished scales "
+            "in it and in the batch norm or layer before it"
+        )
     integers: npt.NDArray[np.int32] = values.astype(np.int64).astype(np.int32)
     return integers
 
@@ -209,8 +224,8 @@ def integer_neuron(
     for what, array in (("leak", m.decay), ("threshold", m.theta)):
         if array.size not in (1, channels):
             raise LoweringError(
-                f"{name}: its {what} has {array.size} entries; 1 or {channels} (one per channel) "
-                "can be lowered"
+                f"{name}: its {what} has {array.size} entries; give it 1 or {channels} (one per "
+                "channel)"
             )
     one = unit * m.gain  # membrane potential that one unit of current adds
     if m.bits == 32:
@@ -254,7 +269,8 @@ def integer_neuron(
             if ceiling < n and m.theta.size > 1:
                 raise LoweringError(
                     f"{name}: its thresholds differ by channel and its largest level {alpha:.3g} "
-                    "lies above one of them; that can only be lowered for one threshold"
+                    "lies above one of them; use one threshold for all channels, or "
+                    "reset_delay=False"
                 )
         quiet = decay * levels + 0 * theta
         soft = m.reset == "soft"
@@ -276,7 +292,10 @@ def integer_neuron(
     reading = np.zeros(0, np.int32)
     if membrane is not None:
         if stored.shape[0] > 1:
-            raise LoweringError(f"{name}: a membrane output needs one threshold for all channels")
+            raise LoweringError(
+                f"{name}: the membrane potential it gives out depends on its channel; use one "
+                "threshold for all channels"
+            )
         reading = _int32(name, "membrane", np.rint(stored[0] / reading_unit))
     return Neuron(
         name, source, target, m.bits,
@@ -324,19 +343,27 @@ def _wide(
     if m.delayed and m.reset == "soft":
         # The host leaks first and subtracts theta afterwards: carry u - theta/beta instead.
         if decay.min() <= 0.01:
-            raise LoweringError(f"{name}: a delayed reset by subtraction needs beta above 0.01")
+            raise LoweringError(
+                f"{name}: a delayed reset by subtraction cannot be lowered for a beta this small; "
+                "use one above 0.01, or reset_delay=False"
+            )
         value = theta / decay
         back = float(value[0] / one)
     if membrane is not None:
         if m.delayed and m.reset == "hard":
             raise LoweringError(
-                f"{name}: the membrane output of a float neuron with a delayed reset to zero "
-                "is not kept; quantize the neuron or use reset_mechanism='none'"
+                f"{name}: a float neuron with a delayed reset to zero does not keep the membrane "
+                "potential it gives out; quantize the neuron or use reset_mechanism='none'"
             )
         if value.size > 1 and back:
-            raise LoweringError(f"{name}: a membrane output needs one threshold for all channels")
+            raise LoweringError(
+                f"{name}: the membrane potential it gives out depends on its channel; use one "
+                "threshold for all channels"
+            )
         if not math.isclose(reading_unit, one, rel_tol=1e-12):
-            raise LoweringError(f"{name}: internal error: membrane output unit")
+            raise LoweringError(
+                f"{name}: the membrane potential it gives out is scaled; return it as it is"
+            )
         reading = _int32(name, "membrane", [0, np.rint(back)])
     shift = 30
     leak = np.stack(
@@ -349,7 +376,10 @@ def _wide(
     )
     initial = round(m.v_initial / one)
     if abs(initial) > WIDE_LIMIT:
-        raise LoweringError(f"{name}: its initial membrane potential is out of range")
+        raise LoweringError(
+            f"{name}: its initial membrane potential {m.v_initial:.3g} is out of the fixed-point "
+            "range; use a v_reset nearer to the threshold"
+        )
     return Neuron(
         name, source, target, 32,
         leak=leak.astype(np.int64).astype(np.int32),

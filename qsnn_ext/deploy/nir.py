@@ -79,7 +79,9 @@ def to_nir(program: Program) -> Any:
             else:
                 top, left, bottom, right = op.padding
                 if (top, left) != (bottom, right):
-                    raise LoweringError(f"{op.name}: NIR has no uneven padding")
+                    raise LoweringError(
+                        f"{op.name}: NIR has no uneven padding; pad both sides alike"
+                    )
                 dot = nir.Conv2d(
                     input_shape=source.shape[1:], weight=weight, stride=op.stride,
                     padding=(top, left), dilation=op.dilation, groups=op.groups,
@@ -108,10 +110,13 @@ def to_nir(program: Program) -> Any:
         elif isinstance(op, Neuron):
             writer[op.target] = put(key, _neuron(nir, op, source.scale, target.shape), op.source)
             if op.membrane is not None:
-                raise LoweringError(f"{op.name}: a NIR neuron emits spikes, not its membrane")
+                raise LoweringError(
+                    f"{op.name}: a NIR neuron emits spikes, not its membrane potential; return "
+                    "spikes only"
+                )
         elif isinstance(op, Pool) and op.function == "sum":
             if op.padding[:2] != op.padding[2:]:
-                raise LoweringError(f"{op.name}: NIR has no uneven padding")
+                raise LoweringError(f"{op.name}: NIR has no uneven padding; pad both sides alike")
             node = nir.AvgPool2d(
                 kernel_size=np.array(op.kernel), stride=np.array(op.stride),
                 padding=np.array(op.padding[:2]),
@@ -122,7 +127,10 @@ def to_nir(program: Program) -> Any:
             writer[op.target] = put(f"{key}_total", nir.Scale(scale=gain), pooled)
         else:
             what = op.function if isinstance(op, Pool | Logic) else type(op).__name__
-            raise LoweringError(f"{op.name}: NIR has no node for {what!r}")
+            raise LoweringError(
+                f"{op.name}: NIR has no node for {what!r}; keep to convolutions, sums and average "
+                "pooling, or pass the .qsnn file on instead"
+            )
     for k, index in enumerate(program.outputs):
         shape = np.array(program.values[index].shape)
         put(f"output{k or ''}", nir.Output(output_type={"output": shape}), index)

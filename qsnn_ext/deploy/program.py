@@ -260,6 +260,12 @@ class Program:
         """The neuron operations, in order."""
         return [op for op in self.ops if isinstance(op, Neuron)]
 
+    @property
+    def input_bits(self) -> int:
+        """Bits of an input code."""
+        lo, hi = self.input_range
+        return max(hi, -lo).bit_length() + (lo < 0)
+
     def validate(self) -> list[tuple[int, int]]:
         """Check every rule of the program.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qsnn_ext.calibration import example_of
 from qsnn_ext.deploy.fileformat import save_program
 from qsnn_ext.deploy.lowering import lower
 from qsnn_ext.deploy.program import Program
@@ -25,7 +26,8 @@ def save(
         model: A quantized model with frozen membrane scales, or a finished program.
         path: Where to write.
         sample: Representative input, as for :func:`~qsnn_ext.deploy.lower`. Without it the model's
-            ``example_input_array`` (the name Lightning gives it) is used, if it has one.
+            ``example_input_array`` (the name Lightning gives it) is used if it has one, else
+            inputs it was calibrated with in this process.
         options: Further arguments of :func:`~qsnn_ext.deploy.lower`.
 
     Returns:
@@ -39,10 +41,13 @@ def save(
     else:
         if sample is None:
             sample = getattr(model, "example_input_array", None)
+        if sample is None:
+            sample = example_of(model)
         if not isinstance(sample, Tensor):
             raise LoweringError(
-                f"{type(model).__name__}: the input shape is unknown; pass a batch of "
-                "representative inputs: save(model, path, sample)"
+                f"{type(model).__name__}: shape and range of its input are unknown; pass a batch "
+                "of representative inputs, save(model, path, sample), or calibrate(model, "
+                "batches) before saving"
             )
         program = lower(model, sample, **options)
     save_program(program, path)

@@ -20,6 +20,13 @@ from qsnn_ext.errors import LoweringError
 _SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 
 
+def origin(node: fx.Node) -> str:
+    """Path of the module that a node was recorded in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(v[0]) for v in stack.values() if v and v[0]]
+    return paths[-1] if paths else "the model"
+
+
 class ConcreteProxy(fx.Proxy):
     """A proxy that knows its value for the sample."""
 
@@ -54,8 +61,8 @@ class ConcreteProxy(fx.Proxy):
 
     def __bool__(self) -> bool:
         raise LoweringError(
-            f"the model branches on the values of a tensor ({self.node.format_node()}); "
-            "only branches on shapes can be lowered"
+            f"{origin(self.node)}: it branches on the values of a tensor "
+            f"({self.node.format_node()}); branch on shapes only"
         )
 
 
@@ -111,7 +118,16 @@ class ConcreteTracer(fx.Tracer):
         result = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
         if kind == "output":
             return result
-        concrete = self._execute(kind, target, args, kwargs)
+        try:
+            concrete = self._execute(kind, target, args, kwargs)
+        except LoweringError:
+            raise
+        except Exception as error:
+            where = target if kind == "call_module" else origin(result.node)
+            raise LoweringError(
+                f"{where}: it fails on the sample ({type(error).__name__}: {error}); check that "
+                "model(sample) runs"
+            ) from error
         if not isinstance(concrete, Tensor | tuple | list):
             return concrete  # a number or a size: the same for every sample
         result.concrete = concrete
@@ -168,8 +184,17 @@ def trace(model: nn.Module, sample: Tensor, is_leaf: Callable[[nn.Module], bool]
             "keep the membrane potentials inside the model"
         )
     optional = {p.name: p.default for p in _parameters(model)[1:] if p.default is not p.empty}
-    with torch.no_grad():
-        return tracer.trace(model, optional)
+    try:
+        with torch.no_grad():
+            return tracer.trace(model, optional)
+    except LoweringError:
+        raise
+    except Exception as error:  # whatever Python does between the layers
+        raise LoweringError(
+            f"{type(model).__name__}: its forward cannot be traced ({type(error).__name__}: "
+            f"{error}); check that model(sample) runs, and keep what it does to tensors to layers, "
+            "neurons, additions and poolings"
+        ) from error
 
 
 def _parameters(model: nn.Module) -> list[Any]:

@@ -17,12 +17,15 @@ from qsnn_ext.deploy.program import (
 )
 from qsnn_ext.errors import FormatError
 
+INPUT_RANGES = [(-100, 100), (0, 255), (-32767, 32767)]  # signed and unsigned bytes, 16 bits
+
 
 class RandomProgram:
     """Grows a program operation by operation; ``rng`` decides everything."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, input_range=(-100, 100)) -> None:
         self.rng = rng
+        self.input_range = input_range
         shape = (int(rng.integers(1, 7)), int(rng.integers(1, 10)), int(rng.integers(1, 10)))
         self.values = [Value("input", shape, 0)]
         self.ops: list = []
@@ -79,7 +82,8 @@ class RandomProgram:
             weight = np.packbits(bits, axis=-1, bitorder="little").view("<u4").astype(np.uint32)
         else:
             weight = rng.integers(-127, 128, (groups, rows, columns)).astype(np.int8)
-        reach = rows * 127 * 200 if v.planes == 0 else rows * 127 * 2**v.planes
+        high = 2**v.planes if v.planes else 2 * max(-self.input_range[0], self.input_range[1])
+        reach = rows * 127 * high
         target = self.value((cout, *out), 0)
         self.ops.append(
             Conv(
@@ -210,19 +214,20 @@ class RandomProgram:
             outputs.append(int(self.rng.integers(1, len(self.values))))
         membranes = [op.membrane for op in self.ops if isinstance(op, Neuron) and op.membrane]
         outputs += membranes[:2]
-        return Program(self.values, self.ops, tuple(outputs), input_range=(-100, 100))
+        return Program(self.values, self.ops, tuple(outputs), input_range=self.input_range)
 
     def _valid(self, last: int) -> bool:
         try:
-            Program(self.values, self.ops, (last,), input_range=(-100, 100)).validate()
+            Program(self.values, self.ops, (last,), input_range=self.input_range).validate()
         except FormatError:
             return False
         return True
 
 
 def random_program(seed: int, length: int = 8) -> Program:
-    """A valid program of about ``length`` operations."""
-    return RandomProgram(np.random.default_rng(seed)).grow(length)
+    """A valid program of about ``length`` operations; the seed decides the width of its input."""
+    input_range = INPUT_RANGES[seed % len(INPUT_RANGES)]
+    return RandomProgram(np.random.default_rng(seed), input_range).grow(length)
 
 
 def random_input(program: Program, rng: np.random.Generator, batch: int, steps: int) -> np.ndarray:

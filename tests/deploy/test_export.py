@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+import torch
 
-from qsnn_ext.deploy import export_c
+from qsnn_ext import footprint, models
+from qsnn_ext import layers as own_layers
+from qsnn_ext.deploy import DeployedModel, export_c, lower, pixel_table
 from qsnn_ext.deploy.export import resident_size
+from qsnn_ext.deploy.program import Conv
 from qsnn_ext.deploy.reference import ReferenceSession
+from qsnn_ext.errors import InputError, InputTypeError
+from tests.deploy.networks import FramesLoop, PLIFNet, calibrate, make_dyadic, quantize
 from tests.deploy.random_programs import random_input, random_program
 
 GCC = shutil.which("gcc") or shutil.which("cc")
@@ -88,6 +95,105 @@ def test_sizes_are_printed(tmp_path, capsys):
     size = export_c(program, tmp_path)
     assert size == resident_size(program)
     printed = capsys.readouterr().out
-    assert f"{size.flash:,}" in printed
-    assert f"{size.ram:,}" in printed
-    assert (tmp_path / "main.c").read_text().count("\n") <= 25
+    for name, value in vars(size).items():
+        assert f"{value:,}" in printed, name
+    assert f"flash {size.flash:,}" in printed
+    assert f"RAM {size.ram:,}" in printed
+    assert (tmp_path / "main.c").read_text().count("\n") <= 16
+
+
+RESIDENT = {
+    "resnet19": (lambda: models.resnet19(width=0.15, bits="1w-2u", in_channels=2), None),
+    "resnet19-snntorch": (
+        lambda: models.resnet19(width=0.15, bits="1w-4u", in_channels=2, host="snntorch"), None),
+    "vgg16": (lambda: models.vgg16(width=0.15, T=2, bits="1w-2u", in_channels=2), None),
+    "vggsnn": (lambda: models.vggsnn(width=0.15, T=3, bits="1w-8u"), None),
+    "delayed reset": (lambda: quantize(FramesLoop()), 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESIDENT)
+def test_sizes_are_those_of_the_footprint(name, tmp_path):
+    make, steps = RESIDENT[name]
+    side = 32 if name == "vgg16" else 16
+    x = torch.rand(2, 2, side, side) if steps is None else torch.rand(steps, 2, 2, side, side)
+    net = calibrate(make(), x)
+    said = footprint(net, input_shape=(2, side, side), time_steps=steps, accounting="resident")
+    program = lower(net, x)
+    size = export_c(program, tmp_path, verbose=False)
+    assert size.weights == said.parts["weights"]
+    assert size.membranes == said.parts["membrane"]
+    # Scales, batch norm and neurons are fixed point here and real numbers there.
+    channels = sum(op.multiplier.size for op in program.ops if isinstance(op, Conv))
+    tables = sum(
+        n.leak.size + n.threshold.size + n.bounds.size + n.reset_value.size for n in program.neurons
+    )
+    assert size.constants == 9 * channels + 4 * tables
+    # Beside the membranes only the last spikes of delayed resets, and less than a cache line per
+    # neuron layer, are kept.
+    delayed = [program.values[n.source].shape for n in program.neurons if n.delay != "none"]
+    assert bool(delayed) == (steps is not None)
+    last_spikes = sum(4 * h * w * -(-c // 32) for c, h, w in delayed)
+    assert 0 <= size.resets - last_spikes < 64 * len(program.neurons)
+    # And the sums are what the C program has: its arrays, and nothing else.
+    header = (tmp_path / "model.h").read_text()
+    words = {k: int(v) for k, v in re.findall(r"#define QSNN_(\w+)_WORDS (\d+)", header)}
+    assert size.ram == 4 * sum(words.values())
+    assert size.flash == 4 * int(re.search(r"qsnn_model\[(\d+)\]", header)[1])
+
+
+class TestPixelTable:
+    MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+
+    def program(self, channels=3):
+        net = make_dyadic(quantize(PLIFNet()))
+        net.features[0] = own_layers.QuantConv2d(channels, 16, 3, padding=1)
+        g = torch.Generator().manual_seed(1)
+        pixels = torch.randint(0, 256, (2, channels, 8, 8), generator=g)
+        mean, std = (torch.tensor(v[:channels]).view(-1, 1, 1) for v in (self.MEAN, self.STD))
+        x = (pixels.float() / 255 - mean) / std
+        return lower(net, x), pixels.numpy(), x
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_same_codes_as_from_floats(self, channels):
+        program, pixels, x = self.program(channels)
+        table = pixel_table(program, self.MEAN[:channels], self.STD[:channels])
+        assert table.shape == (channels, 256)
+        assert table.dtype == np.int16
+        looked_up = table[np.arange(channels)[:, None, None], pixels]
+        np.testing.assert_array_equal(looked_up, DeployedModel(program).codes(x))
+
+    def test_refusals(self, tmp_path):
+        program, _, _ = self.program()
+        for mean, std in (([0.5] * 2, 1.0), (0.5, 0.0), (float("nan"), 1.0), (0.5, [-1, 1, 1])):
+            with pytest.raises(InputError):
+                pixel_table(program, mean, std)
+        for bad in (np.zeros((1, 256), np.int16), np.zeros((3, 256)), "table"):
+            with pytest.raises(InputTypeError, match="pixel_table"):
+                export_c(program, tmp_path, pixels=bad)
+
+    @pytest.mark.skipif(GCC is None, reason="needs a C compiler")
+    def test_in_c(self, tmp_path):
+        """A program that is given pixels, looks them up, and answers like Python."""
+        program, pixels, x = self.program()
+        table = pixel_table(program, self.MEAN, self.STD)
+        size = export_c(program, tmp_path, pixels=table, verbose=False)
+        assert size.pixels == 3 * 256 * 2
+        assert size.flash == resident_size(program).flash + size.pixels
+        main = (tmp_path / "main.c").read_text()
+        main = main.replace("static int32_t input", "static uint8_t raw[QSNN_INPUT_WORDS];\n"
+                            "static int32_t input")  # fmt: skip
+        main = main.replace("fread(input, sizeof input,", "fread(raw, sizeof raw,").replace(
+            "        qsnn_run",
+            "        for (int i = 0; i < QSNN_INPUT_WORDS; i++)\n"
+            "            input[i] = qsnn_pixel_code[i / (QSNN_INPUT_WORDS / 3)][raw[i]];\n"
+            "        qsnn_run",
+        )
+        (tmp_path / "main.c").write_text(main)
+        binary = tmp_path / "net"
+        sources = sorted(str(p) for p in tmp_path.glob("*.c"))
+        subprocess.run([GCC, *FLAGS, *sources, "-o", str(binary)], check=True)
+        given = pixels[0].astype(np.uint8).tobytes() * program.timesteps
+        done = subprocess.run([str(binary)], input=given, capture_output=True, check=True)
+        expected = DeployedModel(program).integers(x[:1])[0].reshape(-1)
+        np.testing.assert_array_equal(np.array(done.stdout.split(), int), expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -51,6 +53,34 @@ def test_round_trip(seed, tmp_path):
         DeployedModel(program).integers(x), DeployedModel(again).integers(x), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+# As the first writer of format version 1 left it: two layers and a neuron.
+FIRST = (
+    "c-"
+    "pm9y>8nu5U!IUK<7R{!Knjlh?FcbUOQ#!*2y*mTBK|u`YTDL2n@exAEIy20`8HNQzcFUxM&r~(tXGK?&IAtVpnhc"
+    "wL^JcOUnhfJkQa5hssvh+@d-9YMKUNbSJe@Z36%StJCd9^BSz(65a8tmu89Pi^USDrt9qz;RVG6(-"
+    "n?zG@Y$5c#5{Ud*mR~$U7=kj&SmTw@-"
+    "*1zQTZaKH1K_!OIeT3d~E?@LGDLI3lL)b>XlG49oRK0_U87aVvErD@Ozw9j&oi2{{5fE`(|}4vDb;bEr@iw@``E!"
+    "i{cwuZisOA61`auidh-uCUdSEHaiw!B{J6hF2|(hnHx}weWGR7E*htR9fcnW2|=wS@C=CXxc`4sF11(@?8?uD64o"
+    "iRHBykT64E>-"
+    "t<*9mVH{x(1(#|Iu;%Ow_5sM_ZH^K_d8zsnuxv_LPmS_Q<s~9SH9QN*#ic<+;|}$3C%Fvj>W248Y{bFrH`Wz<}P?"
+    "Wy_TKic9a0fZoMZC-SFZ(YDO?@9yInkkXYH67J9bd!?`hAPG>0`n~cY#WIReJC2U<rGaiv7CA5fA!4pPA$<{oRoL"
+    "<L~ELf411r<e^#n;zKlrn+#7)8^%udM1SCAB-U!rpfhxNl+_QaNh@M+f<1-"
+    "IgWHlkpv3D<8jB+?*B3FiBk~nO2hDz8p$$avDrh9MceOw=mq>wi2&UoD#$o$3yyc+c)Ao?Qx2eBt-j@mHYo&X9-"
+    "9WoUkJWcLV)$c=Sv-"
+    "8^Y=In^c>v9Y=q8Qb3ByvkbE|F#KijXDLpTz;Jf=(*$QUOwOtP8}>y0GXxpMSsDn;R+W$U&t6ZSr8pakcYZ9xEL!"
+    "dN@Bj663E$3Nhr?k4Pk0>MxAa5!q`vtMHU`HJc)lAjx9(zeyX!67mp{eT<YF@U4O4kQvj"
+)
+
+
+def test_a_file_of_the_first_writer_is_still_read():
+    content = zlib.decompress(base64.b85decode(FIRST))
+    program = parse_program(content)
+    assert (program.input_bits, program.input_scale) == (8, 0.5)
+    assert dump_program(program) == content
+    answer = DeployedModel(program).integers(np.array([[[[1.0, -2.0]], [[3.5, 60.0]]]]))[0]
+    np.testing.assert_array_equal(answer, [[[[[1, 1]], [[9, 9]]]]] * 2)
 
 
 def test_safetensors_reads_it(content, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -14,9 +16,19 @@ from torch import nn
 
 from qsnn_ext import layers as own_layers
 from qsnn_ext import models
-from qsnn_ext.deploy import DeployedModel, compare, lower
+from qsnn_ext.deploy import (
+    DeployedModel,
+    compare,
+    lower,
+    lowering,
+    neurons,
+    nir,
+    saving,
+    tracing,
+)
 from qsnn_ext.deploy.lowering import input_code
 from qsnn_ext.errors import InputError, LoweringError
+from qsnn_ext.folding import fold_batchnorm_
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.snntorch import QLeaky
 from qsnn_ext.spikingjelly import QuantLIFNode
@@ -250,7 +262,7 @@ def test_tracing_leaves_the_model_alone():
 
 
 class TestRefusals:
-    """Whatever has no integer form is named, with the reason."""
+    """Whatever has no integer form is named, with the reason and a remedy."""
 
     def net(self, *middle: nn.Module) -> nn.Module:
         return make_dyadic(
@@ -320,18 +332,169 @@ class TestRefusals:
         )  # fmt: skip
         self.refuse(net, "two places", x=grid(3, 2, 4))
 
+    @pytest.mark.parametrize("field", ["running_mean", "running_var", "weight", "bias"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_batch_norm_that_is_not_finite(self, field, value):
+        net = self.net(own_layers.BinaryConv2d(4, 4, 3), layer.BatchNorm2d(4, step_mode="m"),
+                       QuantLIFNode(step_mode="m"))  # fmt: skip
+        make_dyadic(net)
+        getattr(net[3], field).data[1] = value
+        self.refuse(net, rf"^3: its {field} contains NaN or infinity; .*checkpoint")
+
+    def test_batch_norm_without_statistics(self):
+        net = self.net(own_layers.BinaryConv2d(4, 4, 3))
+        net.append(layer.BatchNorm2d(4, step_mode="m", track_running_stats=False))
+        self.refuse(net, r"^3: a batch norm without running statistics.*track_running_stats=True")
+
+    def test_vanished_variance(self):
+        net = self.net(own_layers.BinaryConv2d(4, 4, 3), layer.BatchNorm2d(4, step_mode="m"))
+        net[3].running_var[0] = -1.0
+        self.refuse(net, r"^3: its running_var is not positive; ")
+
+    def test_an_exploded_scale_names_its_batch_norm(self):
+        net = self.net(own_layers.BinaryConv2d(4, 4, 3), layer.BatchNorm2d(4, step_mode="m"),
+                       nn.Identity(), QuantLIFNode(step_mode="m"))  # fmt: skip
+        make_dyadic(net)
+        net[3].weight.data[0] = 1e30
+        self.refuse(net, r"^3: its scale, up to .* exceeds the fixed-point range; look for")
+
+    def test_weights_that_are_not_finite(self):
+        net = self.net()
+        net[0].weight.data.view(-1)[0] = float("nan")
+        self.refuse(net, r"^0: its weights contain NaN or infinity; ")
+
+    def test_a_sample_the_model_does_not_take(self):
+        self.refuse(self.net(), r"^0: it fails on the sample \(RuntimeError: .*; check that",
+                    x=grid(2, 1, 3, 9, 9))  # fmt: skip
+
+    def test_python_that_cannot_be_traced(self):
+        class Numpy(nn.Module):
+            def forward(self, x):
+                return torch.from_numpy(x.numpy())
+
+        self.refuse(self.net(Numpy()), r"its forward cannot be traced|2: ")
+
+    def test_every_refusal_has_a_reason_and_a_remedy(self):
+        """Read from the source: two texts, and none of them empty."""
+        source = inspect.getsource(lowering)
+        calls = [
+            node
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "fail"
+        ]
+        assert len(calls) > 50
+        assert all(len(call.args) == 2 for call in calls)
+        source += "".join(inspect.getsource(m) for m in (neurons, nir, saving, tracing))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "LoweringError":
+                text = ast.unparse(node.args[0])
+                assert ": " in text, text
+                assert "; " in text, text
+
     def test_bad_samples(self):
         for sample in (torch.zeros(2, 3, dtype=torch.int), torch.tensor([[float("nan")]]), "x"):
             with pytest.raises(InputError):
                 lower(self.net(), sample)
 
 
-def test_input_codes():
-    assert input_code(np.array([0.0, 1.0, 0.5]))[0] == 0.5
-    scale, limits = input_code(np.arange(256) / 255)
-    assert scale == 1 / 255
-    assert limits == (0, 255)
-    scale, limits = input_code(np.array([-1.0, 0.3, 0.7123]))
-    assert limits == (-127, 127)
-    assert scale == pytest.approx(1 / 127)
-    assert input_code(np.zeros(3)) == (1.0, (0, 255))
+class TestInputCodes:
+    """What is exact in 8 bits stays there; anything else takes 16."""
+
+    def test_counts_are_their_own_codes(self):
+        counts = np.array([0.0, 2.0, 4.0])  # all even, and yet a later 1 must not be lost
+        assert input_code(counts) == (1.0, (0, 255))
+        assert input_code(-counts) == (1.0, (-127, 127))
+        assert input_code(np.zeros(3)) == (1.0, (0, 255))
+
+    def test_grey_levels_are_their_own_codes(self):
+        assert input_code(np.arange(256) / 255) == (1 / 255, (0, 255))
+        assert input_code(np.float32([0, 1 / 255, 2 / 255])) == (1 / 255, (0, 255))
+
+    def test_more_counts_than_8_bits_hold(self):
+        scale, limits = input_code(np.arange(1000.0))
+        assert limits == (-32767, 32767)
+        assert (1 / scale).is_integer()
+
+    def test_real_numbers(self, rng):
+        x = rng.standard_normal(1000)
+        scale, limits = input_code(x)
+        assert limits == (-32767, 32767)
+        assert scale * 32767 == pytest.approx(2 * np.abs(x).max())
+
+    def test_a_grid_through_zero(self):
+        scale, limits = input_code(np.array([0.0, 1.0, 0.5]))
+        assert limits == (-32767, 32767)
+        assert 0.5 / scale in (2.0**12, 2.0**13)
+
+    @pytest.mark.parametrize(("mean", "std"), [(0.3053, 0.3723), (0.1307, 0.3081), (0.5, 0.25)])
+    def test_normalised_grey_levels_fall_on_codes(self, mean, std):
+        x = (np.arange(256, dtype=np.float32) / 255 - np.float32(mean)) / np.float32(std)
+        scale, limits = input_code(x)
+        assert limits == (-32767, 32767)
+        assert np.abs(x).max() / scale < 32767 / 1.9
+        miss = np.abs(x / scale - np.rint(x / scale)).max()
+        assert miss < 0.02  # a unit taken at random misses by half a code
+
+    def test_forced_widths(self):
+        assert input_code(np.array([0.0, 1.0, 0.5]), 8) == (0.5, (0, 255))
+        scale, limits = input_code(np.array([-1.0, 0.3, 0.7123]), 8)
+        assert limits == (-127, 127)
+        assert scale == pytest.approx(1 / 127)
+        assert input_code(np.array([0.3, 0.7123, 1.0]), 16)[1] == (-32767, 32767)
+
+    @pytest.mark.parametrize("bits", [None, 2, 5, 8, 9, 12, 16])
+    def test_every_width_gives_a_valid_program(self, bits):
+        net = make_dyadic(nn.Sequential(own_layers.QuantLinear(8, 4)))
+        for x in (torch.rand(3, 8), torch.randn(3, 8), grid(3, 8)):
+            program = lower(net, x, input_bits=bits)
+            assert program.input_bits == (16 if bits is None else bits)
+            error = np.abs(DeployedModel(program)(x) - net(x).detach().numpy()).max()
+            assert error < 8 * 2 * 3 * 2.0 ** (2 - program.input_bits)
+
+    def test_a_first_layer_too_large_for_16_bits_takes_fewer(self):
+        net = nn.Sequential(own_layers.QuantLinear(2000, 3))
+        net[0].weight.data.fill_(1.0)  # codes of 127: the worst case
+        x = torch.rand(2, 2000)
+        program = lower(net, x)
+        assert program.input_bits == 14
+        assert 2000 * 127 * (2**13 - 1) < 2**31 <= 2000 * 127 * (2**14 - 1)
+        with pytest.raises(LoweringError, match=r"^0: .*overflow.*input_bits=14 or less"):
+            lower(net, x, input_bits=16)
+
+    def test_an_all_zero_sample_shows_no_range(self):
+        net = nn.Sequential(own_layers.QuantLinear(8, 4))
+        with pytest.raises(InputError, match=r"all zero.*input_scale"):
+            lower(net, torch.zeros(2, 8))
+        program = lower(net, torch.zeros(2, 8), input_scale=0.25)
+        assert (program.input_scale, program.input_range) == (0.25, (0, 255))
+
+
+class TestFolding:
+    """``fold_batchnorm_`` moves batch norms into layers; the program stays what it is."""
+
+    @pytest.mark.parametrize("name", ["plif", "spiking_resnet18", "resnet19", "vggsnn"])
+    def test_exact_arithmetic(self, name):
+        net, x = NETWORKS[name]()
+        net = make_dyadic(quantize_models(net, 2, "fire_first"), seed=3)
+        before = lower(net, x)
+        assert fold_batchnorm_(net, x).folded
+        after = lower(net, x)
+        for a, b in zip(answers(before, x), answers(after, x), strict=True):
+            np.testing.assert_array_equal(a, b)
+        spikes_agree(net, after, x)
+
+    @pytest.mark.parametrize("make", [models.resnet19, models.vggsnn])
+    def test_real_scales(self, make):
+        x = torch.rand(6, 3, 16, 16)
+        net = calibrate(make(width=0.125, T=2, bits="1w-2u", in_channels=3), x)
+        before = lower(net, x)
+        assert fold_batchnorm_(net).folded
+        after = lower(net, x)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        for a, b in zip(answers(before, x), answers(after, x), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def answers(program, x):
+    result = DeployedModel(program)(x)
+    return result if isinstance(result, tuple) else (result,)

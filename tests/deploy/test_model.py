@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+import qsnn_ext
 import qsnn_ext.deploy as deploy
 from qsnn_ext import models
 from qsnn_ext.deploy import engine
@@ -83,8 +86,34 @@ def test_wrong_inputs(case):
 
 
 def test_save_needs_a_sample(tmp_path):
-    with pytest.raises(LoweringError, match="sample"):
+    with pytest.raises(LoweringError, match=r"unknown; pass .*save\(model, path, sample\)"):
         deploy.save(PLIFNet(), tmp_path / "x.qsnn")
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_save_knows_what_the_model_was_calibrated_with(tmp_path, frames):
+    x = torch.rand(20, 2, 16, 16)
+    x = x.round().unsqueeze(0).repeat(3, 1, 1, 1, 1) if frames else x
+    model = models.vggsnn(width=0.1, T=3, bits="1w-2u").eval()
+    qsnn_ext.calibrate(model, [(x, None), (3 * x, None)])
+    known = deploy.save(model, tmp_path / "known.qsnn")
+    assert known.input_bits == (8 if frames else 16)
+    said = deploy.save(model, tmp_path / "said.qsnn", x[:, :16] if frames else x[:16])
+    assert (tmp_path / "known.qsnn").read_bytes() == (tmp_path / "said.qsnn").read_bytes()
+    assert known.input_scale == said.input_scale
+    with pytest.raises(LoweringError, match="unknown"):
+        deploy.save(copy.deepcopy(model), tmp_path / "copy.qsnn")  # the inputs stay with the model
+    model.example_input_array = torch.zeros(1, 2, 16, 16)
+    with pytest.raises(InputError, match="all zero"):
+        deploy.save(model, tmp_path / "lightning.qsnn")
+
+
+def test_other_ways_to_run_a_batch_leave_no_input_behind(tmp_path):
+    x = torch.rand(4, 2, 16, 16)
+    model = models.vggsnn(width=0.1, T=3, bits="1w-2u").eval()
+    qsnn_ext.calibrate(model, [{"image": x}], forward=lambda m, batch: m(batch["image"]))
+    with pytest.raises(LoweringError, match="unknown"):
+        deploy.save(model, tmp_path / "x.qsnn")
 
 
 def test_compare_needs_batches_and_counts_labels(case):

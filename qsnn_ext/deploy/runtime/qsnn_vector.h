@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__i386__) && !defined(__SSE2__) && !defined(QSNN_PLAIN)
+#define QSNN_PLAIN /* vectors would be passed in memory, against the convention of calls */
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
 #include <immintrin.h>
