@@ -37,7 +37,8 @@ HEADER = (
 OP_FIELDS = (
     "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
     "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
-    "self_factor", "add_factor", "neuron", "function", "list", "list_count",
+    "self_factor", "add_factor", "neuron", "function", "list", "list_count", "joined", "pitch",
+    "depth", "centre", "firing",
 )  # fmt: skip
 NEURON_FIELDS = (
     "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
@@ -295,8 +296,11 @@ class _Builder:
         f.update(type=TYPES[type(op)], source=sources_of(op)[0], target=targets_of(op)[0])
         f.update(add=-1, neuron=-1, self_factor=1, groups=1)
         if isinstance(op, Conv):
-            self._conv(op, f)
-        if isinstance(op, Conv | Affine):
+            firing = self._steps_on_bits(step)
+            self._conv(op, f, flip=firing)
+            if firing:
+                f["firing"] = self._firing(step, f)
+        if isinstance(op, Conv | Affine) and not f["firing"]:
             self._fixed_point(op, f)
         if isinstance(op, Pool):
             f.update(function=CODES[op.function], kh=op.kernel[0], kw=op.kernel[1])
@@ -340,34 +344,130 @@ class _Builder:
             return int(op.weight.shape[1]) * max(-lo, hi)
         return int(np.abs(op.weight.astype(np.int64)).sum(axis=1).max()) * max(-lo, hi)
 
-    def _conv(self, op: Conv, f: dict[str, int]) -> None:
-        src = self.p.values[op.source]
+    def _conv(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        src, target = self.p.values[op.source], self.p.values[op.target]
         groups, rows, columns = op.weight.shape
         f.update(groups=groups, list_count=rows, binary=int(op.binary))
         for names, pair in (("kh kw", op.kernel), ("sh sw", op.stride), ("dh dw", op.dilation)):
             f.update(zip(names.split(), pair, strict=True))
         f.update(top=op.padding[0], left=op.padding[1])
-        if op.binary:
-            f["row_words"] = columns
-            flat = op.weight.reshape(-1)
-            weight = np.concatenate(
-                [flat, np.zeros(columns, np.uint32)]
-            )  # a row of zeros at the end
-        else:
+        if not op.binary:
             pitch = _round(columns, 64)
             f["row_words"] = pitch // 4
             padded = np.zeros((groups, rows, pitch), np.int8)
             padded[:, :, :columns] = op.weight
-            weight = padded.view(np.uint32)
-        f["weight"] = self.put(weight)
-        if op.binary and groups == 1 and src.planes:
-            span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
-            width = src.shape[2]
-            row = width + 1 + width * words(src.shape[0]) * 32 + 16
-            need = span * src.planes * row + rows + 64
+            f["weight"] = self.put(padded.view(np.uint32))
+        elif groups == 1 and src.planes:
+            self._counted(op, f, flip)
+            self.scratch = max(self.scratch, _round(self._event_scratch(op, f)))
+            return
         else:
-            need = 2 * rows + _round(columns * (32 if op.binary else 1), 64) + 64
-        self.scratch = max(self.scratch, _round(need))
+            f["row_words"] = columns
+            f["weight"] = self.put(op.weight)
+        width = target.shape[0] // groups
+        self.scratch = max(self.scratch, _round(2 * rows + _round(width, 64) + 64))
+
+    def _counted(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        """Weights of an event-driven layer: rows of bits, and a row of zeros at the end."""
+        src, out = self.p.values[op.source], self.p.values[op.target].shape
+        (kh, kw), (_, rows, columns) = op.kernel, op.weight.shape
+        weight = op.weight[0]
+        if flip:  # so that no channel's multiplier is negative
+            weight = weight ^ _sign_words(op.multiplier < 0)
+        # Where rows are short, those of the columns of the kernel lie side by side.
+        joined = 2 <= kw <= 8 and columns <= 8 and op.stride[1] == 1 and out[2] > 1
+        pitch = columns
+        if joined:
+            cin = rows // (kh * kw)
+            pitch = _round(kw * columns, 8) if kw * columns > 16 else _power_of_two(kw * columns)
+            side = weight.reshape(kh, kw, cin, columns).transpose(0, 2, 1, 3)
+            weight = np.zeros((kh * cin, pitch), np.uint32)
+            weight[:, : kw * columns] = side.reshape(kh * cin, kw * columns)
+        centre = rows * (2**src.planes - 1)
+        f.update(row_words=columns, joined=int(joined), pitch=pitch)
+        f.update(centre=centre, depth=centre.bit_length())
+        f["weight"] = self.put(np.concatenate([weight.reshape(-1), np.zeros(pitch, np.uint32)]))
+
+    def _event_scratch(self, op: Conv, f: dict[str, int]) -> int:
+        """Words ``conv_events`` works in."""
+        src, out = self.p.values[op.source], self.p.values[op.target].shape
+        kw, columns, joined = op.kernel[1], f["row_words"], f["joined"]
+        span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
+        ring = span * src.planes * (src.shape[2] * (words(src.shape[0]) * 32 + 1) + 17)
+        places = out[2] + (op.dilation[1] * (kw - 1) if joined else 0)
+        deepest = max(5, f["depth"])
+        together = deepest * _round(columns * kw) if joined else 0
+        counts = src.planes * (kw if joined else 1) * deepest * (places * columns + 16)
+        return ring + f["list_count"] + 32 + together + counts + src.planes * places + out[2] + 16
+
+    def _steps_on_bits(self, step: _Step) -> bool:
+        """Whether scale, residual and neuron can be done by comparing counts (``fire_strip``)."""
+        op, n = step.op, step.neuron
+        if not isinstance(op, Conv) or n is None:
+            return False
+        if not op.binary or op.weight.shape[0] > 1 or not self.p.values[op.source].planes:
+            return False
+        if op.multiplier.min() <= -INT32_MAX - 1:
+            return False
+        if n.bits != 2 or n.delay != "none" or n.order != "fire_first" or n.reset == "soft":
+            return False
+        if n.ceiling < n.levels or n.membrane is not None or n.initial == 2:
+            return False
+        return step.add is None or (self.p.values[step.add[0]].planes == 1 and step.add[1] > 0)
+
+    def _firing(self, step: _Step, f: dict[str, int]) -> int:
+        """Where spike and new level of every channel step, as planes of sums ``dot + centre``.
+
+        For each residual spike (if any), plane, and question (of each state 0, 1, -1: does the
+        neuron fire, is the level at least 0, at least 1), the complement of the smallest sum that
+        says yes. At the end two planes with the level after a spike.
+        """
+        op, n = step.op, step.neuron
+        assert isinstance(op, Conv) and n is not None
+        channels, centre = op.multiplier.size, f["centre"]
+        m = np.abs(op.multiplier.astype(np.int64))
+        shift = op.shift.astype(np.int64)
+        half = np.int64(1) << (shift - 1)
+        largest = ((centre * m + half) >> shift) + 2
+        own, other = (1, 0) if step.add is None else step.add[1:]
+        leak = np.broadcast_to(n.leak, (channels, n.leak.shape[1])).astype(np.int64)
+        theta = np.broadcast_to(n.threshold, (channels,)).astype(np.int64)
+        levels = [theta, *(np.full(channels, b, np.int64) for b in n.bounds)]
+        sets = []
+        for spike in (0,) if step.add is None else (0, 1):
+            for word in (0, 1, 3):
+                for level in levels:
+                    y = -((leak[:, word] + other * spike - level) // own) - op.bias
+                    need = (np.clip(y, -largest, largest) << shift) - half  # of dot * multiplier
+                    dot = -(-need // np.maximum(m, 1))
+                    dot = np.where(m > 0, dot, np.where(need <= 0, -centre, centre + 1))
+                    sets.append(np.clip(dot + centre, 0, 2 * centre + 1))
+        planes = f["depth"] + 1
+        # Padding channels never fire and stay at level 0.
+        sums = np.tile(
+            np.array([2 * centre + 1, 0, 2 * centre + 1], np.int64), len(sets) // 3
+        ).repeat(words(channels) * 32)
+        sums = sums.reshape(len(sets), -1)
+        sums[:, :channels] = sets
+        bits = ~(sums[:, None, :] >> np.arange(planes)[:, None]) & 1
+        bits = bits.reshape(-1, 9, planes, sums.shape[1]).transpose(0, 2, 1, 3)
+        value = np.broadcast_to(n.reset_value, (channels,))
+        code = np.searchsorted(n.bounds, value, side="right") - n.levels
+        after = np.zeros((2, sums.shape[1]), np.int64)
+        after[:, :channels] = (code >> np.arange(2)[:, None]) & 1
+        every = np.concatenate([bits.reshape(-1, sums.shape[1]), after])
+        return self.put(np.packbits(every.astype(np.uint8), axis=-1, bitorder="little").view("<u4"))
+
+
+def _power_of_two(n: int) -> int:
+    return int(1 << (n - 1).bit_length())
+
+
+def _sign_words(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Flags of channels as words of bits."""
+    padded = np.zeros(words(flags.size) * 32, np.uint8)
+    padded[: flags.size] = flags
+    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def build_image(program: Program) -> Image:
