@@ -398,7 +398,8 @@ class _Builder:
         deepest = max(5, f["depth"])
         together = deepest * _round(columns * kw) if joined else 0
         counts = src.planes * (kw if joined else 1) * deepest * (places * columns + 16)
-        return ring + f["list_count"] + 32 + together + counts + src.planes * places + out[2] + 16
+        lines = f["kh"] + src.planes * places + out[2] + 16
+        return ring + f["list_count"] + 32 + together + counts + lines
 
     def _steps_on_bits(self, step: _Step) -> bool:
         """Whether scale, residual and neuron can be done by comparing counts (``fire_strip``)."""

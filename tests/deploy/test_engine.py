@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qsnn_ext.deploy.engine import EngineSession, backends, choose, open_session
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import ConfigError, InputError
-from tests.deploy.random_programs import random_input, random_program
+from tests.deploy.random_programs import random_block, random_input, random_program
 
 COMPILED = [b for b in backends() if b != "numpy"]
 needs_engine = pytest.mark.skipif(not COMPILED, reason="the C engine is not built")
@@ -31,7 +31,19 @@ def run_reference(program, x):
     seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 3, 5, 16]), batch=st.integers(1, 3)
 )
 def test_random_programs(backend, seed, steps, batch):
-    program = random_program(seed)
+    same_bits(random_program(seed), backend, seed, steps, batch)
+
+
+@needs_engine
+@pytest.mark.parametrize("backend", COMPILED)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 5]))
+def test_random_residual_blocks(backend, seed, steps):
+    same_bits(random_block(seed), backend, seed, steps, 2)
+
+
+def same_bits(program, backend, seed, steps, batch):
+    """The engine's answers and states are those of the NumPy reference."""
     x = random_input(program, np.random.default_rng(seed), batch, steps)
     expected, reference = run_reference(program, x)
     session = EngineSession(program, batch, backend)

@@ -444,16 +444,14 @@ static void count_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint3
     }
 }
 
-static inline uint32_t *append(uint32_t *to, const uint32_t *from, uint32_t n, uint32_t base) {
+/* Appends n entries, each plus `base`. Always copies `chunk` (at least n, a multiple of 16) of them:
+ * a loop of known length costs less than a shorter one whose end the processor cannot guess. */
+static inline uint32_t *append(uint32_t *to, const uint32_t *from, uint32_t n, uint32_t base,
+                               uint32_t chunk) {
+    const vi b = vi_set((int32_t)base);
     uint32_t i;
-#if defined(QSNN_AVX512)
-    __m512i b = _mm512_set1_epi32((int32_t)base);
-    for (i = 0; i < n; i += 16)
-        _mm512_storeu_si512((void *)(to + i),
-                            _mm512_add_epi32(_mm512_loadu_si512((const void *)(from + i)), b));
-#else
-    for (i = 0; i < n; i++) to[i] = from[i] + base;
-#endif
+    for (i = 0; i < chunk; i += LANES)
+        vi_store((int32_t *)(to + i), vi_add(vi_load((const int32_t *)(from + i)), b));
     return to + n;
 }
 
@@ -643,6 +641,18 @@ static inline void fire_strip(const context *x, const int32_t *op, const strip *
     state_store(s, state, low, high, repeat);
 }
 
+/* Copies the planes of one number of `words` words. */
+static inline void scatter(uint32_t *to, size_t to_pitch, const uint32_t *from, size_t pitch,
+                           int32_t words, int depth) {
+    int p;
+    for (p = 0; p < depth; p++, to += to_pitch, from += pitch) {
+        if (words == 4) memcpy(to, from, 16);
+        else if (words == 8) memcpy(to, from, 32);
+        else if (words == 2) memcpy(to, from, 8);
+        else memcpy(to, from, (size_t)words * 4);
+    }
+}
+
 /* Convolution of bits with single-bit weights. For each output pixel the active inputs are listed,
  * each selects a row of weight bits, and the rows are counted.
  *
@@ -672,10 +682,13 @@ static void conv_events(const context *x, const int32_t *op) {
     uint32_t *ring = starts + (size_t)(span * planes) * (size_t)(width + 1);
     uint32_t *list = ring + (size_t)(span * planes) * capacity;
     uint32_t *together = list + (size_t)op[F_LIST_COUNT] + 32u;
-    uint32_t *counts = together + (joined ? (size_t)deepest * (size_t)((words * kw + 15) & ~15) : 0);
+    const size_t together_pitch = (size_t)((words * kw + 15) & ~15);
+    uint32_t *counts = together + (joined ? (size_t)deepest * together_pitch : 0);
     int32_t *active = (int32_t *)(counts + (size_t)(planes * operands * deepest) * plane);
-    int32_t *sums = active + planes * places;
-    int32_t next = 0, oy, ox, ky, ix, p, i, k;
+    int32_t *slots = active + planes * places;
+    int32_t *sums = slots + kh;
+    const int32_t columns = joined ? 1 : kw; /* of the kernel, looked at for each place */
+    int32_t next = 0, oy, ox, ky, ix, p, i, k, from_row, until_row;
     int depth[16];
     strip s;
     s.words = words;
@@ -695,73 +708,72 @@ static void conv_events(const context *x, const int32_t *op) {
                 start[width] = n;
             }
         }
-        /* How many are active at each place, and how deep the counts can get. */
+        from_row = first < 0 ? (-first + dh - 1) / dh : 0;
+        until_row = from_row;
+        for (ky = from_row; ky < kh && first + ky * dh < height; ky++) {
+            slots[ky] = (first + ky * dh) % span;
+            until_row = ky + 1;
+        }
         for (p = 0; p < planes; p++) {
-            int32_t most = 0;
+            /* How many are active at each place, and how deep the counts can get. */
+            uint32_t *to = counts + (size_t)(p * operands * deepest) * plane;
+            int32_t most = 0, most_in_row = 0;
             for (i = 0; i < places; i++) {
                 const int32_t left = (joined ? i : i * op[F_SW]) - op[F_LEFT];
-                int32_t n = 0, iy = first;
-                for (ky = 0; ky < kh; ky++, iy += dh) {
-                    const uint32_t *start;
-                    if (iy < 0 || iy >= height) continue;
-                    start = starts + (iy % span * planes + p) * (width + 1);
-                    for (k = 0; k < (joined ? 1 : kw); k++) {
-                        ix = left + k * dw;
-                        if (ix >= 0 && ix < width) n += (int32_t)(start[ix + 1] - start[ix]);
+                int32_t n = 0;
+                for (k = 0; k < columns; k++) {
+                    ix = left + k * dw;
+                    if (ix < 0 || ix >= width) continue;
+                    for (ky = from_row; ky < until_row; ky++) {
+                        const uint32_t *start = starts + (slots[ky] * planes + p) * (width + 1);
+                        const int32_t m = (int32_t)(start[ix + 1] - start[ix]);
+                        n += m;
+                        if (m > most_in_row) most_in_row = m;
                     }
                 }
                 active[p * places + i] = n;
                 if (n > most) most = n;
             }
             depth[p] = most < 32 ? 5 : highest_bit((uint32_t)most) + 1;
-        }
-        for (p = 0; p < planes; p++) {
-            uint32_t *to = counts + (size_t)(p * operands * deepest) * plane;
             for (i = 0; i < places; i++) {
                 const int32_t left = (joined ? i : i * op[F_SW]) - op[F_LEFT];
+                const uint32_t base = 0u - (uint32_t)left * tap;
+                const uint32_t chunk = ((uint32_t)most_in_row + 15u) & ~15u;
                 uint32_t *at = list;
-                int32_t iy = first, from = left < 0 ? 0 : left, until = left + (joined ? 1 : kw);
-                if (until > width) until = width;
-                for (ky = 0; ky < kh; ky++, iy += dh) {
-                    const uint32_t base = (uint32_t)ky * line_of_taps;
-                    const uint32_t *start, *have;
-                    int32_t slot;
-                    if (iy < 0 || iy >= height) continue;
-                    slot = iy % span * planes + p;
-                    have = ring + (size_t)slot * capacity;
-                    start = starts + slot * (width + 1);
-                    if (joined || dw == 1) {
+                int32_t from = left < 0 ? 0 : left;
+                int32_t until = left + columns < width ? left + columns : width;
+                for (ky = from_row; ky < until_row; ky++) {
+                    const int32_t slot = slots[ky] * planes + p;
+                    const uint32_t *have = ring + (size_t)slot * capacity;
+                    const uint32_t *start = starts + slot * (width + 1);
+                    const uint32_t row = base + (uint32_t)ky * line_of_taps;
+                    if (columns == 1) {
                         if (from < until)
-                            at = append(at, have + start[from], start[until] - start[from],
-                                        base - (uint32_t)left * tap);
-                        continue;
-                    }
-                    for (k = 0; k < kw; k++) {
-                        ix = left + k * dw;
-                        if (ix < 0 || ix >= width) continue;
-                        at = append(at, have + start[ix], start[ix + 1] - start[ix],
-                                    base + (uint32_t)(k - ix) * tap);
+                            at = append(at, have + start[from], start[until] - start[from], row,
+                                        chunk);
+                    } else if (dw == 1) {
+                        if (from < until) {
+                            const uint32_t n = start[until] - start[from];
+                            at = append(at, have + start[from], n, row, (n + 15u) & ~15u);
+                        }
+                    } else {
+                        for (k = 0; k < columns; k++) {
+                            ix = left + k * dw;
+                            if (ix < 0 || ix >= width) continue;
+                            at = append(at, have + start[ix], start[ix + 1] - start[ix],
+                                        row - (uint32_t)(k * dw - k) * tap, chunk);
+                        }
                     }
                 }
-                if (!joined) {
+                if (!joined)
                     count_rows(rows, list, (uint32_t)(at - list), zero, words, depth[p],
                                to + i * words, plane);
-                } else {
-                    const size_t row = (size_t)((words * kw + 15) & ~15);
-                    int q;
+                else {
                     count_rows(rows, list, (uint32_t)(at - list), zero, words * kw, depth[p],
-                               together, row);
-                    for (k = 0; k < kw; k++) {
-                        uint32_t *place = to + (size_t)(k * deepest) * plane + i * words;
-                        const uint32_t *got = together + k * words;
-                        if (words == 4)
-                            for (q = 0; q < depth[p]; q++)
-                                memcpy(place + (size_t)q * plane, got + (size_t)q * row, 16);
-                        else
-                            for (q = 0; q < depth[p]; q++)
-                                memcpy(place + (size_t)q * plane, got + (size_t)q * row,
-                                       (size_t)words * 4);
-                    }
+                               together, together_pitch);
+                    for (k = 0; k < kw; k++)
+                        scatter(to + (size_t)(k * deepest) * plane + i * words, plane,
+                                together + k * words, together_pitch, words, depth[p]);
                 }
             }
         }
