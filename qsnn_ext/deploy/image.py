@@ -38,7 +38,7 @@ OP_FIELDS = (
     "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
     "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
     "self_factor", "add_factor", "neuron", "function", "list", "list_count", "joined", "pitch",
-    "depth", "centre", "firing",
+    "depth", "centre", "firing", "pairs",
 )  # fmt: skip
 NEURON_FIELDS = (
     "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
@@ -351,6 +351,10 @@ class _Builder:
         for names, pair in (("kh kw", op.kernel), ("sh sw", op.stride), ("dh dw", op.dilation)):
             f.update(zip(names.split(), pair, strict=True))
         f.update(top=op.padding[0], left=op.padding[1])
+        lo, hi = self.ranges[op.source]
+        if not op.binary and groups == 1 and not src.planes and -32768 <= lo and hi <= 32767:
+            self._paired(op, f, flip)
+            return
         if not op.binary:
             pitch = _round(columns, 64)
             f["row_words"] = pitch // 4
@@ -366,6 +370,20 @@ class _Builder:
             f["weight"] = self.put(op.weight)
         width = target.shape[0] // groups
         self.scratch = max(self.scratch, _round(2 * rows + _round(width, 64) + 64))
+
+    def _paired(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        """8-bit weights as pairs of 16-bit numbers: [word of channels][pair of rows][channel]."""
+        _, rows, columns = op.weight.shape
+        pairs, wide = -(-rows // 2), words(columns)
+        weight = np.zeros((2 * pairs, wide * 32), np.int32)
+        weight[:rows, :columns] = op.weight[0]
+        if flip:
+            weight[:, :columns] *= np.where(op.multiplier < 0, -1, 1)
+        both = (weight[0::2] & 0xFFFF) | (weight[1::2] << 16)
+        f.update(pairs=pairs, row_words=wide)
+        f["weight"] = self.put(both.reshape(pairs, wide, 32).transpose(1, 0, 2).astype(np.int32))
+        need = (self.p.values[op.target].shape[2] + 4) * pairs + 4 * wide * 32
+        self.scratch = max(self.scratch, _round(need))
 
     def _counted(self, op: Conv, f: dict[str, int], flip: bool) -> None:
         """Weights of an event-driven layer: rows of bits, and a row of zeros at the end."""
@@ -402,62 +420,83 @@ class _Builder:
         return ring + f["list_count"] + 32 + together + counts + lines
 
     def _steps_on_bits(self, step: _Step) -> bool:
-        """Whether scale, residual and neuron can be done by comparing counts (``fire_strip``)."""
+        """Whether scale, residual and neuron are a comparison of dot products with constants."""
         op, n = step.op, step.neuron
-        if not isinstance(op, Conv) or n is None:
+        if not isinstance(op, Conv) or n is None or op.weight.shape[0] > 1:
             return False
-        if not op.binary or op.weight.shape[0] > 1 or not self.p.values[op.source].planes:
+        spikes = self.p.values[op.source].planes > 0
+        lo, hi = self.ranges[op.source]
+        if spikes != op.binary or not -32768 <= lo <= hi <= (65535 if spikes else 32767):
             return False
-        if op.multiplier.min() <= -INT32_MAX - 1:
+        if op.multiplier.min() <= -INT32_MAX - 1 or self._reach(op) >= INT32_MAX:
             return False
         if n.bits != 2 or n.delay != "none" or n.order != "fire_first" or n.reset == "soft":
             return False
         if n.ceiling < n.levels or n.membrane is not None or n.initial == 2:
             return False
-        return step.add is None or (self.p.values[step.add[0]].planes == 1 and step.add[1] > 0)
+        if step.add is None:
+            return True
+        return spikes and self.p.values[step.add[0]].planes == 1 and step.add[1] > 0
 
-    def _firing(self, step: _Step, f: dict[str, int]) -> int:
-        """Where spike and new level of every channel step, as planes of sums ``dot + centre``.
+    def _steps(self, step: _Step) -> npt.NDArray[np.int64]:
+        """The smallest dot products for which the answer to a question is yes.
 
-        For each residual spike (if any), plane, and question (of each state 0, 1, -1: does the
-        neuron fire, is the level at least 0, at least 1), the complement of the smallest sum that
-        says yes. At the end two planes with the level after a spike.
+        The questions, for no residual spike and then for one: in each of the states 0, 1 and -1,
+        does the neuron fire, is its new level at least 0, at least 1 if it does not?
+
+        Returns:
+            int64 ``[9 or 18, C]`` for weights whose sign makes every multiplier positive; values
+            one beyond what a dot product can be mean never.
         """
         op, n = step.op, step.neuron
         assert isinstance(op, Conv) and n is not None
-        channels, centre = op.multiplier.size, f["centre"]
+        channels, reach = op.multiplier.size, self._reach(op)
         m = np.abs(op.multiplier.astype(np.int64))
         shift = op.shift.astype(np.int64)
         half = np.int64(1) << (shift - 1)
-        largest = ((centre * m + half) >> shift) + 2
+        largest = ((reach * m + half) >> shift) + 2
         own, other = (1, 0) if step.add is None else step.add[1:]
         leak = np.broadcast_to(n.leak, (channels, n.leak.shape[1])).astype(np.int64)
         theta = np.broadcast_to(n.threshold, (channels,)).astype(np.int64)
         levels = [theta, *(np.full(channels, b, np.int64) for b in n.bounds)]
-        sets = []
+        steps = []
         for spike in (0,) if step.add is None else (0, 1):
             for word in (0, 1, 3):
                 for level in levels:
                     y = -((leak[:, word] + other * spike - level) // own) - op.bias
                     need = (np.clip(y, -largest, largest) << shift) - half  # of dot * multiplier
                     dot = -(-need // np.maximum(m, 1))
-                    dot = np.where(m > 0, dot, np.where(need <= 0, -centre, centre + 1))
-                    sets.append(np.clip(dot + centre, 0, 2 * centre + 1))
-        planes = f["depth"] + 1
+                    steps.append(np.where(m > 0, dot, np.where(need <= 0, -reach, reach + 1)))
+        return np.clip(np.array(steps), -reach, reach + 1)
+
+    def _firing(self, step: _Step, f: dict[str, int]) -> int:
+        """What a firing decision compares with; at the end two planes: the level after a spike."""
+        op, n = step.op, step.neuron
+        assert isinstance(op, Conv) and n is not None
+        steps, reach = self._steps(step), self._reach(op)
+        sets, channels = steps.shape
         # Padding channels never fire and stay at level 0.
-        sums = np.tile(
-            np.array([2 * centre + 1, 0, 2 * centre + 1], np.int64), len(sets) // 3
-        ).repeat(words(channels) * 32)
-        sums = sums.reshape(len(sets), -1)
-        sums[:, :channels] = sets
-        bits = ~(sums[:, None, :] >> np.arange(planes)[:, None]) & 1
-        bits = bits.reshape(-1, 9, planes, sums.shape[1]).transpose(0, 2, 1, 3)
+        padded = np.tile(np.array([reach + 1, -reach, reach + 1]), sets // 3)
+        padded = np.repeat(padded[:, None], words(channels) * 32, axis=1)
+        padded[:, :channels] = steps
         value = np.broadcast_to(n.reset_value, (channels,))
         code = np.searchsorted(n.bounds, value, side="right") - n.levels
-        after = np.zeros((2, sums.shape[1]), np.int64)
+        after = np.zeros((2, padded.shape[1]), np.uint8)
         after[:, :channels] = (code >> np.arange(2)[:, None]) & 1
-        every = np.concatenate([bits.reshape(-1, sums.shape[1]), after])
-        return self.put(np.packbits(every.astype(np.uint8), axis=-1, bitorder="little").view("<u4"))
+        if f["pairs"]:  # [word of channels][question][channel]
+            plain = padded.reshape(sets, -1, 32).transpose(1, 0, 2).astype(np.int32)
+            return self.put(np.concatenate([plain.reshape(-1).view(np.uint32), _pack(after)]))
+        # Complements of the planes of dot + centre: [residual spike][plane][question][word].
+        planes = np.arange(f["depth"] + 1)
+        bits = ~((padded + f["centre"])[:, None, :] >> planes[:, None]) & 1
+        bits = bits.reshape(-1, 9, planes.size, padded.shape[1]).transpose(0, 2, 1, 3)
+        return self.put(np.concatenate([_pack(bits), _pack(after)]))
+
+
+def _pack(bits: IntArray) -> npt.NDArray[np.uint32]:
+    """Zeros and ones, the last axis a multiple of 32, as a flat array of words."""
+    packed = np.packbits(bits.astype(np.uint8), axis=-1, bitorder="little")
+    return packed.reshape(-1).view("<u4").astype(np.uint32)
 
 
 def _power_of_two(n: int) -> int:
@@ -468,7 +507,7 @@ def _sign_words(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
     """Flags of channels as words of bits."""
     padded = np.zeros(words(flags.size) * 32, np.uint8)
     padded[: flags.size] = flags
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
+    return _pack(padded)
 
 
 def build_image(program: Program) -> Image:
