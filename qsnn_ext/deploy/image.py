@@ -8,6 +8,7 @@ fused into it here, so that the runtime never writes their int32 currents to mem
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from qsnn_ext.deploy.program import (
     words,
 )
 
+Method: TypeAlias = Literal["measure", "events", "dense"]
 MAGIC, VERSION = 0x4E4E5351, 1
 HEADER = (
     "magic", "version", "image_words", "state_words", "arena_words", "input_words",
@@ -38,7 +40,7 @@ OP_FIELDS = (
     "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
     "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
     "self_factor", "add_factor", "neuron", "function", "list", "list_count", "joined", "pitch",
-    "depth", "centre", "firing", "pairs",
+    "depth", "centre", "firing", "pairs", "dense", "dense_rows", "method",
 )  # fmt: skip
 NEURON_FIELDS = (
     "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
@@ -54,6 +56,8 @@ CODES = {
     "table": 1, "gate": 2,  # Neuron.delay
 }  # fmt: skip
 ALIGN = 16  # words: one cache line
+METHODS = {"measure": 0, "events": 1, "dense": 2}
+NARROW = 64  # output channels up to which AND and popcount can beat listing active inputs
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,9 @@ def _fuse(program: Program) -> tuple[list[_Step], set[int]]:
 
 
 class _Builder:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, method: Method = "measure") -> None:
         self.p = program
+        self.method = method
         self.ranges = program.validate()
         self.steps, self.unstored = _fuse(program)
         self.blocks: list[npt.NDArray[np.uint32]] = []
@@ -365,6 +370,10 @@ class _Builder:
             self._counted(op, f, flip)
             self.scratch = max(self.scratch, _round(self._event_scratch(op, f)))
             return
+        elif src.planes:
+            self._dense(op.weight, columns, target.shape[0] // groups, f)
+            self.scratch = max(self.scratch, _round(f["dense_rows"] + columns * 32 + 16))
+            return
         else:
             f["row_words"] = columns
             f["weight"] = self.put(op.weight)
@@ -404,7 +413,21 @@ class _Builder:
         centre = rows * (2**src.planes - 1)
         f.update(row_words=columns, joined=int(joined), pitch=pitch)
         f.update(centre=centre, depth=centre.bit_length())
-        f["weight"] = self.put(np.concatenate([weight.reshape(-1), np.zeros(pitch, np.uint32)]))
+        stored = np.concatenate([weight.reshape(-1), np.zeros(pitch, np.uint32)])
+        f.update(weight=self.put(stored), method=METHODS[self.method])
+        if self.method == "dense" or (self.method == "measure" and out[0] <= NARROW):
+            signs = op.weight ^ _sign_words(op.multiplier < 0) if flip else op.weight
+            self._dense(signs, columns, columns * 32, f)
+
+    def _dense(self, weight: IntArray, columns: int, channels: int, f: dict[str, int]) -> None:
+        """Weights for AND and popcount, words of 32 inputs: [group][16 channels][word][channel]."""
+        groups, rows, _ = weight.shape
+        n, wide = _round(-(-rows // 32), 8), _round(channels)
+        bits = np.unpackbits(weight.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
+        padded = np.zeros((groups, wide, n * 32), np.uint8)
+        padded[:, :channels, :rows] = bits[:, :, :channels].transpose(0, 2, 1)
+        packed = _pack(padded).reshape(groups, wide // 16, 16, n).transpose(0, 1, 3, 2)
+        f.update(dense=self.put(np.ascontiguousarray(packed)), dense_rows=n)
 
     def _event_scratch(self, op: Conv, f: dict[str, int]) -> int:
         """Words ``conv_events`` works in."""
@@ -417,7 +440,8 @@ class _Builder:
         together = deepest * _round(columns * kw) if joined else 0
         counts = src.planes * (kw if joined else 1) * deepest * (places * columns + 16)
         lines = f["kh"] + src.planes * places + out[2] + 16
-        return ring + f["list_count"] + 32 + together + counts + lines
+        listed = max(f["list_count"] + 32, f["dense_rows"] + columns * 32)
+        return ring + listed + together + counts + lines
 
     def _steps_on_bits(self, step: _Step) -> bool:
         """Whether scale, residual and neuron are a comparison of dot products with constants."""
@@ -510,11 +534,14 @@ def _sign_words(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
     return _pack(padded)
 
 
-def build_image(program: Program) -> Image:
+def build_image(program: Program, method: Method = "measure") -> Image:
     """Translate a program for the C runtime.
 
     Args:
         program: A valid program.
+        method: How layers of single bits count: ``"events"`` lists active inputs, ``"dense"`` is AND
+            and popcount over all inputs; ``"measure"`` decides at every step by the density of the
+            input in layers narrow enough for both to be faster at times. The bits are the same.
 
     Returns:
         The image and the sizes of its work areas.
@@ -522,4 +549,4 @@ def build_image(program: Program) -> Image:
     Raises:
         FormatError: If the program is not valid.
     """
-    return _Builder(program).build()
+    return _Builder(program, method).build()

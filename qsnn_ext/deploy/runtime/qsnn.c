@@ -26,8 +26,9 @@ enum {
     F_TYPE, F_SOURCE, F_TARGET, F_WEIGHT, F_BINARY, F_ROW_WORDS, F_GROUPS, F_KH, F_KW, F_SH, F_SW,
     F_TOP, F_LEFT, F_DH, F_DW, F_MULTIPLIER, F_SHIFT, F_BIAS, F_PRODUCT32, F_ADD, F_SELF_FACTOR,
     F_ADD_FACTOR, F_NEURON, F_FUNCTION, F_LIST, F_LIST_COUNT, F_JOINED, F_PITCH, F_DEPTH, F_CENTRE,
-    F_FIRING, F_PAIRS, F_SIZE
+    F_FIRING, F_PAIRS, F_DENSE, F_DENSE_ROWS, F_METHOD, F_SIZE
 };
+enum { METHOD_MEASURE, METHOD_EVENTS, METHOD_DENSE };
 enum { POOL_MAX, POOL_SUM, POOL_REPEAT };
 enum { LOGIC_AND, LOGIC_IAND };
 
@@ -653,6 +654,130 @@ static inline void scatter(uint32_t *to, size_t to_pitch, const uint32_t *from, 
     }
 }
 
+/* ---- the dense way to count: AND and popcount -------------------------------------------------- */
+
+/* What AND and popcount of one vector costs, in additions of one vector of weight bits: measured on
+ * layers from 10 to 512 channels (docs/deploy.md says where the two ways cross). */
+#if defined(QSNN_AVX512)
+#define DENSE_COST 2.0f
+#elif defined(__AVX2__)
+#define DENSE_COST 1.25f
+#else
+#define DENSE_COST 1.6f
+#endif
+
+static inline int32_t ones_of(const uint32_t *bits, int32_t words) {
+    int32_t w, sum = 0;
+    for (w = 0; w < words; w++) {
+#if defined(__POPCNT__)
+        sum += __builtin_popcount(bits[w]);
+#else
+        uint32_t a = bits[w];
+        a = a - ((a >> 1) & 0x55555555u);
+        a = (a & 0x33333333u) + ((a >> 2) & 0x33333333u);
+        sum += (int32_t)((((a + (a >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24);
+#endif
+    }
+    return sum;
+}
+
+/* Adds bits [start, start + n) of `from` at bit `at` of `to`, which is zero from there on. */
+static inline void append_bits(uint32_t *to, int32_t at, const uint32_t *from, int32_t start,
+                               int32_t n) {
+    while (n > 0) {
+        const int32_t in = start % 32, place = at % 32;
+        int32_t take = 32 - (in > place ? in : place);
+        uint32_t bits = from[start / 32] >> in;
+        if (take > n) take = n;
+        if (take < 32) bits &= (1u << take) - 1u;
+        to[at / 32] |= bits << place;
+        at += take;
+        start += take;
+        n -= take;
+    }
+}
+
+/* The inputs of one group and plane under the kernel, side by side in (row, column, channel) order. */
+static void patch_of(const context *x, const int32_t *op, int32_t oy, int32_t ox, int32_t group,
+                     int32_t plane, uint32_t *patch) {
+    const int32_t *src = value_of(x, op[F_SOURCE]);
+    const int32_t cin = src[V_CHANNELS] / op[F_GROUPS], kw = op[F_KW], words = words_of(src);
+    int32_t ky, kx;
+    memset(patch, 0, (size_t)op[F_DENSE_ROWS] * 4);
+    for (ky = 0; ky < op[F_KH]; ky++) {
+        const int32_t iy = oy * op[F_SH] - op[F_TOP] + ky * op[F_DH];
+        if (iy < 0 || iy >= src[V_HEIGHT]) continue;
+        for (kx = 0; kx < kw; kx++) {
+            const int32_t ix = ox * op[F_SW] - op[F_LEFT] + kx * op[F_DW];
+            if (ix < 0 || ix >= src[V_WIDTH]) continue;
+            append_bits(patch, (ky * kw + kx) * cin,
+                        pixel_bits(x, src, iy * src[V_WIDTH] + ix) + plane * words, group * cin,
+                        cin);
+        }
+    }
+}
+
+/* Whether AND and popcount is the faster way to count, given how many inputs are active. Its cost
+ * is that of all inputs; an active input costs one vector (joined: per `kw` rows) of additions. */
+static int dense_pays(const context *x, const int32_t *op, int joined) {
+    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
+    const int32_t pixels = src[V_HEIGHT] * src[V_WIDTH];
+    const int32_t row = op[F_ROW_WORDS] * (joined ? op[F_KW] : 1);
+    const float vectors = (float)((row + VB_WORDS - 1) / VB_WORDS) / (joined ? (float)op[F_KW] : 1);
+    float dense, active;
+    if (!op[F_DENSE] || op[F_METHOD] == METHOD_EVENTS) return 0;
+    if (op[F_METHOD] == METHOD_DENSE) return 1;
+    active = (float)ones_of(pixel_bits(x, src, 0), pixels * src[V_STRIDE]) / (float)pixels;
+    dense = (float)op[F_DENSE_ROWS] * (float)((dst[V_CHANNELS] + LANES - 1) / LANES);
+    return active * (float)(op[F_KH] * op[F_KW]) * vectors >
+           dense * DENSE_COST * (float)src[V_PLANES];
+}
+
+/* Bit planes of the low `depth` bits of `words` * 32 numbers. */
+static void line_planes(const int32_t *line, int32_t words, int depth, uint32_t *to,
+                        size_t pitch) {
+    int32_t w, g;
+    int p;
+    for (w = 0; w < words; w++)
+        for (p = 0; p < depth; p++) {
+            const vi one = vi_set((int32_t)(1u << p));
+            uint32_t bits = 0;
+            for (g = 0; g < 32; g += LANES)
+                bits |= vm_bits(vm_test(vi_load(line + w * 32 + g), one)) << g;
+            to[(size_t)p * pitch + (size_t)w] = bits;
+        }
+}
+
+/* Convolution in groups of bits with single-bit weights. */
+static void conv_groups(const context *x, const int32_t *op) {
+    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
+    const int32_t groups = op[F_GROUPS], cout = dst[V_CHANNELS] / groups, n = op[F_DENSE_ROWS];
+    const int32_t columns = (cout + 15) / 16 * 16;
+    const uint32_t *weight = x->image + op[F_DENSE];
+    uint32_t *patch = x->scratch;
+    int32_t *count = (int32_t *)(patch + n);
+    int32_t oy, ox, g, p, c;
+    for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
+        for (ox = 0; ox < dst[V_WIDTH]; ox++) {
+            for (g = 0; g < groups; g++) {
+                int32_t *line = x->line + g * cout;
+                for (c = 0; c < cout; c++) line[c] = 0;
+                for (p = 0; p < src[V_PLANES]; p++) {
+                    int32_t active;
+                    patch_of(x, op, oy, ox, g, p, patch);
+                    active = ones_of(patch, n);
+                    if (!active) continue;
+                    count_dense(weight + (size_t)g * (size_t)n * (size_t)columns, patch, n,
+                                columns, count);
+                    for (c = 0; c < cout; c++) line[c] += (2 * count[c] - active) * (1 << p);
+                }
+            }
+            line_affine(x, op, x->line, words_of(dst));
+            finish(x, op, x->line, oy * dst[V_WIDTH] + ox);
+        }
+    }
+}
+
 /* Convolution of bits with single-bit weights. For each output pixel the active inputs are listed,
  * each selects a row of weight bits, and the rows are counted.
  *
@@ -668,7 +793,8 @@ static void conv_events(const context *x, const int32_t *op) {
     const int32_t in_words = words_of(src), planes = src[V_PLANES], words = op[F_ROW_WORDS];
     const int32_t kh = op[F_KH], kw = op[F_KW], dh = op[F_DH], dw = op[F_DW], out = dst[V_WIDTH];
     const int32_t span = dh * (kh - 1) + 1 < height ? dh * (kh - 1) + 1 : height;
-    const int joined = op[F_JOINED] && words < VB_WORDS;
+    const int dense = dense_pays(x, op, op[F_JOINED] && words < VB_WORDS);
+    const int joined = op[F_JOINED] && words < VB_WORDS && !dense;
     const uint32_t pitch = (uint32_t)op[F_PITCH] * 4u; /* bytes from one input channel to the next */
     const uint32_t tap = op[F_JOINED] ? (uint32_t)words * 4u : (uint32_t)cin * pitch;
     const uint32_t line_of_taps = (uint32_t)(op[F_JOINED] ? 1 : kw) * (uint32_t)cin * pitch;
@@ -681,7 +807,8 @@ static void conv_events(const context *x, const int32_t *op) {
     uint32_t *starts = x->scratch; /* where the list of each column begins in its row */
     uint32_t *ring = starts + (size_t)(span * planes) * (size_t)(width + 1);
     uint32_t *list = ring + (size_t)(span * planes) * capacity;
-    uint32_t *together = list + (size_t)op[F_LIST_COUNT] + 32u;
+    const int32_t listed = op[F_LIST_COUNT] + 32, patched = op[F_DENSE_ROWS] + words * 32;
+    uint32_t *together = list + (listed > patched ? listed : patched);
     const size_t together_pitch = (size_t)((words * kw + 15) & ~15);
     uint32_t *counts = together + (joined ? (size_t)deepest * together_pitch : 0);
     int32_t *active = (int32_t *)(counts + (size_t)(planes * operands * deepest) * plane);
@@ -694,8 +821,19 @@ static void conv_events(const context *x, const int32_t *op) {
     s.words = words;
     for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
         const int32_t first = oy * op[F_SH] - op[F_TOP], end = first + dh * (kh - 1) + 1;
+        for (p = 0; p < planes && dense; p++) {
+            uint32_t *to = counts + (size_t)(p * deepest) * plane, *patch = list;
+            int32_t *count = (int32_t *)(patch + op[F_DENSE_ROWS]);
+            depth[p] = deepest;
+            for (ox = 0; ox < out; ox++) {
+                patch_of(x, op, oy, ox, 0, p, patch);
+                active[p * places + ox] = ones_of(patch, op[F_DENSE_ROWS]);
+                count_dense(x->image + op[F_DENSE], patch, op[F_DENSE_ROWS], words * 32, count);
+                line_planes(count, words, deepest, to + ox * words, plane);
+            }
+        }
         if (next < first) next = first;
-        for (; next < end && next < height; next++) {
+        for (; next < end && next < height && !dense; next++) {
             for (p = 0; p < planes; p++) {
                 const int32_t slot = next % span * planes + p;
                 uint32_t *to = ring + (size_t)slot * capacity, n = 0;
@@ -714,7 +852,7 @@ static void conv_events(const context *x, const int32_t *op) {
             slots[ky] = (first + ky * dh) % span;
             until_row = ky + 1;
         }
-        for (p = 0; p < planes; p++) {
+        for (p = 0; p < planes && !dense; p++) {
             /* How many are active at each place, and how deep the counts can get. */
             uint32_t *to = counts + (size_t)(p * operands * deepest) * plane;
             int32_t most = 0, most_in_row = 0;
@@ -1081,6 +1219,8 @@ static void run_op(const context *x, const int32_t *op) {
             conv_events(x, op);
         else if (op[F_PAIRS])
             conv_codes(x, op);
+        else if (op[F_DENSE])
+            conv_groups(x, op);
         else
             conv_general(x, op);
         break;

@@ -248,4 +248,70 @@ static inline vb vb_majority(vb a, vb b, vb c) {
 static inline vb vb_choose(vb m, vb a, vb b) { return vb_xor(b, vb_and(m, vb_xor(a, b))); }
 #endif
 
+/* Bits set in each lane. */
+static inline vi vb_popcount(vb a) {
+#if defined(QSNN_AVX512)
+    const __m512i four = _mm512_set1_epi8(15);
+    const __m512i table = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(a, four));
+    const __m512i high =
+        _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi32(a, 4), four));
+    return _mm512_madd_epi16(
+        _mm512_maddubs_epi16(_mm512_add_epi8(low, high), _mm512_set1_epi8(1)),
+        _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    const __m256i four = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(a, four));
+    const __m256i high =
+        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(a, 4), four));
+    return _mm256_madd_epi16(
+        _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1)),
+        _mm256_set1_epi16(1));
+#else
+    a = a - ((a >> 1) & 0x55555555u);
+    a = (a & 0x33333333u) + ((a >> 2) & 0x33333333u);
+    a = (a + (a >> 4)) & 0x0f0f0f0fu;
+    a = a + (a >> 8);
+    a = (a + (a >> 16)) & 63u;
+    return (vi)a;
+#endif
+}
+
+/* AND and popcount: to[c] = bits set both in `bits` and in column c, for `columns` columns, a multiple
+ * of 16. `n`, the words of a column, is a multiple of 8; `weights` is [16 columns][word][column]. */
+static inline void count_dense(const uint32_t *weights, const uint32_t *bits, int32_t n,
+                               int32_t columns, int32_t *to) {
+    int32_t c, k;
+    for (c = 0; c < columns; c += LANES) {
+        const uint32_t *at = weights + (size_t)(c / 16) * (size_t)n * 16u + c % 16;
+        vb one = vb_zero(), two = one, four = one, a, b, d, e, f, g, h;
+        vi sum = vi_set(0);
+        for (k = 0; k < n; k += 8) {
+#define DENSE(i)                                                                                   \
+    vb_and(vb_load(at + (k + (i)) * 16), vb_repeat(bits + k + (i), 1))
+            a = DENSE(0); b = DENSE(1); d = DENSE(2);
+            e = vb_xor3(a, b, d); f = vb_majority(a, b, d);
+            a = DENSE(3); b = DENSE(4); d = DENSE(5);
+            g = vb_xor3(a, b, d); h = vb_majority(a, b, d);
+            a = DENSE(6); b = DENSE(7);
+            d = vb_xor3(a, b, e); a = vb_majority(a, b, e);
+            b = vb_majority(d, g, one); one = vb_xor3(d, g, one);
+            d = vb_xor3(f, h, a); e = vb_majority(f, h, a);
+            f = vb_majority(d, b, two); two = vb_xor3(d, b, two);
+            a = vb_majority(four, e, f); four = vb_xor3(four, e, f);
+            sum = vi_add(sum, vb_popcount(a));
+#undef DENSE
+        }
+        sum = vi_add(sum, sum);
+        sum = vi_add(sum, vb_popcount(four));
+        sum = vi_add(sum, sum);
+        sum = vi_add(sum, vb_popcount(two));
+        sum = vi_add(sum, sum);
+        vi_store(to + c, vi_add(sum, vb_popcount(one)));
+    }
+}
+
 #endif
