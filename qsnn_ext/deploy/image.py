@@ -357,7 +357,7 @@ class _Builder:
             f.update(zip(names.split(), pair, strict=True))
         f.update(top=op.padding[0], left=op.padding[1])
         lo, hi = self.ranges[op.source]
-        if not op.binary and groups == 1 and not src.planes and -32768 <= lo and hi <= 32767:
+        if not op.binary and groups == 1 and not src.planes and lo >= -32768 and hi <= 32767:
             self._paired(op, f, flip)
             return
         if not op.binary:
@@ -473,7 +473,8 @@ class _Builder:
             one beyond what a dot product can be mean never.
         """
         op, n = step.op, step.neuron
-        assert isinstance(op, Conv) and n is not None
+        assert isinstance(op, Conv)
+        assert n is not None
         channels, reach = op.multiplier.size, self._reach(op)
         m = np.abs(op.multiplier.astype(np.int64))
         shift = op.shift.astype(np.int64)
@@ -491,12 +492,14 @@ class _Builder:
                     need = (np.clip(y, -largest, largest) << shift) - half  # of dot * multiplier
                     dot = -(-need // np.maximum(m, 1))
                     steps.append(np.where(m > 0, dot, np.where(need <= 0, -reach, reach + 1)))
-        return np.clip(np.array(steps), -reach, reach + 1)
+        clipped: npt.NDArray[np.int64] = np.clip(np.array(steps), -reach, reach + 1)
+        return clipped
 
     def _firing(self, step: _Step, f: dict[str, int]) -> int:
         """What a firing decision compares with; at the end two planes: the level after a spike."""
         op, n = step.op, step.neuron
-        assert isinstance(op, Conv) and n is not None
+        assert isinstance(op, Conv)
+        assert n is not None
         steps, reach = self._steps(step), self._reach(op)
         sets, channels = steps.shape
         # Padding channels never fire and stay at level 0.
@@ -539,9 +542,9 @@ def build_image(program: Program, method: Method = "measure") -> Image:
 
     Args:
         program: A valid program.
-        method: How layers of single bits count: ``"events"`` lists active inputs, ``"dense"`` is AND
-            and popcount over all inputs; ``"measure"`` decides at every step by the density of the
-            input in layers narrow enough for both to be faster at times. The bits are the same.
+        method: How layers of single bits count: ``"events"`` lists active inputs, ``"dense"`` is
+            AND and popcount over all inputs; ``"measure"`` decides at every step by the density of
+            the input, in layers narrow enough for either to win. The bits are the same.
 
     Returns:
         The image and the sizes of its work areas.

@@ -87,9 +87,7 @@ class RandomProgram:
             total = self.value(self.values[last].shape, 0)
             factors = tuple(int(f) for f in self.rng.integers([1, -900], [4, 900]))
             order = slice(None, None, self.pick(1, -1))
-            self.ops.append(
-                Add(f"op{len(self.ops)}", (last, skip)[order], factors[order], total)
-            )
+            self.ops.append(Add(f"op{len(self.ops)}", (last, skip)[order], factors[order], total))
             skip = self.neuron(total, common=True)
         return Program(self.values, self.ops, (skip, inner), input_range=(-100, 100))
 

@@ -656,14 +656,14 @@ static inline void scatter(uint32_t *to, size_t to_pitch, const uint32_t *from, 
 
 /* ---- the dense way to count: AND and popcount -------------------------------------------------- */
 
-/* What AND and popcount of one vector costs, in additions of one vector of weight bits: measured on
- * layers from 10 to 512 channels (docs/deploy.md says where the two ways cross). */
+/* What AND and popcount of one vector costs, in quarters of an addition of one vector of weight bits:
+ * measured on layers from 10 to 512 channels (docs/deploy.md says where the two ways cross). */
 #if defined(QSNN_AVX512)
-#define DENSE_COST 2.0f
+#define DENSE_COST 8
 #elif defined(__AVX2__)
-#define DENSE_COST 1.25f
+#define DENSE_COST 5
 #else
-#define DENSE_COST 1.6f
+#define DENSE_COST 6
 #endif
 
 static inline int32_t ones_of(const uint32_t *bits, int32_t words) {
@@ -721,16 +721,14 @@ static void patch_of(const context *x, const int32_t *op, int32_t oy, int32_t ox
  * is that of all inputs; an active input costs one vector (joined: per `kw` rows) of additions. */
 static int dense_pays(const context *x, const int32_t *op, int joined) {
     const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t pixels = src[V_HEIGHT] * src[V_WIDTH];
-    const int32_t row = op[F_ROW_WORDS] * (joined ? op[F_KW] : 1);
-    const float vectors = (float)((row + VB_WORDS - 1) / VB_WORDS) / (joined ? (float)op[F_KW] : 1);
-    float dense, active;
+    const int32_t pixels = src[V_HEIGHT] * src[V_WIDTH], columns = joined ? op[F_KW] : 1;
+    const int64_t vectors = (op[F_ROW_WORDS] * columns + VB_WORDS - 1) / VB_WORDS;
+    int64_t events, dense;
     if (!op[F_DENSE] || op[F_METHOD] == METHOD_EVENTS) return 0;
     if (op[F_METHOD] == METHOD_DENSE) return 1;
-    active = (float)ones_of(pixel_bits(x, src, 0), pixels * src[V_STRIDE]) / (float)pixels;
-    dense = (float)op[F_DENSE_ROWS] * (float)((dst[V_CHANNELS] + LANES - 1) / LANES);
-    return active * (float)(op[F_KH] * op[F_KW]) * vectors >
-           dense * DENSE_COST * (float)src[V_PLANES];
+    events = vectors * op[F_KH] * op[F_KW] * ones_of(pixel_bits(x, src, 0), pixels * src[V_STRIDE]);
+    dense = (int64_t)op[F_DENSE_ROWS] * ((dst[V_CHANNELS] + LANES - 1) / LANES) * src[V_PLANES];
+    return 4 * events > DENSE_COST * dense * pixels * columns;
 }
 
 /* Bit planes of the low `depth` bits of `words` * 32 numbers. */
