@@ -430,7 +430,7 @@ class _Builder:
         f.update(dense=self.put(np.ascontiguousarray(packed)), dense_rows=n)
 
     def _event_scratch(self, op: Conv, f: dict[str, int]) -> int:
-        """Words ``conv_events`` works in."""
+        """Words ``conv_bits`` works in."""
         src, out = self.p.values[op.source], self.p.values[op.target].shape
         kw, columns, joined = op.kernel[1], f["row_words"], f["joined"]
         span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])

@@ -445,8 +445,8 @@ static void count_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint3
     }
 }
 
-/* Appends n entries, each plus `base`. Always copies `chunk` (at least n, a multiple of 16) of them:
- * a loop of known length costs less than a shorter one whose end the processor cannot guess. */
+/* Appends n entries, each plus `base`. Always copies `chunk` of them, at least n, a multiple of 16: a
+ * loop of known length costs less than a shorter one whose end the processor cannot guess. */
 static inline uint32_t *append(uint32_t *to, const uint32_t *from, uint32_t n, uint32_t base,
                                uint32_t chunk) {
     const vi b = vi_set((int32_t)base);
@@ -642,6 +642,67 @@ static inline void fire_strip(const context *x, const int32_t *op, const strip *
     state_store(s, state, low, high, repeat);
 }
 
+/* What follows counting, for one row of output pixels, a strip after the other: sums of the counts
+ * of planes and kernel columns, then the neuron on bits, or plain numbers for whatever comes next. */
+static void finish_row(const context *x, const int32_t *op, int32_t oy, const uint32_t *counts,
+                       size_t plane, int32_t operands, const int *depth, const int32_t *sums) {
+    const int32_t out = value_of(x, op[F_TARGET])[V_WIDTH], words = op[F_ROW_WORDS];
+    const int32_t planes = value_of(x, op[F_SOURCE])[V_PLANES], dw = op[F_DW];
+    const int deepest = op[F_DEPTH] < 5 ? 5 : op[F_DEPTH];
+    int32_t ox, p, k;
+    strip s;
+    s.words = words;
+    for (ox = 0; ox < out; ox += s.pixels) {
+        const int32_t pixel = oy * out + ox;
+        s.pixels = words < VB_WORDS && VB_WORDS % words == 0 ? VB_WORDS / words : 1;
+        if (s.pixels > out - ox) s.pixels = out - ox;
+        for (s.first = 0; s.first < words; s.first += VB_WORDS) {
+            vb count[MAX_DEPTH];
+            int have = 0;
+            s.used = s.pixels > 1 ? words : words - s.first;
+            if (s.used > VB_WORDS) s.used = VB_WORDS;
+            for (p = 0; p < planes; p++)
+                for (k = 0; k < operands; k++)
+                    have = planes_add(
+                        count, have,
+                        counts + (size_t)((p * operands + k) * deepest) * plane +
+                            (ox + k * dw) * words + s.first,
+                        plane, depth[p], p, op[F_DEPTH]);
+            if (op[F_FIRING]) {
+                switch (words) {
+#if VB_WORDS > 1
+                case 1: fire_strip(x, op, &s, pixel, count, have, sums + ox, 1); break;
+#endif
+#if VB_WORDS > 2
+                case 2: fire_strip(x, op, &s, pixel, count, have, sums + ox, 2); break;
+#endif
+#if VB_WORDS > 4
+                case 4: fire_strip(x, op, &s, pixel, count, have, sums + ox, 4); break;
+#endif
+#if VB_WORDS > 8
+                case 8: fire_strip(x, op, &s, pixel, count, have, sums + ox, 8); break;
+#endif
+                default: fire_strip(x, op, &s, pixel, count, have, sums + ox, 0);
+                }
+                continue;
+            }
+            {
+                uint32_t unpacked[MAX_DEPTH * VB_WORDS];
+                int32_t g;
+                int q;
+                for (q = 0; q < have; q++) vb_store(unpacked + q * VB_WORDS, count[q]);
+                for (g = 0; g < s.pixels; g++) {
+                    line_counts(x->line + s.first * 32, unpacked + g * words, VB_WORDS, have,
+                                s.used, op[F_CENTRE] - sums[ox + g]);
+                    if (s.first + VB_WORDS < words) continue;
+                    line_affine(x, op, x->line, words);
+                    finish(x, op, x->line, pixel + g);
+                }
+            }
+        }
+    }
+}
+
 /* Copies the planes of one number of `words` words. */
 static inline void scatter(uint32_t *to, size_t to_pitch, const uint32_t *from, size_t pitch,
                            int32_t words, int depth) {
@@ -780,12 +841,12 @@ static void conv_groups(const context *x, const int32_t *op) {
  * each selects a row of weight bits, and the rows are counted.
  *
  * Active inputs are listed once per input row, in a ring of as many rows as the kernel is high. An
- * entry is the byte offset of its weight row for column 0 of the kernel at column 0 of the input, so that any
- * output pixel and kernel row finds its weight rows a constant further on.
+ * entry is a byte offset into the weights, linear in channel and column, so that any output pixel
+ * and kernel row finds its weight rows a constant further on.
  *
  * Where rows are short (F_JOINED), those of the `kw` columns of the kernel lie side by side and are
  * counted together, once per input column; an output pixel is then the sum of `kw` such counts. */
-static void conv_events(const context *x, const int32_t *op) {
+static void conv_bits(const context *x, const int32_t *op) {
     const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
     const int32_t cin = src[V_CHANNELS], height = src[V_HEIGHT], width = src[V_WIDTH];
     const int32_t in_words = words_of(src), planes = src[V_PLANES], words = op[F_ROW_WORDS];
@@ -815,8 +876,6 @@ static void conv_events(const context *x, const int32_t *op) {
     const int32_t columns = joined ? 1 : kw; /* of the kernel, looked at for each place */
     int32_t next = 0, oy, ox, ky, ix, p, i, k, from_row, until_row;
     int depth[16];
-    strip s;
-    s.words = words;
     for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
         const int32_t first = oy * op[F_SH] - op[F_TOP], end = first + dh * (kh - 1) + 1;
         for (p = 0; p < planes && dense; p++) {
@@ -919,55 +978,7 @@ static void conv_events(const context *x, const int32_t *op) {
                 for (k = 0; k < operands; k++) n += active[p * places + ox + k * dw] << p;
             sums[ox] = op[F_CENTRE] - n;
         }
-        for (ox = 0; ox < out; ox += s.pixels) {
-            const int32_t pixel = oy * out + ox;
-            s.pixels = words < VB_WORDS && VB_WORDS % words == 0 ? VB_WORDS / words : 1;
-            if (s.pixels > out - ox) s.pixels = out - ox;
-            for (s.first = 0; s.first < words; s.first += VB_WORDS) {
-                vb count[MAX_DEPTH];
-                int have = 0;
-                s.used = s.pixels > 1 ? words : words - s.first;
-                if (s.used > VB_WORDS) s.used = VB_WORDS;
-                for (p = 0; p < planes; p++)
-                    for (k = 0; k < operands; k++)
-                        have = planes_add(
-                            count, have,
-                            counts + (size_t)((p * operands + k) * deepest) * plane +
-                                (ox + k * dw) * words + s.first,
-                            plane, depth[p], p, op[F_DEPTH]);
-                if (op[F_FIRING]) {
-                    switch (words) {
-#if VB_WORDS > 1
-                    case 1: fire_strip(x, op, &s, pixel, count, have, sums + ox, 1); break;
-#endif
-#if VB_WORDS > 2
-                    case 2: fire_strip(x, op, &s, pixel, count, have, sums + ox, 2); break;
-#endif
-#if VB_WORDS > 4
-                    case 4: fire_strip(x, op, &s, pixel, count, have, sums + ox, 4); break;
-#endif
-#if VB_WORDS > 8
-                    case 8: fire_strip(x, op, &s, pixel, count, have, sums + ox, 8); break;
-#endif
-                    default: fire_strip(x, op, &s, pixel, count, have, sums + ox, 0);
-                    }
-                    continue;
-                }
-                {
-                    uint32_t unpacked[MAX_DEPTH * VB_WORDS];
-                    int32_t g;
-                    int q;
-                    for (q = 0; q < have; q++) vb_store(unpacked + q * VB_WORDS, count[q]);
-                    for (g = 0; g < s.pixels; g++) {
-                        line_counts(x->line + s.first * 32, unpacked + g * words, VB_WORDS, have,
-                                    s.used, op[F_CENTRE] - sums[ox + g]);
-                        if (s.first + VB_WORDS < words) continue;
-                        line_affine(x, op, x->line, words);
-                        finish(x, op, x->line, pixel + g);
-                    }
-                }
-            }
-        }
+        finish_row(x, op, oy, counts, plane, operands, depth, sums);
     }
 }
 
@@ -1214,7 +1225,7 @@ static void run_op(const context *x, const int32_t *op) {
     switch (op[F_TYPE]) {
     case OP_CONV:
         if (op[F_BINARY] && op[F_GROUPS] == 1 && value_of(x, op[F_SOURCE])[V_PLANES])
-            conv_events(x, op);
+            conv_bits(x, op);
         else if (op[F_PAIRS])
             conv_codes(x, op);
         else if (op[F_DENSE])
