@@ -1,9 +1,11 @@
 """Speed of the integer engine against float32 PyTorch, over firing rates, batches and threads.
 
-``python -m benchmarks.inference`` prints a table, appends it to ``results/inference.csv`` and draws
-``results/inference.svg``. All contenders run in turn in every round, and medians are compared, so
-that a change of clock speed or a noisy neighbour hits all of them. With one thread the clock is the
-CPU time of the thread, which does not count the time another process had the core.
+``python -m benchmarks.inference`` prints a table, writes it to ``results/inference.csv`` and draws
+``results/inference.svg``. Contenders are the float32 network in eager PyTorch, under
+``torch.compile``, under ``torch.compile`` with frozen weights, and every path of the engine at
+every firing rate. All take turns in every round, and medians are compared, so that a change of
+clock speed or a noisy neighbour hits all of them. With one thread the clock is the CPU time of the
+thread, which does not count the time another process had the core.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import hashlib
 import platform
 import statistics
 import subprocess
@@ -20,16 +23,39 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.firing import freeze_scales, set_firing_rate
 from qsnn_ext import models
-from qsnn_ext.deploy import DeployedModel, backends, export_c, load, lower, save_program
+from qsnn_ext.deploy import DeployedModel, backends, engine, export_c, load, lower, save_program
 
 RESULTS = Path(__file__).with_name("results")
 FIELDS = (
-    "date", "processor", "torch", "network", "timesteps", "batch", "threads", "contender",
-    "firing_rate", "median_ms", "rounds", "clock", "ratio",
+    "date", "commit", "engine", "processor", "torch", "network", "timesteps", "batch", "threads",
+    "contender", "firing_rate", "median_ms", "rounds", "clock", "over_eager", "over_compile",
+    "over_freezing",
 )  # fmt: skip
+FLOAT = ("eager", "compile", "freezing")
+
+
+def build() -> tuple[str, str]:
+    """Commit of the sources ("+": changed since), and a digest of the compiled engine."""
+    root = Path(__file__).parents[1]
+
+    def git(*command: str) -> str:
+        try:
+            return subprocess.check_output(
+                ["git", *command], cwd=root, text=True, stderr=subprocess.DEVNULL
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    changed = git("status", "--porcelain", "--", "qsnn_ext/deploy", "hatch_build.py")
+    library = engine.library()
+    digest = "none"
+    if library is not None:
+        digest = hashlib.sha256(Path(library._name).read_bytes()).hexdigest()[:8]
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed), digest
 
 
 def processor() -> str:
@@ -68,21 +94,37 @@ def deployed(network: str, steps: int, rate: float, size: int) -> tuple[Deployed
     return DeployedModel(lower(model, x)), statistics.mean(rates)
 
 
+def compiled(model: nn.Module, x: Tensor, freezing: bool) -> Callable[[Tensor], object]:
+    """The model under ``torch.compile``, warmed up; ``freezing`` makes its weights constants."""
+    with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
+        function = torch.compile(model)
+        for _ in range(2):
+            function(x)
+    return function
+
+
 def speed(args: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     nets = {rate: deployed(args.network, args.steps, rate, args.size) for rate in args.rates}
-    torch.manual_seed(0)
-    float_net = getattr(models, args.network)(in_channels=3, T=args.steps).eval()
+    commit, engine_build = build()
     for threads in args.threads:
         torch.set_num_threads(threads)
         clock = time.thread_time if threads == 1 else time.perf_counter
         for batch in args.batches:
+            torch.manual_seed(0)
             x = torch.rand(batch, 3, args.size, args.size)
-            contenders: dict[str, Callable[[], object]] = {"eager": lambda x=x: float_net(x)}
-            if args.compile:
-                torch._dynamo.reset()
-                compiled = torch.compile(float_net)
-                contenders["compile"] = lambda x=x, f=compiled: f(x)
+            # One network for each: compiling with frozen weights discards those of its own.
+            float_nets = {
+                name: getattr(models, args.network)(in_channels=3, T=args.steps).eval()
+                for name in FLOAT
+            }
+            contenders: dict[str, Callable[[], object]] = {
+                "eager": lambda x=x, f=float_nets["eager"]: f(x)
+            }
+            torch._dynamo.reset()
+            for name in FLOAT[1:] if args.compile else ():
+                function = compiled(float_nets[name], x, freezing=name == "freezing")
+                contenders[name] = lambda x=x, f=function: f(x)
             found: dict[str, float | None] = dict.fromkeys(contenders)
             for rate, (net, measured) in nets.items():
                 for backend in backends()[:-1]:
@@ -91,20 +133,25 @@ def speed(args: argparse.Namespace) -> list[dict[str, object]]:
                     name = f"{backend}@{rate:g}"
                     contenders[name] = lambda s=session, c=codes: s.run(c, args.steps, True)
                     found[name] = measured
-            with torch.inference_mode():
+            with torch.no_grad():
                 result = medians(contenders, args.rounds, clock)
             for name, ms in result.items():
+                over = {f: round(result[f] / ms, 2) if f in result else "" for f in FLOAT}
                 rows.append({
-                    "date": datetime.date.today().isoformat(), "processor": processor(),
+                    "date": datetime.date.today().isoformat(), "commit": commit,
+                    "engine": engine_build, "processor": processor(),
                     "torch": torch.__version__, "network": args.network, "timesteps": args.steps,
                     "batch": batch, "threads": threads, "contender": name.split("@")[0],
                     "firing_rate": "" if found[name] is None else round(found[name] or 0, 4),
                     "median_ms": round(ms, 3), "rounds": args.rounds,
                     "clock": "cpu" if threads == 1 else "wall",
-                    "ratio": round(result["eager"] / ms, 2),
+                    **{f"over_{f}": value for f, value in over.items()},
                 })  # fmt: skip
-                print("{contender:>9} rate {firing_rate!s:>6} batch {batch:>2} threads {threads} "
-                      "{median_ms:>9.2f} ms  {ratio:>6.2f} x eager".format(**rows[-1]))  # fmt: skip
+                line = "{contender:>9} rate {firing_rate!s:>6} batch {batch:>2} threads {threads} "
+                line += (
+                    "{median_ms:>9.2f} ms {over_eager!s:>6} x eager {over_compile!s:>6} x compile"
+                )
+                print((line + " {over_freezing!s:>6} x freezing").format(**rows[-1]), flush=True)
     return rows
 
 
@@ -152,28 +199,56 @@ def resident(net: DeployedModel, folder: Path, x: torch.Tensor) -> None:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Speed-up over firing rates (left); time per sample over batches and threads (right)."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    lines: dict[tuple[object, ...], list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["firing_rate"] != "":
-            key = (row["contender"], row["batch"], row["threads"])
-            point = (100 * float(str(row["firing_rate"])), float(str(row["ratio"])))
-            lines.setdefault(key, []).append(point)
-    for (contender, batch, threads), points in sorted(lines.items(), key=str):
-        label = f"{contender}, batch {batch}, {threads} thread" + "s" * (threads != 1)
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axis.set_xlabel("firing rate (%)")
-    axis.set_ylabel("speed-up over eager float32")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    axis.set_title(f"{rows[0]['network']}, T = {rows[0]['timesteps']}, {rows[0]['processor']}",
-                   fontsize=9)  # fmt: skip
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    settings = sorted({(int(str(r["batch"])), int(str(r["threads"]))) for r in rows})
+    names = list(dict.fromkeys(str(r["contender"]) for r in rows))
+    rates = sorted({float(str(r["firing_rate"])) for r in rows if r["firing_rate"] != ""})
+    shown = min(rates, key=lambda rate: abs(rate - 0.2))
+
+    def chosen(name: str, batch: int, threads: int) -> list[tuple[float, float, float]]:
+        return sorted(
+            (float(str(r["firing_rate"] or 0)), float(str(r["median_ms"])),
+             float(str(r["over_eager"])))
+            for r in rows
+            if (r["contender"], r["batch"], r["threads"]) == (name, batch, threads)
+        )  # fmt: skip
+
+    for k, name in enumerate(names):
+        points = chosen(name, *settings[0])
+        if name in FLOAT:
+            left.axhline(points[0][2], color=f"C{k}", ls="--", label=name)
+        else:
+            left.plot(
+                [100 * p[0] for p in points],
+                [p[2] for p in points],
+                f"C{k}",
+                marker="o",
+                label=name,
+            )
+        bars = []
+        for setting in settings:
+            at = [p for p in chosen(name, *setting) if name in FLOAT or abs(p[0] - shown) < 1e-9]
+            bars.append(at[0][1] / setting[0])
+        width = 0.8 / len(names)
+        right.bar([i + (k + 0.5) * width - 0.4 for i in range(len(bars))], bars, width, label=name)
+    batch, threads = settings[0]
+    left.set(
+        xlabel="firing rate (%)", ylabel="speed-up over eager float32", ylim=(0, None),
+        title=f"batch {batch}, threads {threads}",
+    )  # fmt: skip
+    right.set_xticks(range(len(settings)), [f"batch {b}\nthreads {t}" for b, t in settings])
+    right.set(yscale="log", ylabel="ms per sample", title=f"firing rate {100 * shown:.0f} %")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{rows[0]['network']}, T = {rows[0]['timesteps']}, {rows[0]['processor']}, "
+                    f"commit {rows[0]['commit']}", fontsize=9)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path)
 
@@ -185,9 +260,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of table and plot")
     parser.add_argument("--sizes", action="store_true", help="file sizes and memory instead")
     args = parser.parse_args()
     print(processor(), "torch", torch.__version__)
@@ -198,15 +276,12 @@ def main() -> None:
             sizes(Path(folder))
         return
     rows = speed(args)
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "inference.csv"
-    fresh = not target.exists()
-    with target.open("a", newline="") as file:
+    args.out.mkdir(exist_ok=True, parents=True)
+    with (args.out / "inference.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(rows)
-    plot(rows, RESULTS / "inference.svg")
+    plot(rows, args.out / "inference.svg")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ fused into it here, so that the runtime never writes their int32 currents to mem
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from qsnn_ext.deploy.program import (
     words,
 )
 
+Method: TypeAlias = Literal["measure", "events", "dense"]
 MAGIC, VERSION = 0x4E4E5351, 1
 HEADER = (
     "magic", "version", "image_words", "state_words", "arena_words", "input_words",
@@ -37,7 +39,8 @@ HEADER = (
 OP_FIELDS = (
     "type", "source", "target", "weight", "binary", "row_words", "groups", "kh", "kw", "sh",
     "sw", "top", "left", "dh", "dw", "multiplier", "shift", "bias", "product32", "add",
-    "self_factor", "add_factor", "neuron", "function", "list", "list_count",
+    "self_factor", "add_factor", "neuron", "function", "list", "list_count", "joined", "pitch",
+    "depth", "centre", "firing", "pairs", "dense", "dense_rows", "method",
 )  # fmt: skip
 NEURON_FIELDS = (
     "bits", "state_bits", "levels", "reset", "order", "delay", "ceiling", "initial", "leak",
@@ -53,6 +56,8 @@ CODES = {
     "table": 1, "gate": 2,  # Neuron.delay
 }  # fmt: skip
 ALIGN = 16  # words: one cache line
+METHODS = {"measure": 0, "events": 1, "dense": 2}
+NARROW = 64  # output channels up to which AND and popcount can beat listing active inputs
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,9 @@ def _fuse(program: Program) -> tuple[list[_Step], set[int]]:
 
 
 class _Builder:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, method: Method = "measure") -> None:
         self.p = program
+        self.method = method
         self.ranges = program.validate()
         self.steps, self.unstored = _fuse(program)
         self.blocks: list[npt.NDArray[np.uint32]] = []
@@ -295,8 +301,11 @@ class _Builder:
         f.update(type=TYPES[type(op)], source=sources_of(op)[0], target=targets_of(op)[0])
         f.update(add=-1, neuron=-1, self_factor=1, groups=1)
         if isinstance(op, Conv):
-            self._conv(op, f)
-        if isinstance(op, Conv | Affine):
+            firing = self._steps_on_bits(step)
+            self._conv(op, f, flip=firing)
+            if firing:
+                f["firing"] = self._firing(step, f)
+        if isinstance(op, Conv | Affine) and not f["firing"]:
             self._fixed_point(op, f)
         if isinstance(op, Pool):
             f.update(function=CODES[op.function], kh=op.kernel[0], kw=op.kernel[1])
@@ -340,41 +349,202 @@ class _Builder:
             return int(op.weight.shape[1]) * max(-lo, hi)
         return int(np.abs(op.weight.astype(np.int64)).sum(axis=1).max()) * max(-lo, hi)
 
-    def _conv(self, op: Conv, f: dict[str, int]) -> None:
-        src = self.p.values[op.source]
+    def _conv(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        src, target = self.p.values[op.source], self.p.values[op.target]
         groups, rows, columns = op.weight.shape
         f.update(groups=groups, list_count=rows, binary=int(op.binary))
         for names, pair in (("kh kw", op.kernel), ("sh sw", op.stride), ("dh dw", op.dilation)):
             f.update(zip(names.split(), pair, strict=True))
         f.update(top=op.padding[0], left=op.padding[1])
-        if op.binary:
-            f["row_words"] = columns
-            flat = op.weight.reshape(-1)
-            weight = np.concatenate(
-                [flat, np.zeros(columns, np.uint32)]
-            )  # a row of zeros at the end
-        else:
+        lo, hi = self.ranges[op.source]
+        if not op.binary and groups == 1 and not src.planes and lo >= -32768 and hi <= 32767:
+            self._paired(op, f, flip)
+            return
+        if not op.binary:
             pitch = _round(columns, 64)
             f["row_words"] = pitch // 4
             padded = np.zeros((groups, rows, pitch), np.int8)
             padded[:, :, :columns] = op.weight
-            weight = padded.view(np.uint32)
-        f["weight"] = self.put(weight)
-        if op.binary and groups == 1 and src.planes:
-            span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
-            width = src.shape[2]
-            row = width + 1 + width * words(src.shape[0]) * 32 + 16
-            need = span * src.planes * row + rows + 64
+            f["weight"] = self.put(padded.view(np.uint32))
+        elif groups == 1 and src.planes:
+            self._counted(op, f, flip)
+            self.scratch = max(self.scratch, _round(self._event_scratch(op, f)))
+            return
+        elif src.planes:
+            self._dense(op.weight, columns, target.shape[0] // groups, f)
+            self.scratch = max(self.scratch, _round(f["dense_rows"] + columns * 32 + 16))
+            return
         else:
-            need = 2 * rows + _round(columns * (32 if op.binary else 1), 64) + 64
+            f["row_words"] = columns
+            f["weight"] = self.put(op.weight)
+        width = target.shape[0] // groups
+        self.scratch = max(self.scratch, _round(2 * rows + _round(width, 64) + 64))
+
+    def _paired(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        """8-bit weights as pairs of 16-bit numbers: [word of channels][pair of rows][channel]."""
+        _, rows, columns = op.weight.shape
+        pairs, wide = -(-rows // 2), words(columns)
+        weight = np.zeros((2 * pairs, wide * 32), np.int32)
+        weight[:rows, :columns] = op.weight[0]
+        if flip:
+            weight[:, :columns] *= np.where(op.multiplier < 0, -1, 1)
+        both = (weight[0::2] & 0xFFFF) | (weight[1::2] << 16)
+        f.update(pairs=pairs, row_words=wide)
+        f["weight"] = self.put(both.reshape(pairs, wide, 32).transpose(1, 0, 2).astype(np.int32))
+        need = (self.p.values[op.target].shape[2] + 4) * pairs + 4 * wide * 32
         self.scratch = max(self.scratch, _round(need))
 
+    def _counted(self, op: Conv, f: dict[str, int], flip: bool) -> None:
+        """Weights of an event-driven layer: rows of bits, and a row of zeros at the end."""
+        src, out = self.p.values[op.source], self.p.values[op.target].shape
+        (kh, kw), (_, rows, columns) = op.kernel, op.weight.shape
+        weight = op.weight[0]
+        if flip:  # so that no channel's multiplier is negative
+            weight = weight ^ _sign_words(op.multiplier < 0)
+        # Where rows are short, those of the columns of the kernel lie side by side.
+        joined = 2 <= kw <= 8 and columns <= 8 and op.stride[1] == 1 and out[2] > 1
+        pitch = columns
+        if joined:
+            cin = rows // (kh * kw)
+            pitch = _round(kw * columns, 8) if kw * columns > 16 else _power_of_two(kw * columns)
+            side = weight.reshape(kh, kw, cin, columns).transpose(0, 2, 1, 3)
+            weight = np.zeros((kh * cin, pitch), np.uint32)
+            weight[:, : kw * columns] = side.reshape(kh * cin, kw * columns)
+        centre = rows * (2**src.planes - 1)
+        f.update(row_words=columns, joined=int(joined), pitch=pitch)
+        f.update(centre=centre, depth=centre.bit_length())
+        stored = np.concatenate([weight.reshape(-1), np.zeros(pitch, np.uint32)])
+        f.update(weight=self.put(stored), method=METHODS[self.method])
+        if self.method == "dense" or (self.method == "measure" and out[0] <= NARROW):
+            signs = op.weight ^ _sign_words(op.multiplier < 0) if flip else op.weight
+            self._dense(signs, columns, columns * 32, f)
 
-def build_image(program: Program) -> Image:
+    def _dense(self, weight: IntArray, columns: int, channels: int, f: dict[str, int]) -> None:
+        """Weights for AND and popcount, words of 32 inputs: [group][16 channels][word][channel]."""
+        groups, rows, _ = weight.shape
+        n, wide = _round(-(-rows // 32), 8), _round(channels)
+        bits = np.unpackbits(weight.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
+        padded = np.zeros((groups, wide, n * 32), np.uint8)
+        padded[:, :channels, :rows] = bits[:, :, :channels].transpose(0, 2, 1)
+        packed = _pack(padded).reshape(groups, wide // 16, 16, n).transpose(0, 1, 3, 2)
+        f.update(dense=self.put(np.ascontiguousarray(packed)), dense_rows=n)
+
+    def _event_scratch(self, op: Conv, f: dict[str, int]) -> int:
+        """Words ``conv_bits`` works in."""
+        src, out = self.p.values[op.source], self.p.values[op.target].shape
+        kw, columns, joined = op.kernel[1], f["row_words"], f["joined"]
+        span = min(op.dilation[0] * (op.kernel[0] - 1) + 1, src.shape[1])
+        ring = span * src.planes * (src.shape[2] * (words(src.shape[0]) * 32 + 1) + 17)
+        places = out[2] + (op.dilation[1] * (kw - 1) if joined else 0)
+        deepest = max(5, f["depth"])
+        together = deepest * _round(columns * kw) if joined else 0
+        counts = src.planes * (kw if joined else 1) * deepest * (places * columns + 16)
+        lines = f["kh"] + src.planes * places + out[2] + 16
+        listed = max(f["list_count"] + 32, f["dense_rows"] + columns * 32)
+        return ring + listed + together + counts + lines
+
+    def _steps_on_bits(self, step: _Step) -> bool:
+        """Whether scale, residual and neuron are a comparison of dot products with constants."""
+        op, n = step.op, step.neuron
+        if not isinstance(op, Conv) or n is None or op.weight.shape[0] > 1:
+            return False
+        spikes = self.p.values[op.source].planes > 0
+        lo, hi = self.ranges[op.source]
+        if spikes != op.binary or not -32768 <= lo <= hi <= (65535 if spikes else 32767):
+            return False
+        if op.multiplier.min() <= -INT32_MAX - 1 or self._reach(op) >= INT32_MAX:
+            return False
+        if n.bits != 2 or n.delay != "none" or n.order != "fire_first" or n.reset == "soft":
+            return False
+        if n.ceiling < n.levels or n.membrane is not None or n.initial == 2:
+            return False
+        if step.add is None:
+            return True
+        return spikes and self.p.values[step.add[0]].planes == 1 and step.add[1] > 0
+
+    def _steps(self, step: _Step) -> npt.NDArray[np.int64]:
+        """The smallest dot products for which the answer to a question is yes.
+
+        The questions, for no residual spike and then for one: in each of the states 0, 1 and -1,
+        does the neuron fire, is its new level at least 0, at least 1 if it does not?
+
+        Returns:
+            int64 ``[9 or 18, C]`` for weights whose sign makes every multiplier positive; values
+            one beyond what a dot product can be mean never.
+        """
+        op, n = step.op, step.neuron
+        assert isinstance(op, Conv)
+        assert n is not None
+        channels, reach = op.multiplier.size, self._reach(op)
+        m = np.abs(op.multiplier.astype(np.int64))
+        shift = op.shift.astype(np.int64)
+        half = np.int64(1) << (shift - 1)
+        largest = ((reach * m + half) >> shift) + 2
+        own, other = (1, 0) if step.add is None else step.add[1:]
+        leak = np.broadcast_to(n.leak, (channels, n.leak.shape[1])).astype(np.int64)
+        theta = np.broadcast_to(n.threshold, (channels,)).astype(np.int64)
+        levels = [theta, *(np.full(channels, b, np.int64) for b in n.bounds)]
+        steps = []
+        for spike in (0,) if step.add is None else (0, 1):
+            for word in (0, 1, 3):
+                for level in levels:
+                    y = -((leak[:, word] + other * spike - level) // own) - op.bias
+                    need = (np.clip(y, -largest, largest) << shift) - half  # of dot * multiplier
+                    dot = -(-need // np.maximum(m, 1))
+                    steps.append(np.where(m > 0, dot, np.where(need <= 0, -reach, reach + 1)))
+        clipped: npt.NDArray[np.int64] = np.clip(np.array(steps), -reach, reach + 1)
+        return clipped
+
+    def _firing(self, step: _Step, f: dict[str, int]) -> int:
+        """What a firing decision compares with; at the end two planes: the level after a spike."""
+        op, n = step.op, step.neuron
+        assert isinstance(op, Conv)
+        assert n is not None
+        steps, reach = self._steps(step), self._reach(op)
+        sets, channels = steps.shape
+        # Padding channels never fire and stay at level 0.
+        padded = np.tile(np.array([reach + 1, -reach, reach + 1]), sets // 3)
+        padded = np.repeat(padded[:, None], words(channels) * 32, axis=1)
+        padded[:, :channels] = steps
+        value = np.broadcast_to(n.reset_value, (channels,))
+        code = np.searchsorted(n.bounds, value, side="right") - n.levels
+        after = np.zeros((2, padded.shape[1]), np.uint8)
+        after[:, :channels] = (code >> np.arange(2)[:, None]) & 1
+        if f["pairs"]:  # [word of channels][question][channel]
+            plain = padded.reshape(sets, -1, 32).transpose(1, 0, 2).astype(np.int32)
+            return self.put(np.concatenate([plain.reshape(-1).view(np.uint32), _pack(after)]))
+        # Complements of the planes of dot + centre: [residual spike][plane][question][word].
+        planes = np.arange(f["depth"] + 1)
+        bits = ~((padded + f["centre"])[:, None, :] >> planes[:, None]) & 1
+        bits = bits.reshape(-1, 9, planes.size, padded.shape[1]).transpose(0, 2, 1, 3)
+        return self.put(np.concatenate([_pack(bits), _pack(after)]))
+
+
+def _pack(bits: IntArray) -> npt.NDArray[np.uint32]:
+    """Zeros and ones, the last axis a multiple of 32, as a flat array of words."""
+    packed = np.packbits(bits.astype(np.uint8), axis=-1, bitorder="little")
+    return packed.reshape(-1).view("<u4").astype(np.uint32)
+
+
+def _power_of_two(n: int) -> int:
+    return int(1 << (n - 1).bit_length())
+
+
+def _sign_words(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Flags of channels as words of bits."""
+    padded = np.zeros(words(flags.size) * 32, np.uint8)
+    padded[: flags.size] = flags
+    return _pack(padded)
+
+
+def build_image(program: Program, method: Method = "measure") -> Image:
     """Translate a program for the C runtime.
 
     Args:
         program: A valid program.
+        method: How layers of single bits count: ``"events"`` lists active inputs, ``"dense"`` is
+            AND and popcount over all inputs; ``"measure"`` decides at every step by the density of
+            the input, in layers narrow enough for either to win. The bits are the same.
 
     Returns:
         The image and the sizes of its work areas.
@@ -382,4 +552,4 @@ def build_image(program: Program) -> Image:
     Raises:
         FormatError: If the program is not valid.
     """
-    return _Builder(program).build()
+    return _Builder(program, method).build()

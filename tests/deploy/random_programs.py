@@ -52,6 +52,48 @@ class RandomProgram:
             bias.astype(np.int32),
         )
 
+    def same_conv(self, source) -> int:
+        """A binary convolution that keeps the shape, as the second of a residual block."""
+        rng, v = self.rng, self.values[source]
+        c, h, w = v.shape
+        kernel = (int(rng.integers(1, 4)), int(rng.integers(1, 6)))
+        dilation = (int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+        reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        before = [int(rng.integers(0, r + 1)) for r in reach]
+        padding = (before[0], before[1], reach[0] - before[0], reach[1] - before[1])
+        rows = kernel[0] * kernel[1] * c
+        bits = rng.integers(0, 2, (1, rows, words(c) * 32), np.uint8)
+        bits[:, :, c:] = 0
+        weight = np.packbits(bits, axis=-1, bitorder="little").view("<u4").astype(np.uint32)
+        target = self.value((c, h, w), 0)
+        self.ops.append(
+            Conv(
+                f"op{len(self.ops)}", source, target, weight, kernel, (1, 1), padding, dilation,
+                1, *self.fixed(c, rows * 2**v.planes),
+            )
+        )  # fmt: skip
+        return target
+
+    def block(self) -> Program:
+        """Residual blocks on spikes, wide and narrow: what the engine decides on bits."""
+        c = int(self.pick(1, 3, 10, 32, 33, 64, 100, 128, 130, 256, 300, 513))
+        side = 9 if c < 100 else 4
+        self.values[0] = Value("input", (c, *(int(i) for i in self.rng.integers(1, side, 2))), 0)
+        skip = self.neuron(0, common=True)
+        for _ in range(3):
+            source = skip
+            if self.rng.random() < 0.3:  # more than one plane
+                source = self.value(self.values[skip].shape, 2)
+                self.ops.append(Add(f"op{len(self.ops)}", (skip, skip), (1, 1), source))
+            inner = self.neuron(self.same_conv(source), common=True)
+            last = self.same_conv(inner)
+            total = self.value(self.values[last].shape, 0)
+            factors = tuple(int(f) for f in self.rng.integers([1, -900], [4, 900]))
+            order = slice(None, None, self.pick(1, -1))
+            self.ops.append(Add(f"op{len(self.ops)}", (last, skip)[order], factors[order], total))
+            skip = self.neuron(total, common=True)
+        return Program(self.values, self.ops, (skip, inner), input_range=(-100, 100))
+
     def conv(self, source) -> int:
         rng, v = self.rng, self.values[source]
         c, h, w = v.shape
@@ -136,7 +178,7 @@ class RandomProgram:
         self.ops.append(Add(f"op{len(self.ops)}", (a, b), factors, target))
         return target
 
-    def neuron(self, source) -> int:
+    def neuron(self, source, common=None) -> int:
         rng, v = self.rng, self.values[source]
         c = v.shape[0]
         unit = 1 if v.planes else 2000
@@ -144,12 +186,17 @@ class RandomProgram:
         order = self.pick("fire_first", "quantize_first")
         delay = self.pick("none", "none", "table", "gate")
         bits = int(self.pick(2, 2, 3, 4, 5, 6, 7, 8, 32))
+        if common is None:
+            common = rng.random() < 0.4
+        if common:
+            order, delay, bits = "fire_first", "none", 2
         target = self.value(v.shape, 1)
-        membrane = self.value(v.shape, 0) if rng.random() < 0.25 else None
+        shown = rng.random() < (0.05 if common else 0.25)
+        membrane = self.value(v.shape, 0) if shown else None
         per = self.pick(1, 1, c)
         reset_value = rng.integers(-2, 3, per) * unit // 2
         name = f"op{len(self.ops)}"
-        reset = self.pick("hard", "soft", "none")
+        reset = self.pick("hard", "none") if common else self.pick("hard", "soft", "none")
         if bits == 32:
             leak = np.stack(
                 [
@@ -177,6 +224,8 @@ class RandomProgram:
             reading = rng.integers(-99, 99, size) if membrane is not None else np.zeros(0)
             ceiling = int(self.pick(127, n, n // 2))
             initial = int(rng.integers(0, size))
+            if common:
+                ceiling, initial = n, int(self.pick(0, 1, 3))
         self.ops.append(
             Neuron(
                 name, source, target, bits, leak.astype(np.int32), threshold.astype(np.int32),
@@ -228,6 +277,11 @@ def random_program(seed: int, length: int = 8) -> Program:
     """A valid program of about ``length`` operations; the seed decides the width of its input."""
     input_range = INPUT_RANGES[seed % len(INPUT_RANGES)]
     return RandomProgram(np.random.default_rng(seed), input_range).grow(length)
+
+
+def random_block(seed: int) -> Program:
+    """A valid program of residual blocks."""
+    return RandomProgram(np.random.default_rng(seed)).block()
 
 
 def random_input(program: Program, rng: np.random.Generator, batch: int, steps: int) -> np.ndarray:

@@ -10,11 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qsnn_ext.deploy.engine import EngineSession, backends, choose, open_session
+from qsnn_ext.deploy.image import METHODS as WAYS
+from qsnn_ext.deploy.image import build_image
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import ConfigError, InputError
-from tests.deploy.random_programs import random_input, random_program
+from tests.deploy.random_programs import random_block, random_input, random_program
 
 COMPILED = [b for b in backends() if b != "numpy"]
+METHODS = tuple(WAYS)  # how active inputs are counted
 needs_engine = pytest.mark.skipif(not COMPILED, reason="the C engine is not built")
 
 
@@ -28,13 +31,32 @@ def run_reference(program, x):
 @pytest.mark.parametrize("backend", COMPILED)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    seed=st.integers(0, 2**32 - 1), steps=st.sampled_from([1, 2, 3, 5, 16]), batch=st.integers(1, 3)
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.sampled_from([1, 2, 3, 5, 16]),
+    batch=st.integers(1, 3),
+    method=st.sampled_from(METHODS),
 )
-def test_random_programs(backend, seed, steps, batch):
-    program = random_program(seed)
+def test_random_programs(backend, seed, steps, batch, method):
+    same_bits(random_program(seed), backend, seed, steps, batch, method)
+
+
+@needs_engine
+@pytest.mark.parametrize("backend", COMPILED)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.sampled_from([1, 2, 5]),
+    method=st.sampled_from(METHODS),
+)
+def test_random_residual_blocks(backend, seed, steps, method):
+    same_bits(random_block(seed), backend, seed, steps, 2, method)
+
+
+def same_bits(program, backend, seed, steps, batch, method):
+    """The engine's answers and states are those of the NumPy reference."""
     x = random_input(program, np.random.default_rng(seed), batch, steps)
     expected, reference = run_reference(program, x)
-    session = EngineSession(program, batch, backend)
+    session = EngineSession(program, batch, backend, image=build_image(program, method))
     answers = session.run(x, steps, static=False)
     for got, want in zip(answers, expected, strict=True):
         np.testing.assert_array_equal(got, want)

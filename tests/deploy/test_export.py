@@ -18,7 +18,7 @@ from qsnn_ext.deploy.program import Conv
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import InputError, InputTypeError
 from tests.deploy.networks import FramesLoop, PLIFNet, calibrate, make_dyadic, quantize
-from tests.deploy.random_programs import random_input, random_program
+from tests.deploy.random_programs import random_block, random_input, random_program
 
 GCC = shutil.which("gcc") or shutil.which("cc")
 FLAGS = ["-std=c99", "-O1", "-Wall", "-Wextra", "-Werror"]
@@ -55,10 +55,13 @@ def compiler(target, folder) -> list[str]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("seed", [3, 8, 21])
-def test_same_bits_as_python(target, seed, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "seed"),
+    [(random_program, 3), (random_program, 8), (random_program, 21), (random_block, 1)],
+)
+def test_same_bits_as_python(target, make, seed, tmp_path):
     command = compiler(target, tmp_path)
-    program = random_program(seed, length=12)
+    program = make(seed)
     folder = tmp_path / "c"
     export_c(program, folder, verbose=False)
     sources = sorted(str(p) for p in folder.glob("*.c"))

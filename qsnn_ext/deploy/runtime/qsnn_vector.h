@@ -38,6 +38,8 @@ static inline vi vi_load_i8(const int8_t *p) {
 static inline vi vi_lookup(const int32_t *table, vi index) {
     return _mm512_i32gather_epi32(index, (const void *)table, 4);
 }
+/* Sum of the products of two pairs of 16-bit numbers. */
+static inline vi vi_madd(vi a, vi b) { return _mm512_madd_epi16(a, b); }
 #define SMALL_TABLE 16
 static inline vi vi_lookup_small(vi table, vi index) { return _mm512_permutexvar_epi32(index, table); }
 
@@ -77,6 +79,7 @@ static inline vi vi_load_i8(const int8_t *p) {
 static inline vi vi_lookup(const int32_t *table, vi index) {
     return _mm256_i32gather_epi32((const int *)table, index, 4);
 }
+static inline vi vi_madd(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 #define SMALL_TABLE 8
 static inline vi vi_lookup_small(vi table, vi index) {
     return _mm256_permutevar8x32_epi32(table, index);
@@ -111,6 +114,9 @@ static inline vi vi_lookup(const int32_t *table, vi i) {
     vi v = {table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
     return v;
 }
+static inline vi vi_madd(vi a, vi b) {
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
 #define SMALL_TABLE 0
 
 #else /* plain C99 */
@@ -134,6 +140,9 @@ static inline vi vi_select(vm m, vi a, vi b) { return m ? a : b; }
 static inline vi vi_add_if(vi a, vm m, vi b) { return m ? a + b : a; }
 static inline vi vi_load_i8(const int8_t *p) { return *p; }
 static inline vi vi_lookup(const int32_t *table, vi i) { return table[i]; }
+static inline vi vi_madd(vi a, vi b) {
+    return (vi)(int16_t)(a & 0xffff) * (int16_t)(b & 0xffff) + (a >> 16) * (b >> 16);
+}
 #define SMALL_TABLE 0
 
 #endif
