@@ -13,7 +13,7 @@ from qsnn_ext.deploy.program import Conv, IntArray, Program, words
 from qsnn_ext.errors import InputTypeError
 
 RUNTIME = Path(__file__).with_name("runtime")
-SOURCES = ("qsnn.h", "qsnn_vector.h", "qsnn_count.h", "qsnn.c")
+SOURCES = ("qsnn.c", *sorted(p.name for p in RUNTIME.glob("*.h")))
 
 _MODEL_H = """\
 /* {title}: written by qsnn_ext.deploy.export_c. */

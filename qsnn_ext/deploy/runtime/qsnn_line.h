@@ -1,0 +1,78 @@
+/* Lines: the int32 values of all channels of one pixel, padded to a multiple of 32. */
+#ifndef QSNN_LINE_H
+#define QSNN_LINE_H
+#include "qsnn_image.h"
+
+/* line += factor * (bits of all planes), or = when `first`. */
+static void line_add_bits(int32_t *line, const uint32_t *bits, int32_t planes, int32_t words,
+                          int32_t factor, int first) {
+    int32_t w, g, p;
+    for (w = 0; w < words; w++) {
+        for (g = 0; g < 32; g += LANES) {
+            int32_t *at = line + w * 32 + g;
+            vi sum = first ? vi_set(0) : vi_load(at);
+            for (p = 0; p < planes; p++)
+                sum = vi_add_if(sum, vm_from(bits[p * words + w] >> g),
+                                vi_set((int32_t)((uint32_t)factor << p)));
+            vi_store(at, sum);
+        }
+    }
+}
+
+static void line_add(const context *x, int32_t *line, const int32_t *v, int32_t pixel,
+                     int32_t factor, int first) {
+    int32_t words = words_of(v), c;
+    if (v[V_PLANES]) {
+        line_add_bits(line, pixel_bits(x, v, pixel), v[V_PLANES], words, factor, first);
+    } else {
+        const int32_t *from = pixel_ints(x, v, pixel);
+        vi f = vi_set(factor);
+        for (c = 0; c < words * 32; c += LANES) {
+            vi a = vi_load(from + c);
+            if (factor != 1) a = vi_mul(a, f);
+            vi_store(line + c, first ? a : vi_add(vi_load(line + c), a));
+        }
+    }
+}
+
+static void line_store(const context *x, const int32_t *line, const int32_t *v, int32_t pixel) {
+    int32_t words = words_of(v), w, g, p;
+    if (v[V_PLANES] == 0) {
+        memcpy(pixel_ints(x, v, pixel), line, (size_t)words * 32 * 4);
+        return;
+    }
+    for (w = 0; w < words; w++) {
+        uint32_t mask = w == words - 1 ? last_mask(v[V_CHANNELS]) : 0xffffffffu;
+        uint32_t *to = pixel_bits(x, v, pixel) + w;
+        for (p = 0; p < v[V_PLANES]; p++) {
+            uint32_t bits = 0;
+            vi one = vi_set((int32_t)(1u << p));
+            for (g = 0; g < 32; g += LANES)
+                bits |= vm_bits(vm_test(vi_load(line + w * 32 + g), one)) << g;
+            to[p * words] = bits & mask;
+        }
+    }
+}
+
+/* line = ((line * multiplier + half) >> shift) + bias, per channel. */
+static void line_affine(const context *x, const int32_t *op, int32_t *line, int32_t words) {
+    const int32_t *m = x->ints + op[F_MULTIPLIER];
+    const int32_t *s = x->ints + op[F_SHIFT];
+    const int32_t *b = x->ints + op[F_BIAS];
+    int32_t c, n = words * 32;
+    if (op[F_PRODUCT32]) { /* the products are proven to fit int32 */
+        for (c = 0; c < n; c += LANES) {
+            vi shift = vi_load(s + c);
+            vi half = vi_load(s + n + c); /* 1 << (shift - 1) */
+            vi y = vi_add(vi_mul(vi_load(line + c), vi_load(m + c)), half);
+            vi_store(line + c, vi_add(vi_sra(y, shift), vi_load(b + c)));
+        }
+    } else {
+        for (c = 0; c < n; c++) {
+            int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (s[c] - 1));
+            line[c] = (int32_t)(y >> s[c]) + b[c];
+        }
+    }
+}
+
+#endif
