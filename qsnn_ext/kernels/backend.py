@@ -86,10 +86,17 @@ class Core:
     Args:
         fn: pure function of tensors.
         free: per argument, how many of its last dimensions are symbols of the compiled code.
+        plain: does the same, and runs in place of ``fn`` where nothing is compiled.
     """
 
-    def __init__(self, fn: Callable[..., Any], free: tuple[int, ...]) -> None:
-        self._plain = fn
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        free: tuple[int, ...],
+        plain: Callable[..., Any] | None = None,
+    ) -> None:
+        self._fn = fn
+        self._plain = plain or fn
         self._free = free
         self._compiled: Callable[..., Any] | None = None
 
@@ -106,7 +113,7 @@ class Core:
                     if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
                         return self._plain(*args)
                     torch._dynamo.mark_dynamic(tensor, dim)
-        compiled = torch.compile(_with_own_code(self._plain), fullgraph=True)
+        compiled = torch.compile(_with_own_code(self._fn), fullgraph=True)
         try:
             result = compiled(*args)
         except Exception as error:
@@ -141,6 +148,7 @@ def core(
     size: int,
     free: tuple[int, ...],
     build: Callable[[], Any],
+    plain: Callable[..., Any] | None = None,
 ) -> Core:
     """The core of these options, built on first use.
 
@@ -151,11 +159,12 @@ def core(
             decides between serial and parallel loops by the first size it sees.
         free: see :class:`Core`.
         build: makes the function.
+        plain: see :class:`Core`.
     """
     full = (key, like.dtype, like.device, size >= PARALLEL_FROM, torch.get_num_threads())
     found = _cores.get(full)
     if found is None:
-        found = _cores[full] = Core(build(), free)
+        found = _cores[full] = Core(build(), free, plain)
     return found
 
 

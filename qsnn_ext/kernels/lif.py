@@ -26,6 +26,7 @@ from torch import Tensor
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import backend as B
+from qsnn_ext.kernels import blocked
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
 AlphaMode = Literal["dynamic", "running", "given"]
@@ -372,7 +373,14 @@ def _lif_op(
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
     key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(key, x, flat.shape[1], (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype))
+    core = B.core(
+        key,
+        x,
+        flat.shape[1],
+        (1, 1, 0, 0),
+        lambda: _forward_core(o, steps, x.dtype),
+        blocked.forward(o, x.dtype) if blocked.covers(o, x) else None,
+    )
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
             flat,
@@ -449,6 +457,9 @@ def _lif_backward_op(
         flat.shape[1],
         (1, 1, 0, 1, 1, 0, 0),
         lambda: _backward_core(o, steps, saved.dtype, need_v, need_params),
+        blocked.backward(o, saved.dtype, need_v)
+        if blocked.covers(o, saved) and not need_params
+        else None,
     )
     if g_counts is None:
         g_counts = params.new_zeros(steps, dtype=torch.float32)
