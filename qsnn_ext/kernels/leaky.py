@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
+from qsnn_ext.kernels import autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.lif import (
     LIFOptions,
@@ -268,6 +269,18 @@ def _backward(ctx: Any, g_spikes: Any, g_stored: Any, _a: Any, g_count: Any, _c:
 
 
 _leaky_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(
+    x: Tensor, mem: Tensor, params: Tensor, alpha: Tensor | None, options: str
+) -> tuple[Any, ...]:
+    """The state and all numbers follow the input, which is not in half precision."""
+    scale = None if alpha is None else alpha.to(x.dtype)
+    return x, mem.to(x.dtype), params.to(x.dtype), scale, options
+
+
+autocast.register("leaky_step", _autocast)
+autocast.register("leaky_step_backward")
 
 
 def leaky_step(

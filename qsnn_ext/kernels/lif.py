@@ -26,7 +26,7 @@ from torch import Tensor
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels import blocked
+from qsnn_ext.kernels import autocast, blocked
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
 AlphaMode = Literal["dynamic", "running", "given"]
@@ -522,6 +522,24 @@ def _backward(ctx: Any, g_spikes: Any, g_v: Any, _a: Any, g_counts: Any, _c: Any
 
 
 _lif_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(
+    x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, options: str
+) -> tuple[Any, ...]:
+    """The state follows the input, and numbers are kept in the dtype of the computation."""
+    dtype = compute_dtype(x)
+    return (
+        x,
+        None if v is None else v.to(x.dtype),
+        params.to(dtype),
+        None if alpha is None else alpha.to(dtype),
+        options,
+    )
+
+
+autocast.register("lif_multi_step", _autocast)
+autocast.register("lif_multi_step_backward")
 
 
 # --------------------------------------------------------------------------- calling it

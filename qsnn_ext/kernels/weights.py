@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsnn_ext.errors import StateError
+from qsnn_ext.kernels import autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, Quantizer
 
@@ -180,6 +181,8 @@ def _backward(ctx: Any, g: Tensor, *_statistics: Any) -> Any:
 
 
 _weight_op.register_autograd(_backward, setup_context=_setup_context)
+autocast.register("binary_weight", lambda w, *rest: (autocast.widened(w), *rest))
+autocast.register("binary_weight_backward")
 
 
 # --------------------------------------------------------------------------- once per step
