@@ -105,6 +105,8 @@ class Core:
         global _broken
         if not compiles(max(a.numel() for a in args if a is not None)):
             return self._plain(*args)
+        # Tensors that are no views: the compiler ties its code to the shape of a view's base too.
+        args = tuple(None if a is None else a.data for a in args)
         if self._compiled is not None:
             return self._compiled(*args)
         for tensor, count in zip(args, self._free, strict=True):
@@ -125,6 +127,22 @@ class Core:
             return result
         self._compiled = compiled
         return result
+
+
+def total(x: Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> Tensor:
+    """Sum over ``dim`` (all dimensions when empty), added up in float64 where the device has it.
+
+    Besides being exact enough in any order, such a sum is compiled once for all sizes: PyTorch
+    compiles a float32 sum of more than 4096 values otherwise than a shorter one, and recompiles.
+    """
+    if x.device.type not in ("cpu", "cuda"):
+        return x.sum(dim, keepdim=keepdim)
+    return x.sum(dim, keepdim=keepdim, dtype=torch.float64).to(x.dtype)
+
+
+def count(fired: Tensor) -> Tensor:
+    """How many are true, a 0-dim float32 tensor; counted in integers, see :func:`total`."""
+    return fired.to(torch.int32).sum(dtype=torch.int32).to(torch.float32)
 
 
 def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
                 stored = torch.where(fired, stored + params[1], stored)
                 stored = beside_threshold(stored, fired, alpha, params)
         spikes = fired.to(dtype)
-        count = fired.to(torch.float32).sum()
+        count = B.count(fired)
         after = alpha if running is None else running
         results = (spikes, stored, torch.stack([alpha, after]), count.reshape(1))
         return results if o.save == "nothing" else (*results, charge)
@@ -136,7 +136,7 @@ def _backward_core(o: LIFOptions, need_decay: bool) -> Callable[..., Any]:
         if not need_decay:
             return g, g_mem
         assert mem is not None
-        return g, g_mem, (g * mem).sum().reshape(1)
+        return g, g_mem, B.total(g * mem).reshape(1)
 
     return backward
 

@@ -193,7 +193,7 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
                 alphas.append(alpha)
             fired = _fired(h, params, o)
             spikes.append(fired.to(dtype))
-            counts.append(fired.to(torch.float32).sum())
+            counts.append(B.count(fired))
             state = _reset(h, fired, params, o)
             if o.bits and o.order == "fire_first":
                 state, alpha, running = quantize(state, running)
@@ -272,22 +272,22 @@ def _backward_core(
                     if not o.detach_reset:
                         g_fired = g_fired - g_state * params[3]
                     if need_params:
-                        g_params[3] = g_params[3] - torch.where(fired, g_state, 0.0).sum()
+                        g_params[3] = g_params[3] - B.total(torch.where(fired, g_state, 0.0))
                 elif o.reset == "hard" and not o.detach_reset:
                     g_fired = g_fired + g_state * (o.v_reset - h)
             slope = g_fired * derivative(h - params[3], o.surrogate.a, o.surrogate.b)
             g_h = slope if g_h is None else g_h + slope
             if need_params:
-                g_params[3] = g_params[3] - slope.sum()
+                g_params[3] = g_params[3] - B.total(slope)
             if quantize_first:
                 g_h = _unround(g_h, squash(charge), alphas[t], o)
             g_x.append((params[1] * g_h).to(dtype))
             if need_params:
                 previous = before[t]
                 if previous is not None:
-                    g_params[0] = g_params[0] + (g_h * previous).sum()
-                g_params[1] = g_params[1] + (g_h * saved[t].to(params.dtype)).sum()
-                g_params[2] = g_params[2] + g_h.sum()
+                    g_params[0] = g_params[0] + B.total(g_h * previous)
+                g_params[1] = g_params[1] + B.total(g_h * saved[t].to(params.dtype))
+                g_params[2] = g_params[2] + B.total(g_h)
             g_state = params[0] * g_h
         assert g_state is not None
         results = [torch.stack(g_x[::-1])]

@@ -24,30 +24,33 @@ from qsnn_ext.quantizers import BinaryWeight, Quantizer
 # --------------------------------------------------------------------------- cores
 
 
-# Sums run over rows (output channels) first and over the rows' sums after that: a row stays in the
-# nearest cache for all sums over it, and few numbers are added to a large one.
+# Sums run over rows (output channels) first and over the rows' sums after that, so that one loop
+# over a row makes all sums that need the row.
 
 
 def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
     """``w [C, K] -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``."""
 
+    def row(x: Tensor) -> Tensor:
+        return B.total(x, (1,), keepdim=True)
+
     def over_group(rows: Tensor) -> Tensor:
-        return rows.sum(0, keepdim=True) if standardize == "layer" else rows
+        return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def forward(w: Tensor) -> Any:
         if standardize == "none":
             mean, std = w.new_zeros(1, 1), w.new_ones(1, 1)
-            alpha = w.abs().mean(1, keepdim=True)
+            alpha = row(w.abs()) / w.shape[1]
             centred = w
         else:
             count = w.numel() if standardize == "layer" else w.shape[1]
             # Counted from one of them, weights that are all equal have exactly that as their mean.
             origin = w[:1, :1] if standardize == "layer" else w[:, :1]
-            mean = origin + over_group((w - origin).sum(1, keepdim=True)) / count
+            mean = origin + over_group(row(w - origin)) / count
             centred = w - mean
-            variance = over_group(centred.square().sum(1, keepdim=True)) / (count - 1)
+            variance = over_group(row(centred.square())) / (count - 1)
             std = torch.where(variance == 0, 1.0, variance).sqrt()
-            alpha = centred.abs().mean(1, keepdim=True) / std
+            alpha = row(centred.abs()) / w.shape[1] / std
         if scale == "power_of_two":
             alpha = torch.where(alpha > 0, torch.exp2(torch.round(torch.log2(alpha))), alpha)
         elif scale == "none":
@@ -62,8 +65,11 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
 def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
     """``(g, w, mean, std, alpha, temperature) -> g_w`` ``[C, K]``; statistics per group ``[G]``."""
 
+    def row(x: Tensor) -> Tensor:
+        return B.total(x, (1,), keepdim=True)
+
     def over_group(rows: Tensor) -> Tensor:
-        return rows.sum(0, keepdim=True) if standardize == "layer" else rows
+        return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def backward(
         g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor
@@ -79,8 +85,8 @@ def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
         if standardize == "none":
             return g
         count = w.numel() if standardize == "layer" else w.shape[1]
-        along = over_group((g * what).sum(1, keepdim=True)) / (count - 1)
-        mean_g = over_group(g.sum(1, keepdim=True)) / count
+        along = over_group(row(g * what)) / (count - 1)
+        mean_g = over_group(row(g)) / count
         return (g - mean_g - what * along) / std
 
     return backward
