@@ -380,6 +380,7 @@ def _lif_op(
         (1, 1, 0, 0),
         lambda: _forward_core(o, steps, x.dtype),
         blocked.forward(o, x.dtype) if blocked.covers(o, x) else None,
+        steps,
     )
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
@@ -460,6 +461,7 @@ def _lif_backward_op(
         blocked.backward(o, saved.dtype, need_v)
         if blocked.covers(o, saved) and not need_params
         else None,
+        steps,
     )
     if g_counts is None:
         g_counts = params.new_zeros(steps, dtype=torch.float32)
@@ -658,7 +660,7 @@ def lif_multi_step(
 
 def _recompute(x: Tensor) -> bool:
     """Whether to save the input and compute the charges again: pays where the core is fused."""
-    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel()))
+    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel(), x.shape[0]))
 
 
 def lif_multi_step_eager(

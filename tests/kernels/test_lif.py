@@ -307,3 +307,18 @@ def test_compiled(options):
         x = torch.randn(shape) * 1.5
         assert_equal(both(options, x, backend="compiled", alpha=alpha), tolerance)
     assert len(kernel_backend._cores) <= 4
+
+
+def test_long_sequences_are_not_compiled_unasked(monkeypatch):
+    """Compiling takes longer the longer the sequence."""
+    monkeypatch.setattr(kernel_backend, "_broken", None)
+    with kernels.use_backend("auto"):
+        assert kernel_backend.compiles(1 << 20, kernel_backend.LONGEST)
+        assert not kernel_backend.compiles(1 << 20, kernel_backend.LONGEST + 1)
+    with kernels.use_backend("compiled"):
+        assert kernel_backend.compiles(1, kernel_backend.LONGEST + 1)
+    x = torch.randn(kernel_backend.LONGEST + 1, 2048, requires_grad=True)
+    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(kernel_backend, "_cores", {})
+    lif_multi_step(x, None, LIFOptions(SIGMOID), decay=0.5).spikes.sum().backward()
+    assert kernel_backend._broken is None
