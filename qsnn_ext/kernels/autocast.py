@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("qsnn_ext", "FRAGMENT")
+_library: Any = torch.library.Library("qsnn_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 

@@ -54,9 +54,9 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (compiled where a compiler works and the layer is neither tiny
-            nor run over many steps, else ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of
-            the compiler is raised), ``"function"`` (the same code without compilation) or
+        name: ``"auto"`` (compiled where a compiler works and the layer is neither tiny nor run
+            over many steps, else ``"function"``; a layer no kernel covers runs ``"eager"``),
+            ``"compiled"`` (an error of the compiler is raised), ``"function"`` (no compilation) or
             ``"eager"`` (the reference loop in plain autograd).
 
     Raises:

@@ -25,7 +25,7 @@ from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 #: Neurons of a block, per thread: PyTorch gives a thread no less than this many.
 NEURONS = 1 << 15
 
-_aten = torch.ops.aten
+_aten: Any = torch.ops.aten
 
 
 def covers(o: Any, x: Tensor) -> bool:
@@ -54,7 +54,8 @@ def _beside(value: float, towards: float, dtype: torch.dtype) -> float:
 
 def _spikes(h: Tensor, theta: float, s: Surrogate, out: Tensor) -> Tensor:
     compare = torch.gt if s.strict else torch.ge
-    return compare(h, theta, out=out)
+    compare(h, theta, out=out)
+    return out
 
 
 def _reset(h: Tensor, spikes: Tensor, theta: float, o: Any, out: Tensor) -> Tensor:
@@ -173,7 +174,13 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
     unmasked = o.scale == "absmax" and o.alpha == "dynamic"
 
     def unround(
-        g: Tensor, h: Tensor, alpha: float, low: float, high: float, theta: float, free: list[Tensor]
+        g: Tensor,
+        h: Tensor,
+        alpha: float,
+        low: float,
+        high: float,
+        theta: float,
+        free: list[Tensor],
     ) -> Tensor:
         """Straight-through gradient of rounding the state left by charge ``h``."""
         if not o.bits:
@@ -185,14 +192,17 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
         simple = o.scale == "max" and o.alpha == "dynamic" and o.reset == "hard"
         if simple and not o.squash and o.v_reset == 0 and theta > 0:
             # What fired was reset to 0, and what did not is no more than alpha.
-            return _aten.threshold_backward.grad_input(g, h, low, grad_input=free[0])
+            _aten.threshold_backward.grad_input(g, h, low, grad_input=free[0])
+            return free[0]
         state = _reset(h, _spikes(h, theta, o.surrogate, free[0]), theta, o, free[1])
         if not o.squash:
-            return _aten.hardtanh_backward.grad_input(g, state, low, high, grad_input=free[0])
+            _aten.hardtanh_backward.grad_input(g, state, low, high, grad_input=free[0])
+            return free[0]
         state.tanh_()
         if not unmasked:
             g = _aten.hardtanh_backward.grad_input(g, state, low, high, grad_input=free[0])
-        return _aten.tanh_backward.grad_input(g, state, grad_input=free[0])
+        _aten.tanh_backward.grad_input(g, state, grad_input=free[0])
+        return free[0]
 
     def slope(g_fired: Tensor, h: Tensor, theta: float, free: Tensor) -> Tensor:
         """``g_fired`` times the surrogate's derivative."""
@@ -200,7 +210,8 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
         x = torch.sub(h, theta, out=free)
         if s.kind == "sigmoid":
             x.mul_(s.a).sigmoid_()
-            return _aten.sigmoid_backward.grad_input(g_fired, x, grad_input=free).mul_(s.a)
+            _aten.sigmoid_backward.grad_input(g_fired, x, grad_input=free)
+            return free.mul_(s.a)
         if s.kind == "triangle":
             return x.abs_().sub_(s.a).clamp_(max=0).mul_(g_fired).neg_()
         return torch.mul(derivative(x, s.a, s.b), g_fired, out=free)
@@ -236,7 +247,7 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
                     g_fired = torch.add(g_fired, per_spike[t], out=d)
                 g_h = None
                 if g_next is not None:
-                    g_h = unround(g_next, h, scales[t], *bounds[t], theta, [a, b])
+                    g_h = unround(g_next, h, scales[t], bounds[t], theta, buffers[:2, : len(a)])
                     if o.reset == "soft" and not o.detach_reset:
                         g_fired = torch.add(g_fired, g_h, alpha=-theta * factor, out=d)
                     elif o.reset == "hard":

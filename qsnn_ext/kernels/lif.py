@@ -25,8 +25,8 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels import autocast, blocked
+from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
 AlphaMode = Literal["dynamic", "running", "given"]

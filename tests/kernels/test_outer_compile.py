@@ -7,7 +7,7 @@ from qsnn_ext import kernels, quantize_
 from qsnn_ext.models import resnet19
 
 pytest.importorskip("spikingjelly")
-from qsnn_ext.spikingjelly import QuantLIFNode  # noqa: E402
+from qsnn_ext.spikingjelly import QuantLIFNode
 
 
 @pytest.mark.slow
