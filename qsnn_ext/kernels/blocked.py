@@ -174,15 +174,10 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
     unmasked = o.scale == "absmax" and o.alpha == "dynamic"
 
     def unround(
-        g: Tensor,
-        h: Tensor,
-        alpha: float,
-        low: float,
-        high: float,
-        theta: float,
-        free: list[Tensor],
+        g: Tensor, h: Tensor, alpha: float, bounds: tuple[float, float], theta: float, free: Tensor
     ) -> Tensor:
         """Straight-through gradient of rounding the state left by charge ``h``."""
+        low, high = bounds
         if not o.bits:
             return g
         if alpha <= 0:
@@ -200,7 +195,8 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
             return free[0]
         state.tanh_()
         if not unmasked:
-            g = _aten.hardtanh_backward.grad_input(g, state, low, high, grad_input=free[0])
+            _aten.hardtanh_backward.grad_input(g, state, low, high, grad_input=free[0])
+            g = free[0]
         _aten.tanh_backward.grad_input(g, state, grad_input=free[0])
         return free[0]
 
