@@ -68,7 +68,7 @@ def main():
     p.add_argument("--width", type=float, default=1.0)
     p.add_argument("--only", help=argparse.SUPPRESS)
     p.add_argument("--backend", default="auto")
-    p.add_argument("--rounds", type=int, default=3, help="processes per variant")
+    p.add_argument("--rounds", type=int, default=1, help="processes per variant")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if args.only:

@@ -322,3 +322,19 @@ def test_long_sequences_are_not_compiled_unasked(monkeypatch):
     monkeypatch.setattr(kernel_backend, "_cores", {})
     lif_multi_step(x, None, LIFOptions(SIGMOID), decay=0.5).spikes.sum().backward()
     assert kernel_backend._broken is None
+
+
+def test_traces_for_a_device_that_is_not_there():
+    """Shapes, dtypes and layouts of the operation and its backward, on CUDA tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    options = LIFOptions(SIGMOID, 4, save="input").encode()
+    with FakeTensorMode():
+        x = torch.empty(3, 2, 5, 4, device="cuda").transpose(2, 3)
+        params = torch.empty(4, device="cuda")
+        op, back = torch.ops.qsnn_ext.lif_multi_step, torch.ops.qsnn_ext.lif_multi_step_backward
+        spikes, v, alphas, counts, _ = op(x, None, params, None, options)
+        g_x, _, _ = back(spikes, None, None, x, None, params, alphas, options, False, False)
+    assert all(t.device.type == "cuda" for t in (spikes, v, alphas, counts, g_x))
+    assert spikes.stride() == g_x.stride() == x.stride()
+    assert v.stride() == x[0].stride()
