@@ -325,7 +325,7 @@ def test_long_sequences_are_not_compiled_unasked(monkeypatch):
 
 
 def test_traces_for_a_device_that_is_not_there():
-    """Shapes, dtypes and layouts of the operation and its backward, on CUDA tensors without data."""
+    """Shapes and layouts of the operation and its backward, on CUDA tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     options = LIFOptions(SIGMOID, 4, save="input").encode()
