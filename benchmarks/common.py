@@ -7,6 +7,7 @@ import csv
 import datetime
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -76,9 +77,12 @@ def interleaved(
         once(call, clock)
     for name in variants:
         times[name] = []
+    # In another order every round: what runs before a variant decides what is left for it in the
+    # caches and in the allocator, which is worth up to a third of a short call.
+    shuffle = random.Random(0).sample
     for _ in range(args.repeats):
-        for name, call in variants.items():
-            times[name].append(once(call, clock))
+        for name in shuffle(list(variants), len(variants)):
+            times[name].append(once(variants[name], clock))
     return times
 
 
@@ -98,36 +102,32 @@ def report(
     rows, ratios = [], {}
     for name, values in times.items():
         median, fastest = statistics.median(values), min(values)
-        first = name.endswith(", first call")
-        ratio = median / statistics.median(times[baseline])
+        row = [case, args.clock, name, "ms", round(1e3 * median, 3), round(1e3 * fastest, 3)]
+        if name.endswith(", first call"):
+            # Made once: the wall time of compilation, no ratio.
+            print(f"  {name:44s} {1e3 * median:10.2f} ms")
+            rows.append([*row, "", "", len(values)])
+            continue
+        ratios[name] = median / statistics.median(times[baseline])
         ratio_fastest = fastest / min(times[baseline])
-        if not first:
-            ratios[name] = ratio
-        shown = "" if first else f"  ratio {ratio:6.3f}  fastest {ratio_fastest:6.3f}"
-        print(f"  {name:34s} {1e3 * median:10.2f} ms  (min {1e3 * fastest:9.2f}){shown}")
-        rows.append([name, 1e3 * median, 1e3 * fastest, "" if first else round(ratio, 4),
-                     "" if first else round(ratio_fastest, 4), len(values)])  # fmt: skip
-    if not args.no_csv:
-        append(
-            benchmark,
-            [
-                "case",
-                "clock",
-                "variant",
-                "median_ms",
-                "min_ms",
-                "ratio",
-                "ratio_of_minima",
-                "rounds",
-            ],
-            [[case, args.clock, r[0], round(r[1], 3), round(r[2], 3), *r[3:]] for r in rows],
-            where,
+        print(
+            f"  {name:44s} {1e3 * median:10.2f} ms  (min {1e3 * fastest:9.2f})"
+            f"  ratio {ratios[name]:6.3f}  fastest {ratio_fastest:6.3f}"
         )
+        rows.append([*row, round(ratios[name], 4), round(ratio_fastest, 4), len(values)])
+    if not args.no_csv:
+        append(benchmark, rows, where)
     return ratios
 
 
-def append(benchmark: str, columns: list[str], rows: list[list[object]], where: str) -> None:
-    """Append rows to ``results/<benchmark>.csv`` with date and machine."""
+COLUMNS = [
+    "date", "machine", "case", "clock", "variant", "unit", "median", "min", "ratio",
+    "ratio_of_minima", "rounds",
+]  # fmt: skip
+
+
+def append(benchmark: str, rows: list[list[object]], where: str) -> None:
+    """Append rows, which hold :data:`COLUMNS` from ``case`` on, to ``results/<benchmark>.csv``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}.csv"
     fresh = not path.exists()
@@ -135,5 +135,5 @@ def append(benchmark: str, columns: list[str], rows: list[list[object]], where: 
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
-            writer.writerow(["date", "machine", *columns])
+            writer.writerow(COLUMNS)
         writer.writerows([[today, where, *row] for row in rows])

@@ -8,7 +8,9 @@ peaked above what it was before the step (Linux); on CUDA the allocator is asked
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
 
@@ -64,38 +66,39 @@ def main():
     p.add_argument("--T", type=int, default=2)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--width", type=float, default=1.0)
-    p.add_argument("--only", help=argparse_hidden())
+    p.add_argument("--only", help=argparse.SUPPRESS)
     p.add_argument("--backend", default="auto")
+    p.add_argument("--rounds", type=int, default=1, help="processes per variant")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if args.only:
         print(json.dumps(peak(args.only, args)))
         return
-    rows = []
+    rows: list[list[object]] = []
+    print(f"memory: {common.machine(args.device)}")
+    case, base = f"ResNet19 step T={args.T} N={args.batch} width={args.width}, peak", None
     for bits in ("32w-32u", "1w-2u", "1w-8u"):
         command = [sys.executable, __file__, "--only", bits, *sys.argv[1:]]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append([f"ResNet19 step T={args.T} N={args.batch}", bits, float(out.splitlines()[-1])])
-    base = rows[0][2]
-    rows = [[*row, round(row[2] / base, 4)] for row in rows]
-    for _, bits, size, ratio in rows:
-        print(f"peak resident set {bits:10s} {size:9.1f} MB  ratio {ratio:.3f}")
+        sizes = []
+        for _ in range(args.rounds):
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            sizes.append(float(out.splitlines()[-1]))
+        median, least = statistics.median(sizes), min(sizes)
+        base = base or (median, least)
+        ratios = round(median / base[0], 4), round(least / base[1], 4)
+        print(f"  peak of a step {bits:20s} {median:9.1f} MB  ratio {ratios[0]:.3f}")
+        rows.append([case, "", bits, "MB", round(median, 1), round(least, 1), *ratios, len(sizes)])
     for label, bits, backend in [
         ("LIFNode", None, "eager"), ("2 bit, plain autograd", 2, "eager"),
         ("2 bit, function", 2, "function"), ("2 bit, compiled", 2, "compiled"),
     ]:  # fmt: skip
-        multiple = saved(bits, backend, args)
-        print(f"saved for backward {label:24s} {multiple:.2f} x input")
-        rows.append(["saved for backward, multiple of the input", label, "", round(multiple, 3)])
+        multiple = round(saved(bits, backend, args), 3)
+        print(f"  saved for backward {label:24s} {multiple:.2f} x input")
+        rows.append(
+            ["a neuron, saved for backward", "", label, "x input", multiple, multiple, "", "", 1]
+        )
     if not args.no_csv:
-        where = common.machine(args.device)
-        common.append("memory", ["case", "variant", "peak_MB", "ratio"], rows, where)
-
-
-def argparse_hidden():
-    import argparse
-
-    return argparse.SUPPRESS
+        common.append("memory", rows, common.machine(args.device))
 
 
 if __name__ == "__main__":

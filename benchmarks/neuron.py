@@ -82,23 +82,31 @@ def sweep(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Text as text, and the same bytes for the same data.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "neuron_sweep"})
     axes = {
-        "T": [(t, 8, 64, 16, 16) for t in (1, 2, 4, 8)],
-        "batch": [(4, n, 64, 16, 16) for n in (1, 4, 16, 64)],
-        "width": [(4, 8, c, 16, 16) for c in (16, 64, 256)],
+        "T, at [T, 8, 64, 16, 16]": {t: (t, 8, 64, 16, 16) for t in (1, 2, 4, 8)},
+        "batch, at [4, N, 64, 16, 16]": {n: (4, n, 64, 16, 16) for n in (1, 4, 16, 64)},
+        "channels, at [4, 8, C, 16, 16]": {c: (4, 8, c, 16, 16) for c in (16, 64, 256)},
     }
-    figure, panels = plt.subplots(1, len(axes), figsize=(12, 3.5), sharey=True)
-    for panel, (name, shapes) in zip(panels, axes.items(), strict=True):
-        points = [compare(shape, (2, 4), args) for shape in shapes]
-        along = [shape[("T", "batch", "width").index(name)] for shape in shapes]
+    figure, panels = plt.subplots(1, len(axes), figsize=(12, 3.8), sharey=True)
+    for panel, (label, shapes) in zip(panels, axes.items(), strict=True):
+        points = [compare(shape, (2, 4), args) for shape in shapes.values()]
         for variant in points[0]:
-            panel.plot(along, [p[variant] for p in points], marker="o", label=variant)
-        panel.set(xlabel=name, xscale="log", yscale="log")
-    panels[0].set_ylabel("time / LIFNode")
-    panels[0].legend(fontsize=7)
-    figure.suptitle(common.machine(args.device), fontsize=7)
+            panel.plot(list(shapes), [p[variant] for p in points], marker="o", label=variant)
+        panel.set(xlabel=label, xscale="log", yscale="log")
+        panel.set_xticks(list(shapes), [str(size) for size in shapes])
+        panel.minorticks_off()
+        panel.set_yticks([0.1, 0.2, 0.5, 1.0, 2.0], ["0.1", "0.2", "0.5", "1", "2"])
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("time, as a multiple of LIFNode's")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Forward and backward of one layer\n{common.machine(args.device)}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(common.RESULTS / f"neuron_sweep_{args.device}.png", dpi=120)
+    path = common.RESULTS / f"neuron_sweep_{args.device}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(f"plot: {path}")
 
 
 def main():

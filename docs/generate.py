@@ -153,7 +153,7 @@ def _inference() -> list[list[str]]:
 
 def _neuron() -> list[list[str]]:
     """Training through one layer of neurons, against the host's; medians."""
-    times = {(row["case"], row["variant"]): float(row["median_ms"]) for row in _read("neuron")}
+    times = {(row["case"], row["variant"]): float(row["median"]) for row in _read("neuron")}
     rows = []
     for (case, variant), before in times.items():
         after = times.get((case, "QuantLIFNode 2 bit"))

@@ -182,14 +182,16 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
     def _fused(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
         """The step as one operation; ``None`` where there is none for this neuron."""
         assert self.membrane is not None
-        if self.inhibition or not self.reset_delay or self.threshold.requires_grad:
-            return None
-        if self.graded_spikes_factor.requires_grad or self.mem.device != input_.device:
-            return None
-        if self.beta.numel() != 1 or self.threshold.numel() != 1:
+        if self.inhibition or self.mem.device != input_.device:
             return None
         if torch.compiler.is_compiling():
             return None  # plain operations fuse by themselves there
+        if not self.reset_delay:
+            return self._fused_immediate(input_)
+        if self.threshold.requires_grad or self.graded_spikes_factor.requires_grad:
+            return None
+        if self.beta.numel() != 1 or self.threshold.numel() != 1:
+            return None
         graded, params = self._constants(input_.dtype)
         reset = {"subtract": "soft", "zero": "hard", "none": "none"}[self.reset_mechanism]
         result = kernels.run_delayed_step(
@@ -204,6 +206,32 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if result is None or not graded:
             return result
         return result[0] * self.graded_spikes_factor, result[1]
+
+    def _fused_immediate(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The step with the reset in it: one step of the layer that SpikingJelly's neurons run.
+
+        Not with reset by subtraction, which the host starts a step with where the state is still
+        above the threshold.
+        """
+        assert self.membrane is not None
+        charge = {"decay": self.beta.clamp(0, 1), "gain": 1.0, "offset": 0.0}
+        numbers = (charge["decay"], self.threshold)
+        known = kernels.covers(input_, self.membrane, self.spike_grad, numbers)
+        if self.reset_mechanism == "subtract" or not known or self.mem.dtype != input_.dtype:
+            return None
+        spk, mem = kernels.run_layer(
+            input_.unsqueeze(0),
+            self.mem,
+            self.membrane,
+            charge=charge,
+            threshold=self.threshold,
+            reset="hard" if self.reset_mechanism == "zero" else "none",
+            v_reset=0.0,
+            detach_reset=False,
+            surrogate=self.spike_grad,
+            order=self.order,
+        )
+        return spk[0] * self.graded_spikes_factor, mem
 
     def _constants(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
         """Whether spikes are graded, and the kernel's params; kept until one of them changes."""

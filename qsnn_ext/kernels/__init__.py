@@ -6,13 +6,14 @@ backward and was measured to take is in ``docs/performance.md``.
 
 from qsnn_ext.kernels.backend import current_backend, use_backend
 from qsnn_ext.kernels.lif import LIFOptions, LIFResult, lif_multi_step, lif_multi_step_eager
-from qsnn_ext.kernels.neuron import run_delayed_step, run_layer, spike_count
+from qsnn_ext.kernels.neuron import covers, run_delayed_step, run_layer, spike_count
 from qsnn_ext.kernels.surrogates import Surrogate, recognise
 
 __all__ = [
     "LIFOptions",
     "LIFResult",
     "Surrogate",
+    "covers",
     "current_backend",
     "lif_multi_step",
     "lif_multi_step_eager",

@@ -31,6 +31,9 @@ _broken: str | None = None
 COMPILE_FROM = 1 << 15
 #: From this many neurons on a core is compiled with parallel loops.
 PARALLEL_FROM = 1 << 13
+#: Up to this many time steps ``"auto"`` compiles: a core is unrolled over time, and the time that
+#: compiling takes grows with it.
+LONGEST = 16
 
 
 def check_backend(name: object) -> Backend:
@@ -51,9 +54,9 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (compiled where a compiler works and the layer is not tiny, else
-            ``"function"``; a layer no kernel covers runs ``"eager"``), ``"compiled"`` (an error of
-            the compiler is raised), ``"function"`` (the same code without compilation) or
+        name: ``"auto"`` (compiled where a compiler works and the layer is neither tiny nor run
+            over many steps, else ``"function"``; a layer no kernel covers runs ``"eager"``),
+            ``"compiled"`` (an error of the compiler is raised), ``"function"`` (no compilation) or
             ``"eager"`` (the reference loop in plain autograd).
 
     Raises:
@@ -74,10 +77,16 @@ def current_backend() -> Backend:
     return _chosen.get()
 
 
-def compiles(work: int) -> bool:
-    """Whether a kernel over ``work`` values runs compiled, as far as is known before trying."""
+def compiles(work: int, steps: int = 1) -> bool:
+    """Whether a kernel over ``work`` values runs compiled, as far as is known before trying.
+
+    Args:
+        work: size of its largest argument.
+        steps: how many time steps it runs.
+    """
     backend = _chosen.get()
-    return backend == "compiled" or (backend == "auto" and _broken is None and work >= COMPILE_FROM)
+    pays = _broken is None and work >= COMPILE_FROM and steps <= LONGEST
+    return backend == "compiled" or (backend == "auto" and pays)
 
 
 class Core:
@@ -86,18 +95,30 @@ class Core:
     Args:
         fn: pure function of tensors.
         free: per argument, how many of its last dimensions are symbols of the compiled code.
+        plain: does the same, and runs in place of ``fn`` where nothing is compiled.
+        steps: how many time steps it runs.
     """
 
-    def __init__(self, fn: Callable[..., Any], free: tuple[int, ...]) -> None:
-        self._plain = fn
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        free: tuple[int, ...],
+        plain: Callable[..., Any] | None = None,
+        steps: int = 1,
+    ) -> None:
+        self._fn = fn
+        self._steps = steps
+        self._plain = plain or fn
         self._free = free
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Tensor | None) -> Any:
         """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
         global _broken
-        if not compiles(max(a.numel() for a in args if a is not None)):
+        if not compiles(max(a.numel() for a in args if a is not None), self._steps):
             return self._plain(*args)
+        # Tensors that are no views: the compiler ties its code to the shape of a view's base too.
+        args = tuple(None if a is None else a.data for a in args)
         if self._compiled is not None:
             return self._compiled(*args)
         for tensor, count in zip(args, self._free, strict=True):
@@ -106,7 +127,7 @@ class Core:
                     if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
                         return self._plain(*args)
                     torch._dynamo.mark_dynamic(tensor, dim)
-        compiled = torch.compile(_with_own_code(self._plain), fullgraph=True)
+        compiled = torch.compile(_with_own_code(self._fn), fullgraph=True)
         try:
             result = compiled(*args)
         except Exception as error:
@@ -118,6 +139,22 @@ class Core:
             return result
         self._compiled = compiled
         return result
+
+
+def total(x: Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> Tensor:
+    """Sum over ``dim`` (all dimensions when empty), added up in float64 where the device has it.
+
+    Besides being exact enough in any order, such a sum is compiled once for all sizes: PyTorch
+    compiles a float32 sum of more than 4096 values otherwise than a shorter one, and recompiles.
+    """
+    if x.device.type not in ("cpu", "cuda"):
+        return x.sum(dim, keepdim=keepdim)
+    return x.sum(dim, keepdim=keepdim, dtype=torch.float64).to(x.dtype)
+
+
+def count(fired: Tensor) -> Tensor:
+    """How many are true, a 0-dim float32 tensor; counted in integers, see :func:`total`."""
+    return fired.to(torch.int32).sum(dtype=torch.int32).to(torch.float32)
 
 
 def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +178,8 @@ def core(
     size: int,
     free: tuple[int, ...],
     build: Callable[[], Any],
+    plain: Callable[..., Any] | None = None,
+    steps: int = 1,
 ) -> Core:
     """The core of these options, built on first use.
 
@@ -151,11 +190,13 @@ def core(
             decides between serial and parallel loops by the first size it sees.
         free: see :class:`Core`.
         build: makes the function.
+        plain: see :class:`Core`.
+        steps: see :class:`Core`.
     """
     full = (key, like.dtype, like.device, size >= PARALLEL_FROM, torch.get_num_threads())
     found = _cores.get(full)
     if found is None:
-        found = _cores[full] = Core(build(), free)
+        found = _cores[full] = Core(build(), free, plain, steps)
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
+from qsnn_ext.kernels import autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.lif import (
     LIFOptions,
@@ -88,7 +89,7 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
                 stored = torch.where(fired, stored + params[1], stored)
                 stored = beside_threshold(stored, fired, alpha, params)
         spikes = fired.to(dtype)
-        count = fired.to(torch.float32).sum()
+        count = B.count(fired)
         after = alpha if running is None else running
         results = (spikes, stored, torch.stack([alpha, after]), count.reshape(1))
         return results if o.save == "nothing" else (*results, charge)
@@ -135,7 +136,7 @@ def _backward_core(o: LIFOptions, need_decay: bool) -> Callable[..., Any]:
         if not need_decay:
             return g, g_mem
         assert mem is not None
-        return g, g_mem, (g * mem).sum().reshape(1)
+        return g, g_mem, B.total(g * mem).reshape(1)
 
     return backward
 
@@ -268,6 +269,18 @@ def _backward(ctx: Any, g_spikes: Any, g_stored: Any, _a: Any, g_count: Any, _c:
 
 
 _leaky_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(
+    x: Tensor, mem: Tensor, params: Tensor, alpha: Tensor | None, options: str
+) -> tuple[Any, ...]:
+    """The state and all numbers follow the input, which is not in half precision."""
+    scale = None if alpha is None else alpha.to(x.dtype)
+    return x, mem.to(x.dtype), params.to(x.dtype), scale, options
+
+
+autocast.register("leaky_step", _autocast)
+autocast.register("leaky_step_backward")
 
 
 def leaky_step(

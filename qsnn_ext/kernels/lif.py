@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
+from qsnn_ext.kernels import autocast, blocked
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
@@ -192,7 +193,7 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
                 alphas.append(alpha)
             fired = _fired(h, params, o)
             spikes.append(fired.to(dtype))
-            counts.append(fired.to(torch.float32).sum())
+            counts.append(B.count(fired))
             state = _reset(h, fired, params, o)
             if o.bits and o.order == "fire_first":
                 state, alpha, running = quantize(state, running)
@@ -271,22 +272,22 @@ def _backward_core(
                     if not o.detach_reset:
                         g_fired = g_fired - g_state * params[3]
                     if need_params:
-                        g_params[3] = g_params[3] - torch.where(fired, g_state, 0.0).sum()
+                        g_params[3] = g_params[3] - B.total(torch.where(fired, g_state, 0.0))
                 elif o.reset == "hard" and not o.detach_reset:
                     g_fired = g_fired + g_state * (o.v_reset - h)
             slope = g_fired * derivative(h - params[3], o.surrogate.a, o.surrogate.b)
             g_h = slope if g_h is None else g_h + slope
             if need_params:
-                g_params[3] = g_params[3] - slope.sum()
+                g_params[3] = g_params[3] - B.total(slope)
             if quantize_first:
                 g_h = _unround(g_h, squash(charge), alphas[t], o)
             g_x.append((params[1] * g_h).to(dtype))
             if need_params:
                 previous = before[t]
                 if previous is not None:
-                    g_params[0] = g_params[0] + (g_h * previous).sum()
-                g_params[1] = g_params[1] + (g_h * saved[t].to(params.dtype)).sum()
-                g_params[2] = g_params[2] + g_h.sum()
+                    g_params[0] = g_params[0] + B.total(g_h * previous)
+                g_params[1] = g_params[1] + B.total(g_h * saved[t].to(params.dtype))
+                g_params[2] = g_params[2] + B.total(g_h)
             g_state = params[0] * g_h
         assert g_state is not None
         results = [torch.stack(g_x[::-1])]
@@ -372,7 +373,15 @@ def _lif_op(
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
     key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(key, x, flat.shape[1], (1, 1, 0, 0), lambda: _forward_core(o, steps, x.dtype))
+    core = B.core(
+        key,
+        x,
+        flat.shape[1],
+        (1, 1, 0, 0),
+        lambda: _forward_core(o, steps, x.dtype),
+        blocked.forward(o, x.dtype) if blocked.covers(o, x) else None,
+        steps,
+    )
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = core(
             flat,
@@ -449,6 +458,10 @@ def _lif_backward_op(
         flat.shape[1],
         (1, 1, 0, 1, 1, 0, 0),
         lambda: _backward_core(o, steps, saved.dtype, need_v, need_params),
+        blocked.backward(o, saved.dtype, need_v)
+        if blocked.covers(o, saved) and not need_params
+        else None,
+        steps,
     )
     if g_counts is None:
         g_counts = params.new_zeros(steps, dtype=torch.float32)
@@ -511,6 +524,24 @@ def _backward(ctx: Any, g_spikes: Any, g_v: Any, _a: Any, g_counts: Any, _c: Any
 
 
 _lif_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(
+    x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, options: str
+) -> tuple[Any, ...]:
+    """The state follows the input, and numbers are kept in the dtype of the computation."""
+    dtype = compute_dtype(x)
+    return (
+        x,
+        None if v is None else v.to(x.dtype),
+        params.to(dtype),
+        None if alpha is None else alpha.to(dtype),
+        options,
+    )
+
+
+autocast.register("lif_multi_step", _autocast)
+autocast.register("lif_multi_step_backward")
 
 
 # --------------------------------------------------------------------------- calling it
@@ -629,7 +660,7 @@ def lif_multi_step(
 
 def _recompute(x: Tensor) -> bool:
     """Whether to save the input and compute the charges again: pays where the core is fused."""
-    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel()))
+    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel(), x.shape[0]))
 
 
 def lif_multi_step_eager(

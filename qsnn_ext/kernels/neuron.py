@@ -91,6 +91,23 @@ def run_layer(
     return result.spikes, result.v
 
 
+def covers(
+    x: Tensor,
+    membrane: MembraneQuantizer,
+    surrogate: Callable[[Tensor], Tensor],
+    numbers: tuple[float | Tensor, ...],
+) -> bool:
+    """Whether :func:`run_layer` would run the fused operation.
+
+    Args:
+        x: input.
+        membrane: quantizes the state.
+        surrogate: the surrogate gradient.
+        numbers: decay and threshold.
+    """
+    return not _why_eager(x, membrane, recognise(surrogate) is None, numbers)
+
+
 def run_delayed_step(
     x: Tensor,
     mem: Tensor,

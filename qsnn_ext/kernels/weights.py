@@ -17,31 +17,46 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsnn_ext.errors import StateError
+from qsnn_ext.kernels import autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, Quantizer
 
 # --------------------------------------------------------------------------- cores
 
 
+# Sums run over rows (output channels) first and over the rows' sums after that, so that one loop
+# over a row makes all sums that need the row.
+
+
 def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
     """``w [C, K] -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``."""
+
+    def row(x: Tensor) -> Tensor:
+        return B.total(x, (1,), keepdim=True)
+
+    def over_group(rows: Tensor) -> Tensor:
+        return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def forward(w: Tensor) -> Any:
         if standardize == "none":
             mean, std = w.new_zeros(1, 1), w.new_ones(1, 1)
-            what = w
+            alpha = row(w.abs()) / w.shape[1]
+            centred = w
         else:
-            dims = [0, 1] if standardize == "layer" else [1]
-            variance, mean = torch.var_mean(w, dim=dims, keepdim=True)
+            count = w.numel() if standardize == "layer" else w.shape[1]
+            # Counted from one of them, weights that are all equal have exactly that as their mean.
+            origin = w[:1, :1] if standardize == "layer" else w[:, :1]
+            mean = origin + over_group(row(w - origin)) / count
+            centred = w - mean
+            variance = over_group(row(centred.square())) / (count - 1)
             std = torch.where(variance == 0, 1.0, variance).sqrt()
-            what = (w - mean) / std
-        alpha = what.abs().mean(1, keepdim=True)
+            alpha = row(centred.abs()) / w.shape[1] / std
         if scale == "power_of_two":
             alpha = torch.where(alpha > 0, torch.exp2(torch.round(torch.log2(alpha))), alpha)
         elif scale == "none":
             alpha = torch.ones_like(alpha)
         # A NaN weight compares false twice and stays NaN.
-        value = torch.where(what >= 0, alpha, torch.where(what < 0, -alpha, what))
+        value = torch.where(centred >= 0, alpha, torch.where(centred < 0, -alpha, centred))
         return value, mean, std, alpha
 
     return forward
@@ -49,6 +64,12 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
 
 def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
     """``(g, w, mean, std, alpha, temperature) -> g_w`` ``[C, K]``; statistics per group ``[G]``."""
+
+    def row(x: Tensor) -> Tensor:
+        return B.total(x, (1,), keepdim=True)
+
+    def over_group(rows: Tensor) -> Tensor:
+        return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def backward(
         g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor
@@ -63,10 +84,10 @@ def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
             g = g * ((1 / t).clamp(min=1) * t * (1 - torch.tanh(t * what).square()))
         if standardize == "none":
             return g
-        dims = [0, 1] if standardize == "layer" else [1]
         count = w.numel() if standardize == "layer" else w.shape[1]
-        along = (g * what).sum(dims, keepdim=True) / (count - 1)
-        return (g - g.sum(dims, keepdim=True) / count - what * along) / std
+        along = over_group(row(g * what)) / (count - 1)
+        mean_g = over_group(row(g)) / count
+        return (g - mean_g - what * along) / std
 
     return backward
 
@@ -166,6 +187,8 @@ def _backward(ctx: Any, g: Tensor, *_statistics: Any) -> Any:
 
 
 _weight_op.register_autograd(_backward, setup_context=_setup_context)
+autocast.register("binary_weight", lambda w, *rest: (autocast.widened(w), *rest))
+autocast.register("binary_weight_backward")
 
 
 # --------------------------------------------------------------------------- once per step

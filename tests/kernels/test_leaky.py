@@ -116,3 +116,34 @@ def test_compiled():
         assert torch.equal(compiled[0], plain[0])
         assert torch.equal(compiled[1], plain[1])
         torch.testing.assert_close(compiled[2], plain[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reset", ["zero", "none"])
+@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
+@pytest.mark.parametrize("learn", [False, True])
+def test_immediate_reset_equals_plain_operations(reset, order, learn, monkeypatch):
+    """Reset in the same step, with decay and threshold learnt or not."""
+    calls = []
+    run_layer = kernels.run_layer
+    monkeypatch.setattr(kernels, "run_layer", lambda *a, **k: calls.append(1) or run_layer(*a, **k))
+    options = itertools.product((2, 8), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1, 0.3))
+    for bits, squash, surrogate, graded, theta in options:
+        node = QLeaky(
+            0.8, bits=bits, squash=squash, order=order, reset_mechanism=reset, reset_delay=False,
+            learn_beta=learn, learn_threshold=learn, spike_grad=surrogate, threshold=float(theta),
+            graded_spikes_factor=graded,
+        )  # fmt: skip
+        x, thresholds, calls[:] = torch.randn(4, 3, 5), [], []
+        results = []
+        for backend in ("function", "eager"):
+            results.append(run(node, x, backend))
+            thresholds.append(node.threshold.grad)
+            node.threshold.grad = None
+        assert len(calls) == len(x)
+        fused, plain = results
+        assert torch.equal(fused[0], plain[0])
+        torch.testing.assert_close(fused[1], plain[1], rtol=0, atol=0)
+        for got, expected in zip(fused[2:], plain[2:], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+        if learn:
+            torch.testing.assert_close(*thresholds, rtol=1e-4, atol=1e-5)
