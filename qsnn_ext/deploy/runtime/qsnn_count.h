@@ -9,6 +9,7 @@
  * `vb` is the widest vector of bits there is, VB_WORDS words of 32 bits. */
 #ifndef QSNN_COUNT_H
 #define QSNN_COUNT_H
+#include "qsnn_vector.h"
 
 #define MAX_DEPTH 32 /* planes of a number */
 
