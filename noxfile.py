@@ -32,8 +32,12 @@ SETS = ["lowest", "pinned", "newest", "alone"]
 HOSTS = ["spikingjelly", "snntorch", "tonic"]
 SHOWN = ["torch", "torchaudio", "numpy", *HOSTS]
 EXTRAS = "spikingjelly,snntorch,deploy"
-# What the recipes need (Lightning, data sets) is tested with the pinned set by `make test`.
-TESTS = ["tests", "--ignore=tests/recipes", "-m", "not slow and not gpu"]
+# What the recipes and their faults need (Lightning, data sets) and the site is tested with the pinned
+# set by `make test`.
+TESTS = [
+    "tests", "--ignore=tests/recipes", "--ignore=tests/faults", "--ignore=tests/docs",
+    "-m", "not slow and not gpu and not sweep", "-n", "auto",
+]  # fmt: skip
 HOSTLESS_TESTS = [
     "tests/conformance/test_import.py",
     "tests/test_functional.py",
@@ -89,13 +93,13 @@ def matrix(session: nox.Session, versions: str) -> None:
             "python", "-c", "import platform; print(platform.python_version())", silent=True
         ).strip(),
         "versions": versions,
-        "tests": "without hosts" if versions == "alone" else "all but recipes",
+        "tests": "without hosts" if versions == "alone" else "all but recipes, faults, site",
         "date": datetime.date.today().isoformat(),
     }
     report = Path(session.create_tmp()) / "junit.xml"
     report.unlink(missing_ok=True)
     try:
-        session.install(wanted, "pytest", "hypothesis", *pins)
+        session.install(wanted, "pytest", "pytest-xdist", "hypothesis", *pins)
         record |= installed(session)
         session.run(
             "python", "-m", "pytest", "-q", *(session.posargs or tests), f"--junitxml={report}",
