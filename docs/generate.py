@@ -3,7 +3,7 @@
     python docs/generate.py
 
 Tables stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the pages and are
-replaced; ``--figures`` also draws ``docs/img/overview.svg`` and ``docs/img/study.svg``. The tests
+replaced; ``--figures`` also puts the drawings of ``docs/img`` in place. The tests
 compare the tables with the pages.
 """
 
@@ -13,6 +13,7 @@ import csv
 import inspect
 import json
 import re
+import shutil
 import statistics
 import sys
 from collections import defaultdict
@@ -327,7 +328,8 @@ def draw_study() -> None:
                 xycoords=("axes fraction", "data"), fontsize=7, va="center",
             )  # fmt: skip
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-        axes.set(title=content["study"], xlabel="test accuracy after the last epoch (%)")
+        axes.set(title=content["study"], xlim=(80, 100))
+        axes.set_xlabel("test accuracy after the last epoch (%)")
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
     figure.savefig(DOCS / "img" / "study.svg", metadata={"Date": None})
@@ -341,6 +343,8 @@ def main() -> None:
     if "--figures" in sys.argv[1:]:
         draw()
         draw_study()
+        for name in ("inference.svg", "neuron_sweep_cpu.svg"):  # drawn by the benchmarks
+            shutil.copy(ROOT / "benchmarks" / "results" / name, DOCS / "img" / name)
 
 
 if __name__ == "__main__":
