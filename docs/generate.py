@@ -320,6 +320,8 @@ def draw_study() -> None:
         for place, row in enumerate(rows):
             color = "C3" if row["variant"] == "ws-dr" else "C0"
             axes.plot(row["accuracies"], [place] * row["n"], "o", ms=3, color=color, alpha=0.5)
+            if row["mean"] < 80:
+                axes.annotate(f"← {row['mean']:.1f} %", (80.3, place), va="center", color=color)
             axes.errorbar(
                 row["mean"], place, xerr=row["std"], fmt="|", color=color, ms=12, capsize=3
             )
