@@ -32,8 +32,8 @@ SETS = ["lowest", "pinned", "newest", "alone"]
 HOSTS = ["spikingjelly", "snntorch", "tonic"]
 SHOWN = ["torch", "torchaudio", "numpy", *HOSTS]
 EXTRAS = "spikingjelly,snntorch,deploy"
-# What the recipes and their faults need (Lightning, data sets) and the site is tested with the pinned
-# set by `make test`.
+# The recipes, their faults and the site, which need Lightning, data sets and mkdocs, are tested with
+# the pinned set by `make test`.
 TESTS = [
     "tests", "--ignore=tests/recipes", "--ignore=tests/faults", "--ignore=tests/docs",
     "-m", "not slow and not gpu and not sweep", "-n", "auto",
