@@ -32,7 +32,7 @@ SETS = ["lowest", "pinned", "newest", "alone"]
 HOSTS = ["spikingjelly", "snntorch", "tonic"]
 SHOWN = ["torch", "torchaudio", "numpy", *HOSTS]
 EXTRAS = "spikingjelly,snntorch,deploy"
-# The recipes, their faults and the site, which need Lightning, data sets and mkdocs, are tested with
+# The recipes, their faults and the site need Lightning, data sets and mkdocs: they are tested with
 # the pinned set by `make test`.
 TESTS = [
     "tests", "--ignore=tests/recipes", "--ignore=tests/faults", "--ignore=tests/docs",
