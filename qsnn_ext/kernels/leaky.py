@@ -9,7 +9,6 @@ reset to zero or a learnable decay the state given to the step too, which the ca
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -304,7 +303,7 @@ def leaky_step(
     needed = torch.is_grad_enabled() and (
         x.requires_grad or mem.requires_grad or params.requires_grad
     )
-    text = dataclasses.replace(options, save="charge" if needed else "nothing").encode()
+    text = options.encode("charge" if needed else "nothing")
     scale = None if alpha is None else alpha.to(compute_dtype(x))
     spikes, stored, alphas, count, _ = torch.ops.qsnn_ext.leaky_step(x, mem, params, scale, text)
     return spikes, stored, alphas.detach()[1], count

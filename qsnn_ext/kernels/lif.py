@@ -14,7 +14,6 @@ nothing that is saved grows with the options.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,13 +63,17 @@ class LIFOptions:
     detach_reset: bool = False
     save: Save = "nothing"
 
-    def encode(self) -> str:
-        """One string: operations of ``torch.library`` take tensors, numbers and strings."""
+    def encode(self, save: Save | None = None) -> str:
+        """One string: operations of ``torch.library`` take tensors, numbers and strings.
+
+        Args:
+            save: in place of the option's own.
+        """
         s = self.surrogate
         return (
             f"{s.kind},{s.a!r},{s.b!r},{int(s.strict)},{self.bits},{self.scale},{self.alpha},"
             f"{self.momentum!r},{int(self.squash)},{self.order},{self.reset},{self.v_reset!r},"
-            f"{int(self.detach_reset)},{self.save}"
+            f"{int(self.detach_reset)},{save or self.save}"
         )
 
 
@@ -650,7 +653,7 @@ def lif_multi_step(
         narrow = dtype != x.dtype
         recompute = v is None and _recompute(x)
         save = "input" if params.requires_grad or narrow or recompute else "charge"
-    text = dataclasses.replace(options, save=save).encode()
+    text = options.encode(save)
     spikes, last, alphas, counts, _ = torch.ops.qsnn_ext.lif_multi_step(
         x, v, params, None if alpha is None else alpha.to(dtype), text
     )
