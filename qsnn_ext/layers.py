@@ -103,7 +103,9 @@ class QuantizedWeight:
         """
         prepared = self.__dict__.get("_prepared")
         if prepared is None:
-            prepared = self.__dict__["_prepared"] = PreparedWeight()
+            prepared = PreparedWeight()
+            if not torch.compiler.is_compiling():  # a traced graph holds no Python object
+                self.__dict__["_prepared"] = prepared
         value: Tensor = prepared.get(self.weight, self.quantizer)  # type: ignore[attr-defined]
         return value
 
