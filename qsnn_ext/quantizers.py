@@ -40,7 +40,13 @@ def check_bits(bits: Any, allowed: tuple[int, ...], what: str) -> int | None:
     if bits is None or (type(bits) is int and bits == 32):
         return None
     if type(bits) is not int or bits not in allowed:
-        hint = " A sign carries no membrane potential; 2 bits is the least." if bits == 1 else ""
+        hint = ""
+        if bits == 1:
+            hint = (
+                " A sign carries no membrane potential; 2 bits is the least."
+                if what == "membrane"
+                else " For 1 bit use BinaryWeight."
+            )
         raise ConfigError(
             f"{what} bits={bits!r} cannot be used; choose {allowed[0]} to {allowed[-1]}, "
             f"or None (or 32) for no quantization.{hint}"
@@ -210,7 +216,7 @@ class BinaryWeight(Quantizer):
 
 
 class IntWeight(Quantizer):
-    """``bits``-bit weights on one symmetric grid per tensor, ``alpha = max|w|`` (DIGEST E).
+    """``bits``-bit weights on one symmetric grid per tensor, ``alpha = max|w|``.
 
     ``codes = round(w/max|w| * n)``, ``n = 2**(bits-1) - 1``; straight-through identity gradient.
     The paper keeps the first and the last layer at 8 bits.
