@@ -19,7 +19,7 @@ from qsnn_ext.errors import ConfigError, InputTypeError, StateError
 from qsnn_ext.quantizers import BinaryWeight
 
 
-class _Hook:
+class FiringRateHook:
     """A forward hook of one layer that can be copied and pickled with the model.
 
     It holds its owner weakly, and a copy of the model gets a copy of the hook that does nothing:
@@ -43,7 +43,7 @@ class _Hook:
             owner._after(self.name, module, hosts.spikes(output[0]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hook, (None, self.name, self.before))
+        return (FiringRateHook, (None, self.name, self.before))
 
 
 class WSDRRegularizer:
@@ -99,7 +99,7 @@ class WSDRRegularizer:
 
     def _watch(self) -> None:
         for name, module in self._layers.items():
-            before, after = _Hook(self, name, True), _Hook(self, name, False)
+            before, after = FiringRateHook(self, name, True), FiringRateHook(self, name, False)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
