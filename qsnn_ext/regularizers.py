@@ -91,7 +91,10 @@ class WSDRRegularizer:
         self.target = target
         self.reduction = reduction
         self._ends_excluded = exclude == "ends"
-        names = () if exclude is None or exclude == "ends" else tuple(exclude)
+        if exclude is None or exclude == "ends":
+            names: tuple[str, ...] = ()
+        else:
+            names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._layers = _spiking_layers(model, names, self._ends_excluded)
         self._restart()
         self._handles: list[Any] = []
