@@ -34,6 +34,7 @@ class FiringRateHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
     ) -> None:
+        """Tell the owner, if it is still there, of the call that is to come or has been."""
         owner = self.owner() if self.owner is not None else None
         if owner is None:
             return
