@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nn_functional
 
 from qsnn_ext import hosts
-from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.functional import check_floating
 from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer, weight_quantizer
@@ -247,7 +247,12 @@ def build_layer(
         bits: 1, 2 to 8, or ``None``/32 for the stock layer.
         preset: options of the binary quantizer.
         kwargs: the stock layer's keyword arguments.
+
+    Raises:
+        ConfigError: unknown kind, bits or preset.
     """
+    if kind not in _BUILDERS:
+        raise ConfigError(f"layer {kind!r} is unknown; choose one of {', '.join(_BUILDERS)}.")
     stock = _BUILDERS[kind]
     quantizer = weight_quantizer(bits, preset)
     if quantizer is None:
