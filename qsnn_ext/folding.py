@@ -265,6 +265,3 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
         else:
             pairs[key] = layers[layer_id]
     return pairs, reasons
-
-
-__all__ = ["FoldReport", "FoldedNorm", "fold_batchnorm_"]
