@@ -342,6 +342,12 @@ class MembraneQuantizer(Quantizer):
             dist.all_reduce(alpha, op=dist.ReduceOp.MAX)
         return alpha
 
+    def alpha_for(self, v: Tensor) -> Tensor:
+        """The scale that rounds these (squashed) potentials, without moving the running mean."""
+        if self.mode == "frozen" and self.calibrated:
+            return self.alpha.to(v.dtype)
+        return self.observe(v)
+
     def _current_alpha(self, v: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(v)
@@ -390,11 +396,7 @@ class MembraneQuantizer(Quantizer):
         """Codes in -n..n (int8) and the 0-dim scale ``alpha/n``. Updates no running mean."""
         _check_finite(x, "membrane potentials")  # clipping would make infinity a code
         v = torch.tanh(x) if self.squash == "tanh" else x
-        if self.mode == "frozen" and self.calibrated:
-            alpha = self.alpha.to(v.dtype)
-        else:
-            alpha = self.observe(v)
-        codes, scale = F.symmetric_codes(v, alpha, self.bits)
+        codes, scale = F.symmetric_codes(v, self.alpha_for(v), self.bits)
         return _integers(codes, "membrane potentials"), scale
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -213,8 +213,7 @@ class _Tally:
 
     def rounded(self, quantizer: MembraneQuantizer, v: Tensor) -> None:
         """The quantizer is about to round ``v``, the (squashed) potentials of one time step."""
-        frozen = quantizer.mode == "frozen" and quantizer.calibrated
-        alpha = quantizer.alpha.to(v.dtype) if frozen else quantizer.observe(v)
+        alpha = quantizer.alpha_for(v)
         codes, _ = F.symmetric_codes(v, alpha, quantizer.bits)
         self.zeros = self.zeros + torch.count_nonzero(codes == 0)
         # A scale of 0 or below makes every state 0 and clips nothing.
