@@ -149,6 +149,9 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
 
         Returns:
             ``spk`` with ``init_hidden`` and no ``output``, else ``(spk, mem)``, like ``input_``.
+
+        Raises:
+            InputTypeError: ``input_`` is not floating point, or ``mem`` beside ``init_hidden``.
         """
         F.check_floating(input_, "QLeaky")
         if self.membrane is None:
