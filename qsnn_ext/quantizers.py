@@ -34,6 +34,11 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_bits(bits: Any, allowed: tuple[int, ...], what: str) -> int | None:
     """The bit width as an ``int``, or ``None`` for "not quantized" (``None`` or 32).
 
+    Args:
+        bits: what was asked for.
+        allowed: the widths that can be used, ascending.
+        what: ``"weight"``, ``"integer weight"`` or ``"membrane"``, for the message.
+
     Raises:
         ConfigError: any other value; the message lists what is allowed.
     """
@@ -460,7 +465,10 @@ def weight_quantizer(
     Args:
         bits: 1 to 8, or ``None``/32.
         preset_name: ``"paper"`` or ``"official"``; matters for 1 bit only.
-        options: options of :class:`BinaryWeight` that override the preset's.
+        options: for 1 bit, options of :class:`BinaryWeight` that override the preset's.
+
+    Raises:
+        ConfigError: bits out of range, an unknown preset or an unknown value of an option.
     """
     checked = check_bits(bits, WEIGHT_BITS, "weight")
     base = preset(preset_name).weight
@@ -481,6 +489,9 @@ def membrane_quantizer(
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
             ``None`` are left to the preset, and ``squash="none"`` means no squash.
+
+    Raises:
+        ConfigError: bits out of range, an unknown preset or an unknown value of an option.
     """
     checked = check_bits(bits, MEMBRANE_BITS, "membrane")
     base = preset(preset_name).membrane
