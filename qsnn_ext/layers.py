@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nn_functional
+from torch.nn.modules.conv import _ConvNd
 
 from qsnn_ext import hosts
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
@@ -260,6 +261,11 @@ def build_layer(
     layer: Any = SISTERS[stock][type(quantizer)]
     built: nn.Module = layer(*args, quantizer=quantizer, **kwargs)
     return built
+
+
+def is_synaptic(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a linear layer of any kind, quantized or not."""
+    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 def sister_tables() -> list[dict[type[nn.Module], Any]]:
