@@ -50,7 +50,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         InputTypeError: ``model`` is not a module.
-        CheckpointError: the file cannot be written, or the model's state is not all tensors.
+        CheckpointError: the file cannot be written, the model's state is not all tensors, or a
+            module of another class than ours has a membrane quantizer.
         MissingDependencyError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
@@ -129,6 +130,11 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "options": quantizer.options(),
             }
             if not isinstance(module, QuantizedWeight):
+                if convert.quantized_neuron(module) is not type(module):
+                    raise CheckpointError(
+                        f"{name!r} quantizes its membrane potential, but load_checkpoint cannot "
+                        f"rebuild a {type(module).__name__}; save model.state_dict() instead."
+                    )
                 entry["order"] = module.order
             found[name] = entry
     return found
@@ -331,7 +337,7 @@ def _differences(
         return problems
     added = {f"{n}.{part}".lstrip(".") for n in header["folded_layers"] for part in _FOLDED}
     removed = tuple(f"{n}." for n in header["folded_norms"])
-    alphas = {f"{name}.membrane.alpha".lstrip(".") for name in {*header["quantized"], *modules}}
+    alphas = {f"{name}.membrane.alpha".lstrip(".") for name in modules}
     has = {k: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     has = {
         k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))

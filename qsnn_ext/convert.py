@@ -17,12 +17,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from qsnn_ext import hosts, layers, trace
 from qsnn_ext.config import MembraneConfig, QuantConfig, Rule, WeightConfig, nearest
 from qsnn_ext.errors import ConfigError, ConversionError, InputTypeError, QSNNError
-from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.quantizers import MembraneQuantizer, Quantizer
 
 #: - ``converted``: its class or its quantizer changed;
@@ -329,7 +328,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def become(module: Any, target: Target) -> None:
     """Change the class of one module to its target, inside :func:`all_or_nothing`."""
-    if isinstance(module, (_ConvNd, nn.Linear)):
+    if is_synaptic(module):
         table = sisters(module)
         assert table is not None  # planned with it
         if isinstance(module, QuantizedWeight):
@@ -390,7 +389,7 @@ class _Unit:
 
     @property
     def is_weighted(self) -> bool:
-        return isinstance(self.module, (_ConvNd, nn.Linear))
+        return is_synaptic(self.module)
 
     @property
     def is_neuron(self) -> bool:

@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsnn_ext import trace
 from qsnn_ext.errors import ConversionError, InputTypeError, StateError
-from qsnn_ext.layers import QuantizedWeight, fold_, normalization_affine, sister_tables
+from qsnn_ext.layers import (
+    QuantizedWeight,
+    fold_,
+    is_synaptic,
+    normalization_affine,
+    sister_tables,
+)
 from qsnn_ext.models import ConvBN
 
 
@@ -82,7 +88,7 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
         pairs, reasons = _neighbours(model)
     else:
         pairs, reasons = _traced(model, list(norms.values()), sample)
-    weights = [id(m.weight) for m in model.modules() if isinstance(m, _LAYERS)]
+    weights = [id(m.weight) for m in model.modules() if is_synaptic(m)]
     chosen: list[tuple[Any, nn.Module, tuple[Tensor, Tensor]]] = []
     left: dict[str, str] = {}
     for key, norm in norms.items():
@@ -99,9 +105,6 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
         replace_module(model, norm, FoldedNorm())
     folded = tuple((names[id(layer)], names[id(norm)]) for layer, norm, _ in chosen)
     return FoldReport(folded, left)
-
-
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def _unfit(layer: Any, norm: nn.Module, weights: list[int]) -> str | None:
@@ -156,7 +159,7 @@ def _adjacent(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
             children = [child for child in parent._modules.values() if child is not None]
             for layer, norm in pairwise(children):
-                if isinstance(layer, _LAYERS) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                if is_synaptic(layer) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                     yield layer, norm
 
 
@@ -228,7 +231,7 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
     def leave(norm: nn.Module, _: Any, __: Any) -> None:
         watch.in_norm = False
 
-    handles = [m.register_forward_hook(made) for m in model.modules() if isinstance(m, _LAYERS)]
+    handles = [m.register_forward_hook(made) for m in model.modules() if is_synaptic(m)]
     for norm in norms:
         handles.append(norm.register_forward_pre_hook(enter))
         handles.append(norm.register_forward_hook(leave))
@@ -265,6 +268,3 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
         else:
             pairs[key] = layers[layer_id]
     return pairs, reasons
-
-
-__all__ = ["FoldReport", "FoldedNorm", "fold_batchnorm_"]

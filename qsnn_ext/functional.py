@@ -152,7 +152,11 @@ def standardize(w: Tensor, over: Standardize) -> Tensor:
 
 
 def levels(bits: int) -> int:
-    """``n = 2**(bits-1) - 1``: the largest code of the symmetric ``bits``-bit grid (Eq. 10)."""
+    """``n = 2**(bits-1) - 1``: the largest code of the symmetric ``bits``-bit grid (Eq. 10).
+
+    Args:
+        bits: 2 to 8.
+    """
     return int(2 ** (bits - 1)) - 1
 
 
@@ -204,6 +208,9 @@ def quantize_symmetric(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         x: real tensor.
         alpha: largest representable value, broadcastable to ``x``.
         bits: 2 to 8.
+
+    Returns:
+        Tensor like ``x``.
     """
     out: Tensor = _QuantizeSymmetric.apply(x, alpha, bits)  # type: ignore[no-untyped-call]
     return out
@@ -239,6 +246,9 @@ def quantize_membrane(u: Tensor, bits: int, alpha: Tensor, squash: Squash | None
         bits: 2 to 8.
         alpha: 0-dim scale, see :func:`membrane_alpha`.
         squash: ``None`` or ``"tanh"``.
+
+    Returns:
+        Tensor like ``u``.
     """
     v = torch.tanh(u) if squash == "tanh" else u
     return quantize_symmetric(v, alpha, bits)
@@ -258,7 +268,15 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """``value`` going forward, the gradient of ``x`` going back."""
+    """``value`` going forward, the gradient of ``x`` going back.
+
+    Args:
+        x: tensor of any shape.
+        value: broadcastable to ``x``; a constant of the backward pass.
+
+    Returns:
+        Tensor of the shape of ``x`` and the dtype of ``value``.
+    """
     out: Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
     return out
 
@@ -290,6 +308,9 @@ def triangle(x: Tensor, beta: float = 1.0, strict: bool = False) -> Tensor:
         x: membrane potential less the threshold, any shape.
         beta: half-width and height of the triangle; positive.
         strict: whether the threshold itself does not fire.
+
+    Returns:
+        Spikes, 0 or 1, like ``x``.
     """
     out: Tensor = _Triangle.apply(x, beta, strict)  # type: ignore[no-untyped-call]
     return out
@@ -301,6 +322,16 @@ def reset_membrane(
     """The membrane potential after firing (Eq. 3).
 
     ``hard``: ``h*(1-s) + v_reset*s``; ``soft``: ``h - theta*s``; ``none``: ``h``.
+
+    Args:
+        h: membrane potential before the reset, any shape.
+        spike: the spikes ``s``, 0 or 1, like ``h``.
+        reset: ``"hard"``, ``"soft"`` or ``"none"``.
+        threshold: firing threshold ``theta``, for the soft reset.
+        v_reset: target of the hard reset.
+
+    Returns:
+        Tensor like ``h``.
     """
     if reset == "hard":
         v = (1.0 - spike) * h
@@ -374,7 +405,14 @@ def check_order(order: object) -> None:
 
 
 def check_rank(x: Tensor, what: str, minimum: int, layout: str) -> None:
-    """Raise :class:`InputError` when ``x`` has fewer than ``minimum`` dimensions."""
+    """Raise :class:`InputError` when ``x`` has fewer than ``minimum`` dimensions.
+
+    Args:
+        x: tensor of any shape.
+        what: name of the thing the tensor was given to, for the message.
+        minimum: the number of dimensions it needs.
+        layout: these dimensions by name, for the message.
+    """
     if x.dim() < minimum:
         raise InputError(
             f"{what} expects input of shape {layout}, got {tuple(x.shape)}; "
@@ -387,5 +425,8 @@ def entropy(p: Tensor) -> Tensor:
 
     Args:
         p: probabilities, any shape.
+
+    Returns:
+        Tensor like ``p``.
     """
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from qsnn_ext.errors import MissingDependencyError
+from qsnn_ext.errors import ConfigError, MissingDependencyError
 
 
 class Adapter(Protocol):
@@ -67,6 +67,12 @@ class Adapter(Protocol):
     def copied(self, model: nn.Module) -> None:
         """Called with a fresh copy of a model: make the host know its neurons."""
 
+    def restart(self, module: nn.Module) -> None:
+        """Put the membrane potentials in ``module`` back, in a way ``torch.compile`` traces."""
+
+    def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
+        """The paper's neuron over ``[T, N, ...]``, for :mod:`qsnn_ext.models`."""
+
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
 _TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
@@ -81,13 +87,17 @@ def adapters() -> list[Adapter]:
     ]
 
 
-def adapter(host: str) -> Any:
+def adapter(host: str) -> Adapter:
     """The adapter module of one host, imported now.
 
     Raises:
+        ConfigError: no host of that name is known here.
         MissingDependencyError: the host is not installed; names the pip extra.
     """
-    return importlib.import_module(_ADAPTERS[host])
+    if host not in list(_ADAPTERS):
+        known = " or ".join(map(repr, _ADAPTERS))
+        raise ConfigError(f"host={host!r} is unknown; choose {known}.")
+    return cast(Adapter, importlib.import_module(_ADAPTERS[host]))
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:

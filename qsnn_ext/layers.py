@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nn_functional
+from torch.nn.modules.conv import _ConvNd
 
 from qsnn_ext import hosts
-from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.functional import check_floating
 from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer, weight_quantizer
@@ -121,12 +122,16 @@ class QuantizedWeight:
         return value if scale is None else value * scale.view(-1, *[1] * (value.dim() - 1))
 
 
-class _Binary(QuantizedWeight):
+class BinaryLayer(QuantizedWeight):
+    """Mixin: a layer with 1-bit weights."""
+
     default_bits = 1
     quantizer_type = BinaryWeight
 
 
-class _Integer(QuantizedWeight):
+class IntegerLayer(QuantizedWeight):
+    """Mixin: a layer with weights of 2 to 8 bits; 8 unless its quantizer says otherwise."""
+
     default_bits = 8
     quantizer_type = IntWeight
 
@@ -172,47 +177,47 @@ class _MultiStepConv(QuantizedConv):
         return out
 
 
-class BinaryConv1d(_Binary, _MultiStepConv, nn.Conv1d):
+class BinaryConv1d(BinaryLayer, _MultiStepConv, nn.Conv1d):
     """``nn.Conv1d`` with 1-bit weights (Eq. 6, 16); input ``[N, C, L]`` or ``[T, N, C, L]``."""
 
     spatial_dims = 1
 
 
-class BinaryConv2d(_Binary, _MultiStepConv, nn.Conv2d):
+class BinaryConv2d(BinaryLayer, _MultiStepConv, nn.Conv2d):
     """``nn.Conv2d`` with 1-bit weights (Eq. 6, 16); input ``[(T,) N, C, H, W]``."""
 
     spatial_dims = 2
 
 
-class BinaryConv3d(_Binary, _MultiStepConv, nn.Conv3d):
+class BinaryConv3d(BinaryLayer, _MultiStepConv, nn.Conv3d):
     """``nn.Conv3d`` with 1-bit weights (Eq. 6, 16); input ``[(T,) N, C, D, H, W]``."""
 
     spatial_dims = 3
 
 
-class BinaryLinear(_Binary, QuantizedMatmul, nn.Linear):
+class BinaryLinear(BinaryLayer, QuantizedMatmul, nn.Linear):
     """``nn.Linear`` with 1-bit weights (Eq. 6, 16); input ``[..., in_features]``."""
 
 
-class QuantConv1d(_Integer, _MultiStepConv, nn.Conv1d):
+class QuantConv1d(IntegerLayer, _MultiStepConv, nn.Conv1d):
     """``nn.Conv1d`` with 8-bit weights; input ``[N, C, L]`` or ``[T, N, C, L]``."""
 
     spatial_dims = 1
 
 
-class QuantConv2d(_Integer, _MultiStepConv, nn.Conv2d):
+class QuantConv2d(IntegerLayer, _MultiStepConv, nn.Conv2d):
     """``nn.Conv2d`` with 8-bit weights; input ``[N, C, H, W]`` or ``[T, N, C, H, W]``."""
 
     spatial_dims = 2
 
 
-class QuantConv3d(_Integer, _MultiStepConv, nn.Conv3d):
+class QuantConv3d(IntegerLayer, _MultiStepConv, nn.Conv3d):
     """``nn.Conv3d`` with 8-bit weights; input ``[(T,) N, C, D, H, W]``."""
 
     spatial_dims = 3
 
 
-class QuantLinear(_Integer, QuantizedMatmul, nn.Linear):
+class QuantLinear(IntegerLayer, QuantizedMatmul, nn.Linear):
     """``nn.Linear`` with 8-bit weights; input ``[..., in_features]``."""
 
 
@@ -243,7 +248,12 @@ def build_layer(
         bits: 1, 2 to 8, or ``None``/32 for the stock layer.
         preset: options of the binary quantizer.
         kwargs: the stock layer's keyword arguments.
+
+    Raises:
+        ConfigError: unknown kind, bits or preset.
     """
+    if kind not in _BUILDERS:
+        raise ConfigError(f"layer {kind!r} is unknown; choose one of {', '.join(_BUILDERS)}.")
     stock = _BUILDERS[kind]
     quantizer = weight_quantizer(bits, preset)
     if quantizer is None:
@@ -251,6 +261,11 @@ def build_layer(
     layer: Any = SISTERS[stock][type(quantizer)]
     built: nn.Module = layer(*args, quantizer=quantizer, **kwargs)
     return built
+
+
+def is_synaptic(module: nn.Module) -> bool:
+    """Whether a module is a convolution or a linear layer of any kind, quantized or not."""
+    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 def sister_tables() -> list[dict[type[nn.Module], Any]]:

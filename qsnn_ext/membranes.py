@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
@@ -46,7 +46,7 @@ class Membrane:
             return
         multi_step = getattr(module, "step_mode", "s") == "m"
         shape = tuple(spikes.shape[1:] if multi_step else spikes.shape)
-        if np.prod(shape) >= np.prod(self.shape) or not self.calls:
+        if math.prod(shape) >= math.prod(self.shape) or not self.calls:
             self.shape, self.itemsize = shape, spikes.element_size()
         given = args[-1] if len(args) > 1 else kwargs.get("mem")
         if isinstance(given, Tensor) and isinstance(output, tuple):
@@ -73,4 +73,4 @@ class Membrane:
     @property
     def elements(self) -> int:
         """Number of potentials held at once, over the whole batch."""
-        return int(np.prod(self.shape)) * self.states
+        return math.prod(self.shape) * self.states

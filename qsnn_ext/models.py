@@ -30,8 +30,6 @@ class _Parts:
     ) -> None:
         self.weight_bits, self.membrane_bits = parse_bits(bits)
         preset(preset_name)  # an unknown name is an error before anything is built
-        if host not in ("spikingjelly", "snntorch"):
-            raise ConfigError(f"host={host!r} is unknown; choose 'spikingjelly' or 'snntorch'.")
         if not width > 0:
             raise ConfigError(f"width={width!r} must be positive.")
         self.preset = preset_name
@@ -61,10 +59,7 @@ class _Parts:
         return ConvBN(conv, nn.BatchNorm2d(out))
 
     def lif(self) -> nn.Module:
-        neuron: nn.Module = self.adapter.paper_neuron(
-            self.membrane_bits, self.preset, **self.options
-        )
-        return neuron
+        return self.adapter.paper_neuron(self.membrane_bits, self.preset, **self.options)
 
     def network(
         self,
@@ -266,7 +261,7 @@ def vgg16(
 ) -> SpikingNet:
     """VGG16: thirteen convolutions with batch norm, five poolings, average, one linear layer.
 
-    Arguments as for :func:`resnet19`, and
+    Arguments and errors as for :func:`resnet19`, and
 
     Args:
         pool: ``"max"`` keeps the spikes binary; the paper does not say which it uses.
@@ -292,7 +287,7 @@ def vggsnn(
 ) -> SpikingNet:
     """VGGSNN: 64C3-128C3-AP2-256C3-256C3-AP2-512C3-512C3-AP2-512C3-512C3-AP2-FC.
 
-    Arguments as for :func:`resnet19`, and
+    Arguments and errors as for :func:`resnet19`, and
 
     Args:
         pool: ``"avg"`` as in the paper.

@@ -34,13 +34,24 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_bits(bits: Any, allowed: tuple[int, ...], what: str) -> int | None:
     """The bit width as an ``int``, or ``None`` for "not quantized" (``None`` or 32).
 
+    Args:
+        bits: what was asked for.
+        allowed: the widths that can be used, ascending.
+        what: ``"weight"``, ``"integer weight"`` or ``"membrane"``, for the message.
+
     Raises:
         ConfigError: any other value; the message lists what is allowed.
     """
     if bits is None or (type(bits) is int and bits == 32):
         return None
     if type(bits) is not int or bits not in allowed:
-        hint = " A sign carries no membrane potential; 2 bits is the least." if bits == 1 else ""
+        hint = ""
+        if bits == 1:
+            hint = (
+                " A sign carries no membrane potential; 2 bits is the least."
+                if what == "membrane"
+                else " For 1 bit use BinaryWeight."
+            )
         raise ConfigError(
             f"{what} bits={bits!r} cannot be used; choose {allowed[0]} to {allowed[-1]}, "
             f"or None (or 32) for no quantization.{hint}"
@@ -210,7 +221,7 @@ class BinaryWeight(Quantizer):
 
 
 class IntWeight(Quantizer):
-    """``bits``-bit weights on one symmetric grid per tensor, ``alpha = max|w|`` (DIGEST E).
+    """``bits``-bit weights on one symmetric grid per tensor, ``alpha = max|w|``.
 
     ``codes = round(w/max|w| * n)``, ``n = 2**(bits-1) - 1``; straight-through identity gradient.
     The paper keeps the first and the last layer at 8 bits.
@@ -336,6 +347,12 @@ class MembraneQuantizer(Quantizer):
             dist.all_reduce(alpha, op=dist.ReduceOp.MAX)
         return alpha
 
+    def alpha_for(self, v: Tensor) -> Tensor:
+        """The scale that rounds these (squashed) potentials, without moving the running mean."""
+        if self.mode == "frozen" and self.calibrated:
+            return self.alpha.to(v.dtype)
+        return self.observe(v)
+
     def _current_alpha(self, v: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(v)
@@ -384,11 +401,7 @@ class MembraneQuantizer(Quantizer):
         """Codes in -n..n (int8) and the 0-dim scale ``alpha/n``. Updates no running mean."""
         _check_finite(x, "membrane potentials")  # clipping would make infinity a code
         v = torch.tanh(x) if self.squash == "tanh" else x
-        if self.mode == "frozen" and self.calibrated:
-            alpha = self.alpha.to(v.dtype)
-        else:
-            alpha = self.observe(v)
-        codes, scale = F.symmetric_codes(v, alpha, self.bits)
+        codes, scale = F.symmetric_codes(v, self.alpha_for(v), self.bits)
         return _integers(codes, "membrane potentials"), scale
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -452,7 +465,10 @@ def weight_quantizer(
     Args:
         bits: 1 to 8, or ``None``/32.
         preset_name: ``"paper"`` or ``"official"``; matters for 1 bit only.
-        options: options of :class:`BinaryWeight` that override the preset's.
+        options: for 1 bit, options of :class:`BinaryWeight` that override the preset's.
+
+    Raises:
+        ConfigError: bits out of range, an unknown preset or an unknown value of an option.
     """
     checked = check_bits(bits, WEIGHT_BITS, "weight")
     base = preset(preset_name).weight
@@ -473,6 +489,9 @@ def membrane_quantizer(
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
             ``None`` are left to the preset, and ``squash="none"`` means no squash.
+
+    Raises:
+        ConfigError: bits out of range, an unknown preset or an unknown value of an option.
     """
     checked = check_bits(bits, MEMBRANE_BITS, "membrane")
     base = preset(preset_name).membrane

@@ -19,7 +19,7 @@ from qsnn_ext.errors import ConfigError, InputTypeError, StateError
 from qsnn_ext.quantizers import BinaryWeight
 
 
-class _Hook:
+class FiringRateHook:
     """A forward hook of one layer that can be copied and pickled with the model.
 
     It holds its owner weakly, and a copy of the model gets a copy of the hook that does nothing:
@@ -34,6 +34,7 @@ class _Hook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
     ) -> None:
+        """Tell the owner, if it is still there, of the call that is to come or has been."""
         owner = self.owner() if self.owner is not None else None
         if owner is None:
             return
@@ -43,7 +44,7 @@ class _Hook:
             owner._after(self.name, module, hosts.spikes(output[0]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hook, (None, self.name, self.before))
+        return (FiringRateHook, (None, self.name, self.before))
 
 
 class WSDRRegularizer:
@@ -91,7 +92,10 @@ class WSDRRegularizer:
         self.target = target
         self.reduction = reduction
         self._ends_excluded = exclude == "ends"
-        names = () if exclude is None or exclude == "ends" else tuple(exclude)
+        if exclude is None or exclude == "ends":
+            names: tuple[str, ...] = ()
+        else:
+            names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._layers = _spiking_layers(model, names, self._ends_excluded)
         self._restart()
         self._handles: list[Any] = []
@@ -99,7 +103,7 @@ class WSDRRegularizer:
 
     def _watch(self) -> None:
         for name, module in self._layers.items():
-            before, after = _Hook(self, name, True), _Hook(self, name, False)
+            before, after = FiringRateHook(self, name, True), FiringRateHook(self, name, False)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 

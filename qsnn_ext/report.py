@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts
@@ -27,7 +27,7 @@ from qsnn_ext.footprint import (
     table,
     weight_bits,
 )
-from qsnn_ext.layers import QuantizedWeight
+from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.membranes import Membrane
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
 from qsnn_ext.trace import call, check_model, untouched, watching
@@ -213,8 +213,7 @@ class _Tally:
 
     def rounded(self, quantizer: MembraneQuantizer, v: Tensor) -> None:
         """The quantizer is about to round ``v``, the (squashed) potentials of one time step."""
-        frozen = quantizer.mode == "frozen" and quantizer.calibrated
-        alpha = quantizer.alpha.to(v.dtype) if frozen else quantizer.observe(v)
+        alpha = quantizer.alpha_for(v)
         codes, _ = F.symmetric_codes(v, alpha, quantizer.bits)
         self.zeros = self.zeros + torch.count_nonzero(codes == 0)
         # A scale of 0 or below makes every state 0 and clips nothing.
@@ -245,10 +244,6 @@ class _Tally:
             kind = operation(bits, spikes)
             counts[kind] = counts.get(kind, 0.0) + (dense * rate.item() if spikes else dense)
         return {kind: round(count) for kind, count in counts.items()}
-
-
-def _is_synaptic(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 def summarize(
@@ -308,7 +303,7 @@ def summarize(
 
 
 def _has_uncounted(module: nn.Module) -> bool:
-    if _is_synaptic(module) or isinstance(module, (_NormBase, nn.Embedding)):
+    if is_synaptic(module) or isinstance(module, (_NormBase, nn.Embedding)):
         return False
     return any(p is not None and p.dim() > 1 for p in module._parameters.values())
 
@@ -334,7 +329,7 @@ def _measure(
             tally.calls += 1
             if spiking:
                 tally.fired(module, args, kwargs, output)
-            elif _is_synaptic(module):
+            elif is_synaptic(module):
                 tally.met(module, args[0] if args else next(iter(kwargs.values()), None), output)
 
         return after

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
-from qsnn_ext.errors import ConfigError, InputTypeError
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
 
 try:
@@ -149,17 +149,20 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
 
         Returns:
             ``spk`` with ``init_hidden`` and no ``output``, else ``(spk, mem)``, like ``input_``.
+
+        Raises:
+            InputTypeError: ``input_`` is not floating point, or ``mem`` beside ``init_hidden``.
         """
         F.check_floating(input_, "QLeaky")
         if self.membrane is None:
             result: Tensor | tuple[Tensor, Tensor] = super().forward(input_, mem)
             return result
         if mem is not None:
-            self.mem = mem
             if self.init_hidden:
                 raise InputTypeError(
                     "pass no `mem` to a neuron with init_hidden=True: it keeps its own."
                 )
+            self.mem = mem
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
@@ -349,9 +352,9 @@ def reset(model: nn.Module) -> None:
     for module in model.modules():
         if is_spiking(module):
             for name in module._non_persistent_buffers_set:
-                state = getattr(module, name)
-                if isinstance(state, Tensor):
-                    setattr(module, name, torch.zeros_like(state))
+                value = getattr(module, name)
+                if isinstance(value, Tensor):
+                    setattr(module, name, torch.zeros_like(value))
 
 
 #: Which class takes a host neuron's place, by exact type: other neurons subclass Leaky's base.
@@ -417,8 +420,14 @@ class OverTime(nn.Module):
         self.neuron = neuron
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        """Spikes of all time steps."""
+        """Spikes of all time steps, like ``x_seq``.
+
+        Raises:
+            InputError: fewer than two dimensions, or no time step.
+        """
         F.check_rank(x_seq, "OverTime", 2, "[T, N, ...]")
+        if x_seq.shape[0] == 0:
+            raise InputError("OverTime got a sequence of no time steps (T = 0).")
         mem = torch.zeros_like(x_seq[0])
         spikes = []
         for x in x_seq:

@@ -16,11 +16,11 @@ from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
+    BinaryLayer,
+    IntegerLayer,
     QuantizedConv,
     QuantizedMatmul,
     QuantizedWeight,
-    _Binary,
-    _Integer,
     fold_,
     normalization_affine,
 )
@@ -258,35 +258,35 @@ class QuantParametricLIFNode(QuantizedNode, neuron.ParametricLIFNode):  # type: 
         return _leak(self.w.sigmoid(), self.decay_input, self.v_reset)
 
 
-class BinaryConv1d(_Binary, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
+class BinaryConv1d(BinaryLayer, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv1d`` with 1-bit weights, in both step modes."""
 
 
-class BinaryConv2d(_Binary, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
+class BinaryConv2d(BinaryLayer, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv2d`` with 1-bit weights, in both step modes."""
 
 
-class BinaryConv3d(_Binary, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
+class BinaryConv3d(BinaryLayer, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv3d`` with 1-bit weights, in both step modes."""
 
 
-class BinaryLinear(_Binary, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
+class BinaryLinear(BinaryLayer, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
     """SpikingJelly's ``layer.Linear`` with 1-bit weights, in both step modes."""
 
 
-class QuantConv1d(_Integer, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
+class QuantConv1d(IntegerLayer, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv1d`` with 8-bit weights, in both step modes."""
 
 
-class QuantConv2d(_Integer, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
+class QuantConv2d(IntegerLayer, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv2d`` with 8-bit weights, in both step modes."""
 
 
-class QuantConv3d(_Integer, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
+class QuantConv3d(IntegerLayer, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv3d`` with 8-bit weights, in both step modes."""
 
 
-class QuantLinear(_Integer, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
+class QuantLinear(IntegerLayer, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
     """SpikingJelly's ``layer.Linear`` with 8-bit weights, in both step modes."""
 
 

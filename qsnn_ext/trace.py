@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qsnn_ext import hosts
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer
-from qsnn_ext.regularizers import _Hook
+from qsnn_ext.regularizers import FiringRateHook
 
 #: Attributes of every module. Of these only the buffers are state; hooks must stay where they are,
 #: because the handles that remove them point to their dictionaries.
@@ -77,7 +77,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (hook, hook.owner)
         for m in modules
         for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
-        if isinstance(hook, _Hook)
+        if isinstance(hook, FiringRateHook)
     ]
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     generators = random.getstate(), np.random.get_state()

@@ -136,6 +136,8 @@ def test_wrong_calls_say_what_is_wrong():
     node = one_neuron()
     with pytest.raises(InputError, match="NaN or infinite"):
         calibrate(node, [QUIET * float("nan")])
+    with pytest.raises(InputError, match="NaN or infinite"):  # one in two, beyond the percentile
+        calibrate(node, [QUIET[:1] * torch.tensor([1.0, float("nan")])], "percentile", 50)
     assert node.membrane.mode == "dynamic"
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from qsnn_ext import (
     MembraneConfig,
+    MembraneQuantizer,
     QuantConfig,
     QuantLIFNode,
     Rule,
@@ -256,6 +257,21 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
         net = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match="meta device"):
         save_checkpoint(net, tmp_path / "net.st")
+
+
+def test_neurons_it_could_not_rebuild_are_refused(tmp_path):
+    class Derived(QuantLIFNode):
+        pass
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.membrane = MembraneQuantizer(2)
+
+    for neuron_type in (Derived, Own):
+        with pytest.raises(CheckpointError, match=f"'1' .* rebuild a {neuron_type.__name__}"):
+            save_checkpoint(nn.Sequential(nn.Identity(), neuron_type()), tmp_path / "net.st")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_modules_are_saved_and_loaded(saved):

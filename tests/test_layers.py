@@ -152,6 +152,11 @@ def test_unknown_preset_is_refused(make):
         getattr(layers, make)(3, 2, preset="poster")
 
 
+def test_unknown_kind_is_refused():
+    with pytest.raises(QSNNError, match=r"'conv4d' is unknown.*conv1d"):
+        layers.build_layer("conv4d", 3, 2, bits=1)
+
+
 @pytest.mark.parametrize("family", ["Binary", "Quant"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
 def test_input_must_be_floating(family, dtype):

@@ -257,3 +257,10 @@ def test_membrane_bits_are_checked(bits):
 def test_unknown_options_are_refused(make):
     with pytest.raises(QSNNError):
         make()
+
+
+def test_one_bit_is_refused_with_what_to_use_instead():
+    with pytest.raises(QSNNError, match="For 1 bit use BinaryWeight"):
+        IntWeight(1)
+    with pytest.raises(QSNNError, match="A sign carries no membrane potential"):
+        MembraneQuantizer(1)

@@ -133,13 +133,14 @@ def test_ends_are_those_of_the_run():
     net(x)
     assert _close(wsdr(), _expected(spikes, strength=1.0))
     assert list(wsdr.firing_rates()) == ["b.1", "c.1"]
+    assert wsdr.layer_names == ("d.1", "c.1", "b.1", "a.1")
 
 
 def test_unknown_names_and_options_are_refused():
     net = _net()
     with pytest.raises(QSNNError, match="nowhere"):
         WSDRRegularizer(net, exclude=["nowhere"])
-    with pytest.raises(QSNNError):
+    with pytest.raises(QSNNError, match="'middle'"):
         WSDRRegularizer(net, exclude="middle")
     with pytest.raises(QSNNError):
         WSDRRegularizer(net, reduction="median")

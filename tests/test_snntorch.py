@@ -17,9 +17,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from snntorch import surrogate, utils
 
 from qsnn_ext import functional as F
-from qsnn_ext.errors import QSNNError
+from qsnn_ext.errors import InputError, QSNNError
 from qsnn_ext.quantizers import MembraneQuantizer
-from qsnn_ext.snntorch import QLeaky, Triangle
+from qsnn_ext.snntorch import OverTime, QLeaky, Triangle
 
 BITS = [2, 3, 4, 8]
 MECHANISMS = ["subtract", "zero", "none"]
@@ -483,8 +483,17 @@ def test_one_neuron_with_two_membranes():
 
 
 def test_membrane_is_refused_with_a_hidden_state():
+    node = QLeaky(0.5, init_hidden=True, bits=2)
+    node(torch.ones(1, 2))
+    kept = node.mem
     with pytest.raises(TypeError, match="init_hidden"):
-        QLeaky(0.5, init_hidden=True, bits=2)(torch.zeros(1, 2), torch.zeros(1, 2))
+        node(torch.zeros(1, 2), torch.zeros(1, 2))
+    assert node.mem is kept
+
+
+def test_a_sequence_of_no_time_steps_is_refused():
+    with pytest.raises(InputError, match="T = 0"):
+        OverTime(QLeaky(0.5))(torch.zeros(0, 1, 2))
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
