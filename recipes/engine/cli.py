@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -64,7 +63,8 @@ def build_parser(defaults: Config, description: str | None) -> ArgumentParser:
 def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> Config:
     """The configuration a command line asks for.
 
-    The data set and ``--as-published`` choose the recipe's defaults, so they are read first.
+    The data set and ``--as-published`` choose the recipe's defaults, so they are read first, be
+    they on the command line or in a file.
 
     Args:
         recipe: Function of a recipe file, called with ``data`` and ``as_published``.
@@ -73,12 +73,10 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default=None)
-    first.add_argument("--as-published", "--as_published", action="store_true")
-    known, _ = first.parse_known_args(argv)
-    chosen = {"data": known.data} if known.data in _datasets() else {}
-    defaults = recipe(as_published=known.as_published, **chosen)
+    # Help is left to the second parser, which shows the right defaults.
+    silent = [a for a in argv if a not in ("-h", "--help")]
+    first = build_parser(recipe(), text).parse_args(silent)
+    defaults = recipe(data=first.data, as_published=first.as_published)
     given = build_parser(defaults, text).parse_args(argv)
     values = {f.name: given[f.name] for f in fields(Config) if f.name != "recipe"}
     return defaults.but(**values)
@@ -95,7 +93,3 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = N
         kind = "usage" if isinstance(error, ConfigError) else "stopped"
         print(f"{kind}: {error}", file=sys.stderr)
         raise SystemExit(2 if kind == "usage" else 1) from error
-
-
-def _datasets() -> tuple[str, ...]:
-    return typing.get_args(typing.get_type_hints(Config)["data"])
