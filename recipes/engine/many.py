@@ -10,9 +10,10 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from qsnn_ext.errors import DivergenceError, QSNNError
+from qsnn_ext.errors import DivergenceError, QSNNError, TrainingError
 from recipes.config import Config, differences
 
 
@@ -56,6 +57,11 @@ def run_all(
                     result = future.result()
                 except DivergenceError:
                     result = None
+                except BrokenProcessPool as error:
+                    raise TrainingError(
+                        "A training process was killed, most often because memory ran out. Run "
+                        "fewer at a time and start again; finished runs are not repeated."
+                    ) from error
                 yield futures[future], result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

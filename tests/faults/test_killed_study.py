@@ -1,7 +1,10 @@
 """Promise: a study that is killed takes its training processes with it, so that it can be started
-anew at once; and only a run that diverged counts as one that learned nothing.
+anew at once. Only a run that diverged counts as one that learned nothing; any other that could not
+be trained ends the study and says why.
 """
 
+import multiprocessing
+import threading
 import time
 
 import pytest
@@ -30,7 +33,7 @@ def is_free(folder):
 
 def test_a_killed_study_leaves_no_training_process(tmp_path):
     folder = tmp_path / "run"
-    config = tiny(folder, epochs=1000)  # minutes, if nobody ends it
+    config = tiny(folder, epochs=5000)  # minutes, if nobody ends it
     study = Life(lambda: list(run_all([config], processes=1)))
     try:
         wait_until(lambda: checkpoints.saved(folder) or study.poll() is not None, 120)
@@ -38,7 +41,22 @@ def test_a_killed_study_leaves_no_training_process(tmp_path):
         assert not is_free(folder)
     finally:
         study.kill()
-    wait_until(lambda: is_free(folder), 10)
+    wait_until(lambda: is_free(folder), 20)
+
+
+def test_a_killed_training_process_is_told(tmp_path):
+    config = tiny(tmp_path / "run", epochs=5000)
+
+    def kill():
+        wait_until(lambda: checkpoints.saved(config.folder), 120)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(TrainingError, match=r"training process was killed.*fewer at a time"):
+        list(run_all([config], processes=1))
+    killer.join()
 
 
 def test_a_run_that_diverged_has_no_result(tmp_path):
