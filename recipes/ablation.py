@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-
-from qsnn_ext.errors import ConfigError, QSNNError
+from qsnn_ext.errors import ConfigError
 from recipes import cifar10_resnet19, dvscifar10_vggsnn
 from recipes.config import Config
+from recipes.engine.cli import call
 from recipes.engine.many import run_all
 from recipes.engine.results import git_commit, versions, write_json
 
@@ -92,7 +91,9 @@ def main(
     names = variants or list(VARIANTS)
     for name in names:
         if name not in VARIANTS:
-            raise ConfigError(f"Unknown variant {name!r}; there are: {', '.join(VARIANTS)}.")
+            raise ConfigError(
+                f"Unknown variant {name!r}; there are: {', '.join(map(repr, VARIANTS))}."
+            )
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}.")
     recipe = cifar10_resnet19 if data == "digits" else dvscifar10_vggsnn
@@ -192,7 +193,4 @@ def _accuracies(configs: dict[Any, Config], processes: int | None) -> dict[Any, 
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

@@ -5,19 +5,18 @@ python -m recipes.paper_figures
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from qsnn_ext.errors import QSNNError, StateError
+from qsnn_ext.errors import StateError
 from recipes.ablation import FIGURE_5
+from recipes.engine.cli import call
 from recipes.engine.digits_figure import AFTER, BEFORE, bars
 from recipes.gather import HERE, follows_protocol, run_results, studies
 
@@ -162,7 +161,4 @@ def main(folders: list[Path] = list(HERE), out: Path = Path("runs") / "figures")
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

@@ -1,15 +1,16 @@
-"""The command line of every recipe, made from :class:`recipes.config.Config`."""
+"""The command lines: of every recipe, from :class:`recipes.config.Config`, and of the studies."""
 
 from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from qsnn_ext.errors import ConfigError, QSNNError
 from recipes.config import Config, flag
@@ -84,11 +85,24 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> None:
     """Run a recipe from the command line; deliberate errors end it with one clear line."""
-    try:
+    with errors_in_one_line():
         config = parse(recipe, argv, text)
         from recipes.engine.run import train  # takes seconds to import, which --help need not
 
         train(config)
+
+
+def call(function: Callable[..., object]) -> None:
+    """Call a function with its arguments from the command line, and end errors likewise."""
+    with errors_in_one_line():
+        auto_cli(function, as_positional=False)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Let a deliberate error end the process with its message: status 2 for bad options, else 1."""
+    try:
+        yield
     except QSNNError as error:
         kind = "usage" if isinstance(error, ConfigError) else "stopped"
         print(f"{kind}: {error}", file=sys.stderr)
