@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.counting`` prints, for every path of the engine and several layers, how many
 times faster AND and popcount is than listing active inputs: above 1 it pays. ``DENSE_COST`` in
-``qsnn_ext/deploy/runtime/qsnn.c`` was chosen from this table.
+``qsnn_ext/deploy/runtime/qsnn_dense.h`` was chosen from this table.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def table(rows: list[list[str]]) -> str:
     """A Markdown table; the first row is the head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+    # A bar in a cell would end it.
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in lines)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
 def presets() -> str:
@@ -64,7 +66,7 @@ def presets() -> str:
 
 
 def error_classes() -> str:
-    """All error classes with their built-in base and first sentence."""
+    """All error classes, what else they derive from, and their docstrings."""
     rows = [["error", "is also a", "meaning"]]
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, errors.QSNNError):
@@ -202,7 +204,7 @@ def study_table(data: str) -> str:
             if low > 0 or high < 0:
                 difference = f"**{difference}**"
         rows.append([
-            name.replace("|", "\\|"), tuned["setting"].replace(":", " "), _spread(tuned),
+            name, tuned["setting"].replace(":", " "), _spread(tuned),
             difference, _spread(untuned),
         ])  # fmt: skip
     return table(rows)
@@ -242,7 +244,7 @@ def fill(text: str) -> str:
     return _REGION.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
 
 
-# --------------------------------------------------------------------------- the figure
+# --------------------------------------------------------------------------- the figures
 
 
 def trace(bits: int | None, current: torch.Tensor) -> tuple[list[float], list[int]]:

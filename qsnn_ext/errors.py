@@ -45,6 +45,10 @@ class TrainingError(QSNNError, RuntimeError):
     """Training cannot start or go on (non-finite loss, unwritable directory, bad labels)."""
 
 
+class DivergenceError(TrainingError):
+    """Training led to a loss or to weights that are NaN or infinite."""
+
+
 class LoweringError(QSNNError):
     """A model contains something that has no integer equivalent; the message names the module."""
 

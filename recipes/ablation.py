@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-
-from qsnn_ext.errors import ConfigError, QSNNError
+from qsnn_ext.errors import ConfigError
 from recipes import cifar10_resnet19, dvscifar10_vggsnn
 from recipes.config import Config
+from recipes.engine.cli import call
 from recipes.engine.many import run_all
 from recipes.engine.results import git_commit, versions, write_json
 
@@ -75,7 +74,7 @@ def main(
         data: The images with ResNet19, or the event recordings with VGGSNN.
         variants: Names of the variants to run; none runs all.
         seeds: Repetitions of each variant that are counted.
-        untuned_seeds: Repetitions at the common setting, which are only shown.
+        untuned_seeds: Repetitions at the common setting, which are only shown; 0 leaves it out.
         settings: Optimizers and learning rates tried for each variant on an uncounted seed, such
             as sgd:0.1; none tries the study's own.
         epochs: Passes over the training set, the same for every variant; none takes the recipe's.
@@ -92,7 +91,11 @@ def main(
     names = variants or list(VARIANTS)
     for name in names:
         if name not in VARIANTS:
-            raise ConfigError(f"Unknown variant {name!r}; there are: {', '.join(VARIANTS)}.")
+            raise ConfigError(
+                f"Unknown variant {name!r}; there are: {', '.join(map(repr, VARIANTS))}."
+            )
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {seeds}.")
     recipe = cifar10_resnet19 if data == "digits" else dvscifar10_vggsnn
     common = recipe.config(data=data).but(limit_batches=limit_batches)
     base = common.but(
@@ -129,8 +132,7 @@ def main(
             "setting": setting,
             **summary([accuracy[key] for key in counted if key[:2] == (name, setting)]),
         }
-        for name in names
-        for setting in dict.fromkeys((best[name], shared))
+        for name, setting in dict.fromkeys(key[:2] for key in counted)
     ]
     content = {
         "study": f"{base.network} on {data}",
@@ -179,7 +181,7 @@ def summary(accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def _accuracies(configs: dict[Any, Config], processes: int | None) -> dict[Any, float]:
-    """Accuracy after the last epoch of every run (%); 0 for one whose loss diverged."""
+    """Accuracy after the last epoch of every run (%); 0 for one that diverged."""
     keys = {config.folder: key for key, config in configs.items()}
     found = {}
     for config, result in run_all(list(configs.values()), processes):
@@ -191,7 +193,4 @@ def _accuracies(configs: dict[Any, Config], processes: int | None) -> dict[Any, 
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

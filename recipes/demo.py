@@ -10,16 +10,14 @@ five minutes on two CPU cores and downloads nothing.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
-from qsnn_ext.errors import QSNNError, TrainingError
+from qsnn_ext.errors import TrainingError
 from recipes import cifar10_resnet19
 from recipes.config import Config
+from recipes.engine.cli import call
 from recipes.engine.many import run_all
 
 FULL, PLAIN, UNTUNED, WSDR = (
@@ -162,7 +160,4 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

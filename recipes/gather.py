@@ -37,7 +37,7 @@ def follows_protocol(result: dict[str, Any]) -> bool:
     """Whether a run trained the paper's network on the paper's data set, whole."""
     config = result["config"]
     return (
-        config["data"] in result["recipe"]
+        result["recipe"] == f"{config['data']}_{config['network']}"
         and config["width"] == 1.0
         and config["limit_batches"] is None
     )

@@ -5,19 +5,18 @@ python -m recipes.paper_figures
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from qsnn_ext.errors import QSNNError, StateError
+from qsnn_ext.errors import StateError
 from recipes.ablation import FIGURE_5
+from recipes.engine.cli import call
 from recipes.engine.digits_figure import AFTER, BEFORE, bars
 from recipes.gather import HERE, follows_protocol, run_results, studies
 
@@ -34,7 +33,7 @@ PAPER_FIGURE_5 = {"full precision": 96.36, "plain": 93.42, "ws-dr": 95.20}
 
 
 def best_run(results: Sequence[dict[str, Any]], bits: str, variant: str) -> dict[str, Any] | None:
-    """A ResNet19 run to show: one by the paper's protocol if there is any, else the first."""
+    """The most accurate run of ResNet19, of those by the paper's protocol if there are any."""
     fitting = [
         r
         for r in results
@@ -97,17 +96,16 @@ def figure_4(regulated: dict[str, Any]) -> Any:
 
 def figure_5(study: dict[str, Any] | None) -> Any:
     """The ablation: the paper's accuracies, and ours with their spread over seeds."""
-    panels = 1 if study is None else 2
+    found = [] if study is None else study["rows"]
+    rows = [r for name in FIGURE_5 for r in found if r["variant"] == name and r["tuned"]]
+    panels = 2 if study is not None and rows else 1
     figure, axes = plt.subplots(
         1, panels, figsize=(4.5 * panels, 3.8), layout="constrained", squeeze=False
     )
     left = axes[0, 0]
     left.bar(PAPER_FIGURE_5.keys(), PAPER_FIGURE_5.values(), color=BEFORE)
     left.set(title="CIFAR-10 (the paper's numbers)", ylabel="accuracy (%)", ylim=(90, 98))
-    if study is not None:
-        rows = [
-            r for name in FIGURE_5 for r in study["rows"] if r["variant"] == name and r["tuned"]
-        ]
+    if study is not None and rows:
         right = axes[0, 1]
         spread = [r["std"] or 0 for r in rows]
         means = [r["mean"] for r in rows]
@@ -163,7 +161,4 @@ def main(folders: list[Path] = list(HERE), out: Path = Path("runs") / "figures")
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

@@ -6,15 +6,12 @@ python -m recipes.paper_tables
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
-from qsnn_ext.errors import QSNNError
 from qsnn_ext.footprint import PAPER_TABLE_2, table, table_2
+from recipes.engine.cli import call
 from recipes.gather import HERE, follows_protocol, run_results
 
 BITS = ("32w-32u", "1w-8u", "1w-4u", "1w-2u")
@@ -90,7 +87,4 @@ def main(folders: list[Path] = list(HERE)) -> None:  # noqa: B006 (never changed
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(main, as_positional=False)
-    except QSNNError as error:
-        sys.exit(f"stopped: {error}")
+    call(main)

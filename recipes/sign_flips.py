@@ -12,7 +12,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 import torch.nn.functional as nnf
 from torch import nn
@@ -22,6 +21,7 @@ from recipes import cifar10_resnet19
 from recipes import data as datasets
 from recipes.config import Config
 from recipes.engine import networks
+from recipes.engine.cli import call
 
 # Whether weights are standardised; learning rate of the latent weights, where all others have 0.1.
 CASES = ((True, 0.1), (True, 0.3), (False, 0.01), (False, 0.1), (False, 1.0), (False, 5.0))
@@ -32,9 +32,9 @@ def run(config: Config, rate: float, steps: int) -> dict[str, Any]:
     """Train for some steps and count.
 
     Args:
-        config: the demo's configuration, with or without weight regulation.
-        rate: learning rate of the latent weights of binary layers.
-        steps: optimizer steps.
+        config: The demo's configuration, with or without weight regulation.
+        rate: Learning rate of the latent weights of binary layers.
+        steps: Optimizer steps.
 
     Returns:
         Share of signs changed per step (first ten and last twenty steps), loss and training
@@ -99,4 +99,4 @@ def main(steps: int = 170, out: Path = OUT) -> None:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(main, as_positional=False)
+    call(main)

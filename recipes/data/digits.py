@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from .augment import DigitAugment, NeuromorphicAugment
 from .camera import Camera
-from .events import EVENT, Events, FrameArray, cache_folder, to_frames
+from .events import EVENT, Events, to_frames
 from .files import write_atomically
+from .frames import FrameArray, cache_folder
 
 TRAIN, TEST = 1347, 450
 _DIGIT = 0.75  # side of the 8x8 digit, as a part of the sensor's

@@ -13,9 +13,11 @@ import numpy as np
 
 from qsnn_ext.errors import ConfigError, DataError
 
+from .aedat import read_aedat2
 from .augment import NeuromorphicAugment, Resize
-from .events import Events, FrameFiles, Recording, cached_frames, read_aedat2
+from .events import Events
 from .files import Archive, Facts, find, obtain, unpack
+from .frames import FrameFiles, Recording, cached_frames
 
 CLASSES = (
     "airplane",

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from qsnn_ext.errors import DataError
 
+from .aedat import read_aedat3
 from .augment import GestureAugment, Resize
-from .events import Events, FrameFiles, Recording, cached_frames, read_aedat3
+from .events import Events
 from .files import Archive, Facts, find, obtain, unpack
+from .frames import FrameFiles, Recording, cached_frames
 
 _FOLDERS = ("", "download", "DVS128Gesture", "DVS128Gesture/download")
 _CLASSES = 11

@@ -1,16 +1,16 @@
-"""The command line of every recipe, made from :class:`recipes.config.Config`."""
+"""The command lines: of every recipe, from :class:`recipes.config.Config`, and of the studies."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from qsnn_ext.errors import ConfigError, QSNNError
 from recipes.config import Config, flag
@@ -64,7 +64,8 @@ def build_parser(defaults: Config, description: str | None) -> ArgumentParser:
 def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> Config:
     """The configuration a command line asks for.
 
-    The data set and ``--as-published`` choose the recipe's defaults, so they are read first.
+    The data set and ``--as-published`` choose the recipe's defaults, so they are read first, be
+    they on the command line or in a file.
 
     Args:
         recipe: Function of a recipe file, called with ``data`` and ``as_published``.
@@ -73,12 +74,10 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default=None)
-    first.add_argument("--as-published", "--as_published", action="store_true")
-    known, _ = first.parse_known_args(argv)
-    chosen = {"data": known.data} if known.data in _datasets() else {}
-    defaults = recipe(as_published=known.as_published, **chosen)
+    # Help is left to the second parser, which shows the right defaults.
+    silent = [a for a in argv if a not in ("-h", "--help")]
+    first = build_parser(recipe(), text).parse_args(silent)
+    defaults = recipe(data=first.data, as_published=first.as_published)
     given = build_parser(defaults, text).parse_args(argv)
     values = {f.name: given[f.name] for f in fields(Config) if f.name != "recipe"}
     return defaults.but(**values)
@@ -86,16 +85,25 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = None) -> None:
     """Run a recipe from the command line; deliberate errors end it with one clear line."""
-    try:
+    with errors_in_one_line():
         config = parse(recipe, argv, text)
         from recipes.engine.run import train  # takes seconds to import, which --help need not
 
         train(config)
+
+
+def call(function: Callable[..., object]) -> None:
+    """Call a function with its arguments from the command line, and end errors likewise."""
+    with errors_in_one_line():
+        auto_cli(function, as_positional=False)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Let a deliberate error end the process with its message: status 2 for bad options, else 1."""
+    try:
+        yield
     except QSNNError as error:
         kind = "usage" if isinstance(error, ConfigError) else "stopped"
         print(f"{kind}: {error}", file=sys.stderr)
         raise SystemExit(2 if kind == "usage" else 1) from error
-
-
-def _datasets() -> tuple[str, ...]:
-    return typing.get_args(typing.get_type_hints(Config)["data"])

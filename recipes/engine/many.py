@@ -6,12 +6,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from qsnn_ext.errors import TrainingError
+from qsnn_ext.errors import DivergenceError, QSNNError, TrainingError
 from recipes.config import Config, differences
 
 
@@ -28,8 +30,11 @@ def run_all(
         processes: How many at a time; none takes one per CPU core.
 
     Yields:
-        Each configuration with its result, as they finish; with none where training had to stop
-        (the loss was not finite), which ``log.txt`` then tells.
+        Each configuration with its result, as they finish; with none where training diverged,
+        which ``log.txt`` then tells.
+
+    Raises:
+        QSNNError: A run could not be trained for any other reason; it says nothing of the method.
 
     """
     todo = []
@@ -44,14 +49,19 @@ def run_all(
     workers = min(processes or os.cpu_count() or 1, len(todo))
     # Fresh processes: a forked one would inherit the threads of an already used torch.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_run, config): config for config in todo}
         try:
             for future in as_completed(futures):
                 try:
                     result = future.result()
-                except TrainingError:
+                except DivergenceError:
                     result = None
+                except BrokenProcessPool as error:
+                    raise TrainingError(
+                        "A training process was killed, most often because memory ran out. Run "
+                        "fewer at a time and start again; finished runs are not repeated."
+                    ) from error
                 yield futures[future], result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -66,10 +76,19 @@ def finished(config: Config) -> dict[str, Any] | None:
     return None if differences(config.to_dict(), result["config"]) else result
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, workers of a killed parent train on and keep their folders locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(config: Config) -> dict[str, Any]:
@@ -84,6 +103,6 @@ def _run(config: Config) -> dict[str, Any]:
     ):
         try:
             return train(config.but(resume=True, progress=False))
-        except TrainingError as error:
+        except QSNNError as error:
             print(error)
             raise

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from qsnn_ext import SignGradientSchedule, WSDRRegularizer
-from qsnn_ext.errors import TrainingError
+from qsnn_ext.errors import DivergenceError, TrainingError
 from recipes.config import Config
 from recipes.engine.loading import mix
 from recipes.engine.networks import uses_annealing
@@ -112,7 +112,9 @@ class Training(LightningModule):
 
     def _stop(self, x: Tensor, loss: Tensor, index: int) -> None:
         culprit = first_nonfinite(self, x)
-        raise TrainingError(
+        # A bad input is a fault of the data, whatever it then does to the loss.
+        kind = DivergenceError if torch.isfinite(x).all() else TrainingError
+        raise kind(
             f"The loss became {loss.item()} in epoch {self.current_epoch + 1}, batch {index + 1}; "
             f"first to go non-finite: {culprit}. Try a lower --lr, --clip 1, or "
             "--precision 32-true; checkpoints of earlier epochs are kept."
@@ -134,7 +136,7 @@ class Training(LightningModule):
         """Stop before a checkpoint is made of weights that are no numbers; spikes hide them."""
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise TrainingError(
+                raise DivergenceError(
                     f"After epoch {self.current_epoch + 1} {name!r} holds NaN or infinity. Try a "
                     "lower --lr, --clip 1, or --precision 32-true; checkpoints of earlier epochs "
                     "are kept."

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from recipes.engine.module import Training
+from recipes.engine.processes import summing
 from recipes.engine.rates import entropy, sign_probabilities
 
 
@@ -114,16 +114,3 @@ class Record(Callback):
         for name, share in sign_probabilities(module.model).items():
             board.add_scalar(f"sign probability/{name}", share, step)
         board.flush()
-
-
-def summing(trainer: Trainer) -> Any:
-    """A function that sums a tensor over the run's processes."""
-    if trainer.world_size == 1:
-        return lambda tensor: tensor
-
-    def everyone(tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    return everyone

@@ -25,7 +25,7 @@ from qsnn_ext.errors import ConfigError, TrainingError
 from qsnn_ext.kernels import use_backend
 from recipes import data as datasets
 from recipes.config import Config, differences
-from recipes.engine import checkpoints, files, networks
+from recipes.engine import checkpoints, files, networks, processes
 from recipes.engine.loading import Loading
 from recipes.engine.module import Training
 from recipes.engine.plots import plot_run
@@ -147,9 +147,9 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
     batches = len(loading.train_dataloader())
     batches = min(batches, config.limit_batches or batches)
     if trainer.world_size > 1:
-        networks.sync_scales(model)
+        processes.sync_scales(model)
         if config.sync_batchnorm:
-            model = networks.sync_batchnorm(model, trainer.strategy.root_device)
+            model = processes.sync_batchnorm(model, trainer.strategy.root_device)
     if config.compile:
         # One program per batch size: there are few, and fixed sizes compile more surely.
         model.compile(dynamic=False)

@@ -21,8 +21,8 @@ import qsnn_ext
 from qsnn_ext import QuantConfig
 from qsnn_ext.errors import CheckpointError, ConfigError, DataError, FormatError, QSNNError
 from recipes import data as datasets
-from recipes.data.events import FrameFiles
 from recipes.data.files import unpack
+from recipes.data.frames import FrameFiles
 from recipes.engine import checkpoints
 
 from ..deploy.random_programs import random_program

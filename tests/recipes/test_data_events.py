@@ -10,8 +10,9 @@ import torch
 
 from qsnn_ext.errors import ConfigError, DataError
 from recipes.data import augment, collate_frames, datasets, dvscifar10, dvsgesture
+from recipes.data.aedat import read_aedat2, read_aedat3
 from recipes.data.augment import GESTURE_MIRROR, GestureAugment, NeuromorphicAugment
-from recipes.data.events import EVENT, make_events, read_aedat2, read_aedat3, to_frames
+from recipes.data.events import EVENT, make_events, to_frames
 from tests.recipes import archives
 
 

@@ -64,6 +64,19 @@ def test_a_config_file(tmp_path):
     assert (config.bits, config.lr) == ("1w-4u", 0.2)
 
 
+def test_a_config_file_chooses_the_data_set_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: digits\nas_published: true\n")
+    config = parse(tinyimagenet_vgg16.config, ["--config", str(tmp_path / "run.yaml")])
+    assert config == tinyimagenet_vgg16.config(data="digits", as_published=True)
+
+
+def test_help_shows_the_defaults_of_the_data_set(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(cifar10_resnet19.config, ["--data", "digits", "--help"])
+    assert stop.value.code == 0
+    assert "default: 0.125" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv", [["--bits", "1w-3u"], ["--data", "mnist"], ["--leaning-rate", "3"]]
 )

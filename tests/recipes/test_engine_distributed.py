@@ -14,7 +14,7 @@ from torch import nn
 from qsnn_ext import WSDRRegularizer
 from recipes import cifar10_resnet19
 from recipes import data as datasets
-from recipes.engine import checkpoints, networks
+from recipes.engine import checkpoints, networks, processes
 from recipes.engine.cli import parse
 from recipes.engine.loading import EpochSampler
 
@@ -78,7 +78,7 @@ def _synced(rank, folder, share, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     norm = nn.BatchNorm2d(3).double()
-    norm = networks.sync_batchnorm(nn.Sequential(norm), torch.device("cpu"))
+    norm = processes.sync_batchnorm(nn.Sequential(norm), torch.device("cpu"))
     x = share[rank].clone().requires_grad_()
     y = norm(x)
     y.pow(3).sum().backward()

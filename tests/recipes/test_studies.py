@@ -79,6 +79,21 @@ def test_settings_that_cannot_be(setting):
         ablation.optimization(setting)
 
 
+def test_the_common_setting_may_be_left_out(tmp_path, monkeypatch):
+    found = lambda configs, processes: ((c, {"last_accuracy": c.lr}) for c in configs)  # noqa: E731
+    monkeypatch.setattr(ablation, "run_all", found)
+    options = {"variants": ["ws-dr"], "runs": tmp_path / "runs", "results": tmp_path}
+    content = ablation.main(seeds=2, untuned_seeds=0, settings=["adam:0.01"], **options)
+    assert [(r["setting"], r["n"]) for r in content["rows"]] == [("adam:0.01", 2)]
+    with pytest.raises(ConfigError, match="--seeds"):
+        ablation.main(seeds=0)
+
+
+def test_figure_5_of_a_study_of_other_variants():
+    row = {"variant": "frozen scale", "tuned": True, "mean": 90.0, "std": None, "n": 1}
+    assert len(paper_figures.figure_5({"study": "resnet19 on digits", "rows": [row]}).axes) == 1
+
+
 def test_unknown_variants_are_named():
     with pytest.raises(ConfigError, match=r"'wsrd'; there are: .*ws-dr"):
         ablation.main(variants=["wsrd"])
@@ -113,7 +128,15 @@ def test_table_1_is_blank_where_nothing_was_run():
 
 
 @pytest.mark.parametrize(
-    "change", [{"width": 0.5}, {"limit_batches": 3}, {"data": "digits"}, {"wsdr": False}]
+    "change",
+    [
+        {"width": 0.5},
+        {"limit_batches": 3},
+        {"data": "digits"},
+        {"wsdr": False},
+        {"network": "vgg16"},
+        {"recipe": "dvscifar10_vggsnn", "network": "vggsnn"},
+    ],
 )
 def test_runs_that_depart_from_the_protocol_stay_out_of_table_1(change):
     departed = result(**change)
