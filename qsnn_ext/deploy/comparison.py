@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
-from qsnn_ext.deploy.lowering import reset_states
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
@@ -142,7 +141,7 @@ def compare(
             if quantize_input:
                 rounded = torch.from_numpy(codes * program.input_scale).to(torch.float32)
                 x = rounded.reshape(x.shape)
-            reset_states(model)
+            hosts.reset(model)
             with torch.no_grad():
                 expected = _first(model(x.to(device))).float().cpu().numpy()
             recorded = recorder.take()
@@ -162,7 +161,7 @@ def compare(
                 right_program += int((b == labels).sum())
     finally:
         recorder.close()
-        reset_states(model)
+        hosts.reset(model)
         model.train(training)
     if not samples:
         raise StateError("compare() was given no batches")

@@ -36,6 +36,11 @@ def words(bits: int) -> int:
     return (bits + 31) // 32
 
 
+def output_size(size: int, padding: int, kernel: int, stride: int, dilation: int = 1) -> int:
+    """Windows along one axis; ``padding`` counts both ends. Below 1 if the kernel does not fit."""
+    return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 @dataclass(frozen=True)
 class Value:
     """One activation of the graph.
@@ -396,10 +401,9 @@ class _Validator:
             raise _fail(name, "padding must be four sizes of 0 to 4096")
         top, left, bottom, right = padding
         for axis, before, after in ((0, top, bottom), (1, left, right)):
-            size = source.shape[1 + axis] + before + after
-            span = dilation[axis] * (kernel[axis] - 1) + 1
-            out = (size - span) // stride[axis] + 1
-            if size < span or out != target.shape[1 + axis]:
+            size = source.shape[1 + axis]
+            out = output_size(size, before + after, kernel[axis], stride[axis], dilation[axis])
+            if out != target.shape[1 + axis]:
                 raise _fail(name, f"output shape {target.shape} does not follow from its geometry")
 
     def _fixed_point(
