@@ -22,13 +22,21 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
                 "subtracting a constant cannot be lowered", "put it into a layer's bias"
             )
         return _plus_constant(draft, a, b, 1)
-    if (
-        sign > 0 and a.steps is not None and b.steps is not None and a.steps.isdisjoint(b.steps)
-        and settle(draft, a).base == settle(draft, b).base and a.scale == b.scale
-    ):  # fmt: skip
-        # A sum over time so far.
-        return replace(settle(draft, a), steps=a.steps | b.steps, reduction="sum")
+    if not (isinstance(a, Array) and isinstance(b, Array)):
+        raise draft.fail(
+            "this sum cannot be lowered",
+            "add tensors of the network; 1 - spikes is possible within a product only",
+        )
+    if sign > 0 and a.steps is not None and b.steps is not None and a.steps.isdisjoint(b.steps):
+        one, other = settle(draft, a), settle(draft, b)
+        if one.base == other.base and a.scale == b.scale and a.factor == b.factor:
+            # A sum over time so far.
+            return replace(one, steps=a.steps | b.steps, reduction="sum")
     steps = _common_steps(draft, a, b)
+    if (a.reduction, a.factor) != (b.reduction, b.factor):
+        raise draft.fail(
+            "it adds a sum over time to something else", "sum or average over time last"
+        )
     a, b = settle(draft, a), settle(draft, b)
     values, high = draft.values, draft.largest
     if values[a.index].shape != values[b.index].shape:
@@ -58,7 +66,7 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
         lambda name, target: Add(name, sources, factors, target),
     )  # fmt: skip
     axes = a.axes if len(a.axes) >= len(b.axes) else b.axes
-    return Array(base, axes, scale, steps=steps)
+    return Array(base, axes, scale, steps=steps, reduction=a.reduction, factor=a.factor)
 
 
 def lower_multiply(draft: Draft, a: Any, b: Any) -> Array:
@@ -71,7 +79,7 @@ def lower_multiply(draft: Draft, a: Any, b: Any) -> Array:
                 "multiplying by a tensor cannot be lowered",
                 "put the factors into a batch norm or a layer's weights",
             )
-        return lower_scaling(draft, a, float(b.value))
+        return _scaled(draft, a, float(b.value))
     function: Literal["and", "iand"] = "and"
     if isinstance(b, Complement):
         a, b = b, a
@@ -97,7 +105,7 @@ def lower_multiply(draft: Draft, a: Any, b: Any) -> Array:
     return Array(base, a.axes, 1.0, steps=steps)
 
 
-def lower_scaling(draft: Draft, a: Array, factor: float) -> Array:
+def _scaled(draft: Draft, a: Array, factor: float) -> Array:
     """``a * factor``, which goes into a pending scale or into the unit."""
     if a.reduction == "sum":
         return replace(a, factor=a.factor * factor)
@@ -122,7 +130,7 @@ def _plus_constant(draft: Draft, a: Array, c: Constant, sign: int) -> Array | Co
 
 
 def _is_spikes(draft: Draft, a: Array) -> bool:
-    if a.gain is not None or a.scale != 1.0:
+    if a.gain is not None or a.scale != 1.0 or a.reduction != "none":
         return False
     return draft.values[a.index].planes == 1
 

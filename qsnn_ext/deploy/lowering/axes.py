@@ -139,12 +139,17 @@ def select(draft: Draft, a: Array, index: Any, shape: Sequence[int]) -> Array:
     if isinstance(index, int) and a.axes and labels(a.axes[0]) == {"T"}:
         steps = a.axes[0][0][1]
         return replace(a, axes=a.axes[1:], steps=frozenset([index % steps]))
-    if index is None or (isinstance(index, tuple) and None in index):
+    if _adds_axes(index):
         return regroup(draft, a, shape)
     raise draft.fail(
         "indexing or slicing can only be lowered over time steps",
         "crop or select outside the model",
     )
+
+
+def _adds_axes(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return None in parts and all(p is None or p is Ellipsis or p == slice(None) for p in parts)
 
 
 def stack(draft: Draft, items: Sequence[Any], dim: int) -> Array:

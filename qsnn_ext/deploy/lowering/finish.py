@@ -10,7 +10,7 @@ from qsnn_ext.deploy.lowering.axes import labels, rank_per_sample
 from qsnn_ext.deploy.lowering.draft import Array, Draft, NeuronUse
 from qsnn_ext.deploy.lowering.neurons import integer_neuron
 from qsnn_ext.deploy.lowering.settle import settle
-from qsnn_ext.deploy.lowering.walk import as_tensor
+from qsnn_ext.deploy.lowering.walk import as_array
 from qsnn_ext.deploy.program import (
     Add,
     Logic,
@@ -49,10 +49,10 @@ def finish(
     structured = isinstance(result, tuple | list)
     arrays = []
     for a in result if structured else [result]:
-        a = as_tensor(draft, a)
-        if not isinstance(a, Array):
-            raise draft.fail("it does not depend on the input of the model", "return what does")
-        arrays.append(settle(draft, a))
+        array = as_array(
+            draft, a, "it does not depend on the input of the model", "return what does"
+        )
+        arrays.append(settle(draft, array))
     steps, reduction, rest = _over_time(draft, arrays)
     values = list(draft.values)
     for a in arrays:

@@ -29,17 +29,23 @@ def lower_pool(draft: Draft, module: Any, x: Array) -> Array:
     """Any pooling layer of torch that has windows of equal size here."""
     _, h, w = draft.shape(x)
     one = isinstance(module, _ONE_DIMENSIONAL)
+    if getattr(module, "return_indices", False):
+        raise draft.fail("return_indices cannot be lowered", "pool without it")
+    over_features = one and (h, w) == (1, 1) and "C" in labels(x.axes[-1])
     if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
         size = module.output_size
+        if over_features:
+            raise draft.fail(
+                "adaptive pooling over features cannot be lowered",
+                "average groups of them (AvgPool1d or VotingLayer)",
+            )
         if one:
             wanted: Any = (None, size[0] if isinstance(size, tuple | list) else size)
         else:
             wanted = size if isinstance(size, tuple | list) else (size, size)
         out = (h if wanted[0] is None else wanted[0], w if wanted[1] is None else wanted[1])
         return _adaptive(draft, x, out, isinstance(module, nn.AdaptiveMaxPool2d))
-    if getattr(module, "return_indices", False):
-        raise draft.fail("return_indices cannot be lowered", "pool without it")
-    if one and (h, w) == (1, 1) and "C" in labels(x.axes[-1]):
+    if over_features:
         return _vote(draft, module, x)
     kernel = _pair(module.kernel_size, one, 1)
     stride = _pair(module.stride if module.stride is not None else module.kernel_size, one, 1)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from qsnn_ext import hosts
-from qsnn_ext.deploy.lowering.arithmetic import lower_add, lower_multiply, lower_scaling
-from qsnn_ext.deploy.lowering.axes import expand, flatten, regroup, select, stack
+from qsnn_ext.deploy.lowering.arithmetic import lower_add, lower_multiply
+from qsnn_ext.deploy.lowering.axes import expand, flatten, regroup, select, sizes, stack
 from qsnn_ext.deploy.lowering.calls import lower_neuron, read_membrane, runs_over_time
 from qsnn_ext.deploy.lowering.draft import Array, Complement, Constant, Draft, Membrane
 from qsnn_ext.deploy.lowering.layers import lower_conv, lower_linear, lower_norm
@@ -61,9 +61,11 @@ def walk(draft: Draft, graph: fx.Graph, model: nn.Module, sample: Array) -> Any:
         kwargs = {k: _resolve(v, known) for k, v in node.kwargs.items()}
         if node.op == "output":
             return args[0]
-        known[node] = sample if node.op == "placeholder" else _visit(
-            draft, node, model, args, kwargs
-        )  # fmt: skip
+        found = sample
+        if node.op != "placeholder":
+            found = _visit(draft, node, model, args, kwargs)
+            _check_shape(draft, found, node.meta.get("concrete"))
+        known[node] = found
     raise AssertionError("a graph ends with its output")
 
 
@@ -72,6 +74,36 @@ def as_tensor(draft: Draft, a: Any) -> Any:
     if isinstance(a, Membrane):
         return read_membrane(draft, a)
     return Constant(a) if isinstance(a, int | float) else a
+
+
+def as_array(draft: Draft, a: Any, why: str, remedy: str) -> Array:
+    """As :func:`as_tensor`, where only a tensor of the program will do; else the error says why."""
+    a = as_tensor(draft, a)
+    if isinstance(a, Complement):
+        raise draft.fail(
+            "1 - spikes is possible within a product only",
+            "multiply it with spikes, as SEW's IAND does",
+        )
+    if not isinstance(a, Array):
+        raise draft.fail(why, remedy)
+    return a
+
+
+def _check_shape(draft: Draft, found: Any, concrete: Any) -> None:
+    """Layers read other axes for other ranks; here a misreading cannot go unnoticed."""
+    if isinstance(found, Array) and sizes(found) != list(concrete.shape):
+        raise draft.fail(
+            f"as an operation on [C, H, W] it would give {sizes(found)}, not the model's "
+            f"{list(concrete.shape)}",
+            "keep channels, height and width apart, with batch and time in front",
+        )
+
+
+def _depends(x: Any) -> bool:
+    """Whether anything in ``x`` depends on the input."""
+    if isinstance(x, tuple | list):
+        return any(_depends(i) for i in x)
+    return isinstance(x, Array | Complement | Membrane)
 
 
 def _is_neuron(module: nn.Module) -> bool:
@@ -94,30 +126,30 @@ def _visit(
         for part in str(node.target).split("."):
             found = getattr(found, part)
         return Constant(found)
+    # What is mostly passed by position, under torch's names.
+    args += [kwargs.pop(k) for k in ("input", "tensors", "other") if k in kwargs]
     if node.op == "call_module":
         draft.where = str(node.target)
         return _module(draft, model.get_submodule(draft.where), args, kwargs)
     draft.where = origin(node)
-    if not any(isinstance(a, Array | Complement | Membrane | tuple | list) for a in args):
+    if not (_depends(args) or _depends(list(kwargs.values()))):
         return Constant(node.meta.get("concrete"))
+    if not args:
+        raise draft.fail("its tensors are passed by name", "pass them by position")
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     return _function(draft, name, args, kwargs, node.meta.get("concrete"))
 
 
 def _module(draft: Draft, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x = as_tensor(draft, args[0])
-    if not isinstance(x, Array):
-        raise draft.fail(
-            "its input does not depend on the input of the model",
-            "remove it, or feed it from the model's input",
-        )
+    if not args:
+        raise draft.fail("its input is passed by name", "pass it by position")
+    x = as_array(
+        draft, args[0], "its input does not depend on the input of the model",
+        "remove it, or feed it from the model's input",
+    )  # fmt: skip
     if _is_neuron(module):
         return lower_neuron(draft, module, x, args[1] if len(args) > 1 else kwargs.get("mem"))
-    if x.reduction != "none":
-        raise draft.fail(
-            "it follows a sum over time, so it would run once per sequence",
-            "sum or average over time last",
-        )
+    _once_per_step(draft, x)
     if isinstance(module, _CONVS):
         return lower_conv(draft, module, x)
     if isinstance(module, nn.Linear):
@@ -132,6 +164,14 @@ def _module(draft: Draft, module: nn.Module, args: list[Any], kwargs: dict[str, 
             start += 1  # SpikingJelly's counts from the batch axis, behind time
         return flatten(x, start, module.end_dim)
     return x  # an identity
+
+
+def _once_per_step(draft: Draft, x: Array) -> None:
+    if x.reduction != "none":
+        raise draft.fail(
+            "it follows a sum over time, so it would run once per sequence",
+            "sum or average over time last",
+        )
 
 
 def _function(
@@ -149,9 +189,9 @@ def _function(
     if name in ("mul", "mul_", "imul", "logical_and"):
         return lower_multiply(draft, as_tensor(draft, args[0]), as_tensor(draft, args[1]))
     if name in ("truediv", "div", "div_", "itruediv"):
-        if not isinstance(args[1], int | float):
+        if not isinstance(args[1], int | float) or args[1] == 0:
             raise draft.fail("dividing by a tensor cannot be lowered", "divide by a number")
-        return lower_scaling(draft, as_tensor(draft, args[0]), 1.0 / args[1])
+        return lower_multiply(draft, as_tensor(draft, args[0]), Constant(1.0 / args[1]))
     if name == "getitem":
         return _item(draft, args[0], args[1], concrete)
     if name == "unbind":
@@ -163,24 +203,26 @@ def _function(
         return stack(draft, [as_tensor(draft, a) for a in args[0]], dim)
     if isinstance(args[0], Membrane) and name in ("detach", "clone", "contiguous"):
         return args[0]
-    x = as_tensor(draft, args[0])
+    if name in ("zeros_like", "ones_like"):
+        return Constant(concrete)
+    if name in ("contiguous", "clone", "detach", "float", "to", "dropout", "type_as", "cpu"):
+        return as_tensor(draft, args[0])
+    x = as_array(
+        draft, args[0], f"{name!r} cannot be lowered for what it is applied to",
+        "apply it to one tensor that depends on the model's input",
+    )  # fmt: skip
     if name in ("mean", "sum"):
         if kwargs.get("keepdim"):
             raise draft.fail("keepdim cannot be lowered", "leave the axis out")
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         return lower_mean(draft, x, dims, total=name == "sum")
-    if name in ("contiguous", "clone", "detach", "float", "to", "dropout", "type_as", "cpu"):
-        return x
     if name in ("flatten", "view", "reshape", "unsqueeze", "squeeze", "unflatten"):
-        if isinstance(x, Constant):
-            return Constant(concrete)
         return regroup(draft, x, concrete.shape)
     if name in ("expand", "repeat", "unsqueeze_"):
         return expand(draft, x, concrete.shape)
     if name in _POOL_FUNCTIONS:
+        _once_per_step(draft, x)
         return lower_pool(draft, _POOL_FUNCTIONS[name](*args[1:], **kwargs), x)
-    if name in ("zeros_like", "ones_like"):
-        return Constant(concrete)
     raise draft.fail(
         f"the operation {name!r} has no integer form",
         "express it with layers, neurons, additions and poolings",
@@ -192,4 +234,5 @@ def _item(draft: Draft, a: Any, index: Any, concrete: Any) -> Any:
         return a[index]
     if isinstance(a, Constant):
         return Constant(concrete)
-    return select(draft, a, index, concrete.shape)
+    array = as_array(draft, a, "indexing cannot be lowered for it", "index time steps only")
+    return select(draft, array, index, concrete.shape)
