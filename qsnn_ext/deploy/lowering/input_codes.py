@@ -47,7 +47,8 @@ def input_code(
             return unit, narrow
     flat = flat[:200_000]
     if bits is not None:
-        return _grid(flat, top, most) or top / most, narrow
+        grid = _grid(flat, top, most)
+        return grid if grid is not None and top / grid <= most + 0.5 else top / most, narrow
     most = 2 ** (widest - 1) - 1
     finest = HEADROOM * top / most
     grid = _grid(flat, top, 255)
@@ -68,16 +69,18 @@ def requested_code(
 
 def _on_grid(flat: npt.NDArray[np.float64], unit: float) -> bool:
     codes = flat / unit
+    if np.abs(codes).max() < 0.5:  # all would become code 0
+        return False
     return bool(np.abs(codes - np.rint(codes)).max() < 1e-4)
 
 
-def _grid(flat: npt.NDArray[np.float64], top: float, most: int) -> float | None:
-    """The coarsest grid of at most ``most`` steps up to ``top`` that all values lie on."""
+def _grid(flat: npt.NDArray[np.float64], top: float, steps: int) -> float | None:
+    """A grid that all values lie on: whole numbers, or the coarsest of up to ``steps`` steps."""
     if _on_grid(flat, 1.0):
         return 1.0
-    for steps in range(1, most + 1):
-        if _on_grid(flat, top / steps):
-            return top / steps
+    for count in range(1, steps + 1):
+        if _on_grid(flat, top / count):
+            return top / count
     return None
 
 
