@@ -125,7 +125,7 @@ def compare(
     """
     deployed = DeployedModel(program, "auto")
     names = {n.name for n in program.neurons}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     recorder = _Recorder(model, names)
     counts: dict[str, np.ndarray[Any, Any]] = {}
@@ -149,7 +149,7 @@ def compare(
             worst = max(worst, float(np.abs(expected - got).max()))
             states = _layers(program, codes, recorded, counts)
             _membranes(model, program, states, errors)
-            time = got.ndim - (2 if deployed._ranks[0] == 1 else 4)
+            time = got.ndim - (2 if deployed.output_ranks[0] == 1 else 4)
             a, b = (v.mean(axis=0) if time > 0 else v for v in (expected, got))
             a, b = (v.reshape(v.shape[0], -1).argmax(axis=1) for v in (a, b))
             same += int((a == b).sum())
@@ -162,7 +162,8 @@ def compare(
     finally:
         recorder.close()
         hosts.reset(model)
-        model.train(training)
+        for module, training in modes.items():  # parts may be frozen in evaluation mode
+            module.training = training
     if not samples:
         raise StateError("compare() was given no batches")
     layers = [

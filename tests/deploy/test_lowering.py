@@ -176,12 +176,10 @@ def test_every_leaky_reset(mechanism, delay, bits):
     if mechanism == "subtract" and not delay:
         pytest.skip("a level above the threshold would be reset twice: refused, see below")
     torch.manual_seed(1)
-    lif = QLeaky(beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay)
     net = FramesLoop()
     net.net[2] = QLeaky(
         beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay, init_hidden=True
     )
-    del lif
     net = make_dyadic(quantize(net, bits), seed=bits)
     x = grid(6, 2, 2, 16, 16)
     spikes_agree(net, lower(net, x), x)
@@ -292,6 +290,23 @@ def test_tracing_leaves_the_model_alone():
     assert net.training
     for k, v in net.state_dict().items():
         torch.testing.assert_close(v, before[k], rtol=0, atol=0)
+
+
+def test_comparing_leaves_the_mode_of_every_module():
+    net = make_dyadic(
+        nn.Sequential(
+            own_layers.QuantConv2d(2, 4, 3),
+            layer.BatchNorm2d(4, step_mode="m"),
+            QuantLIFNode(step_mode="m"),
+        )
+    )
+    x = grid(2, 1, 2, 9, 9)
+    program = lower(net, x)
+    net.train()
+    net[1].eval()  # a frozen batch norm
+    before = [m.training for m in net.modules()]
+    compare(net, program, [x])
+    assert [m.training for m in net.modules()] == before
 
 
 class TestRefusals:
