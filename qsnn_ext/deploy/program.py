@@ -468,7 +468,7 @@ class _Validator:
                 raise _fail(op.name, "its operands differ in shape")
             a, b = (f * e for e in self._interval(i))
             lo, hi = lo + min(a, b), hi + max(a, b)
-            if max(-lo, hi) > INT32_MAX:
+            if max(-lo, hi, abs(a), abs(b)) > INT32_MAX:
                 raise _fail(op.name, "its result may exceed int32")
         self._set(op.name, op.target, lo, hi)
 
@@ -521,15 +521,8 @@ class _Validator:
             if not isinstance(array, np.ndarray) or array.shape not in ((1,), (c,)):
                 raise _fail(op.name, f"{what} needs 1 or {c} entries")
             self._array(f"{op.name} {what}", array, np.int32, array.shape)
-        if (
-            not isinstance(op.leak, np.ndarray)
-            or op.leak.ndim != 2
-            or op.leak.shape[0]
-            not in (
-                1,
-                c,
-            )
-        ):
+        shape = op.leak.shape if isinstance(op.leak, np.ndarray) else ()
+        if len(shape) != 2 or shape[0] not in (1, c):
             raise _fail(op.name, f"leak needs 1 or {c} rows")
         if type(op.initial) is not int or type(op.ceiling) is not int:
             raise _fail(op.name, "initial and ceiling must be integers")
