@@ -56,17 +56,19 @@ def walk(draft: Draft, graph: fx.Graph, model: nn.Module, sample: Array) -> Any:
         LoweringError: If something has no exact integer counterpart.
     """
     known: dict[fx.Node, Any] = {}
+    result: Any = None
     for node in graph.nodes:
         args = [_resolve(a, known) for a in node.args]
         kwargs = {k: _resolve(v, known) for k, v in node.kwargs.items()}
         if node.op == "output":
-            return args[0]
+            result = args[0]
+            break
         found = sample
         if node.op != "placeholder":
             found = _visit(draft, node, model, args, kwargs)
             _check_shape(draft, found, node.meta.get("concrete"))
         known[node] = found
-    raise AssertionError("a graph ends with its output")
+    return result
 
 
 def as_tensor(draft: Draft, a: Any) -> Any:
