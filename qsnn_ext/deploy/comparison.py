@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
-from qsnn_ext.deploy.lowering import reset_states
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
@@ -126,7 +125,7 @@ def compare(
     """
     deployed = DeployedModel(program, "auto")
     names = {n.name for n in program.neurons}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     recorder = _Recorder(model, names)
     counts: dict[str, np.ndarray[Any, Any]] = {}
@@ -142,7 +141,7 @@ def compare(
             if quantize_input:
                 rounded = torch.from_numpy(codes * program.input_scale).to(torch.float32)
                 x = rounded.reshape(x.shape)
-            reset_states(model)
+            hosts.reset(model)
             with torch.no_grad():
                 expected = _first(model(x.to(device))).float().cpu().numpy()
             recorded = recorder.take()
@@ -150,7 +149,7 @@ def compare(
             worst = max(worst, float(np.abs(expected - got).max()))
             states = _layers(program, codes, recorded, counts)
             _membranes(model, program, states, errors)
-            time = got.ndim - (2 if deployed._ranks[0] == 1 else 4)
+            time = got.ndim - (2 if deployed.output_ranks[0] == 1 else 4)
             a, b = (v.mean(axis=0) if time > 0 else v for v in (expected, got))
             a, b = (v.reshape(v.shape[0], -1).argmax(axis=1) for v in (a, b))
             same += int((a == b).sum())
@@ -162,8 +161,9 @@ def compare(
                 right_program += int((b == labels).sum())
     finally:
         recorder.close()
-        reset_states(model)
-        model.train(training)
+        hosts.reset(model)
+        for module, training in modes.items():  # parts may be frozen in evaluation mode
+            module.training = training
     if not samples:
         raise StateError("compare() was given no batches")
     layers = [

@@ -22,7 +22,6 @@ from qsnn_ext.deploy.program import IntArray, Program, words
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import ConfigError, InputError, StateError
 
-Path_: TypeAlias = Path
 Backend: TypeAlias = Literal["auto", "portable", "avx2", "avx512", "numpy"]
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
 

@@ -296,7 +296,7 @@ class _Builder:
         return records, slots, state
 
     def _step(self, step: _Step, neurons: dict[int, tuple[int, dict[str, int]]]) -> list[int]:
-        p, op = self.p, step.op
+        op = step.op
         f = dict.fromkeys(OP_FIELDS, 0)
         f.update(type=TYPES[type(op)], source=sources_of(op)[0], target=targets_of(op)[0])
         f.update(add=-1, neuron=-1, self_factor=1, groups=1)
@@ -322,7 +322,6 @@ class _Builder:
                 f["target"] = self._add_target(step)
         if step.neuron is not None:
             f["neuron"] = neurons[id(step.neuron)][0]
-        del p
         return [f[k] for k in OP_FIELDS]
 
     def _fixed_point(self, op: Conv | Affine, f: dict[str, int]) -> None:

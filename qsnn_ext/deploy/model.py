@@ -33,6 +33,10 @@ class DeployedModel:
         backend: ``"auto"``, ``"avx512"``, ``"avx2"``, ``"portable"`` or ``"numpy"``.
         threads: Samples of a batch that run at the same time.
 
+    Attributes:
+        input_shape: Shape of one sample at one time step.
+        output_ranks: Axes of every answer per sample and time step.
+
     Raises:
         ConfigError: If the backend is not available here.
         FormatError: If the program is not valid.
@@ -49,7 +53,7 @@ class DeployedModel:
         self.input_shape = shape if rank == 3 else (shape[0],) if rank == 1 else shape[::2]
         ranks = metadata.get("output_ranks", "")
         count = len(program.outputs)
-        self._ranks = _ranks(ranks, count) if ranks else [3] * count
+        self.output_ranks = _ranks(ranks, count) if ranks else [3] * count
 
     def session(self, batch: int = 1) -> Session:
         """A run of its own, one time step at a time: step, reset, state, restore."""
@@ -63,6 +67,7 @@ class DeployedModel:
 
         Raises:
             InputError: If the shape is wrong or a value is not finite.
+            InputTypeError: If ``x`` holds neither real numbers nor integers.
         """
         if hasattr(x, "detach"):
             x = x.detach().cpu().numpy()
@@ -90,6 +95,10 @@ class DeployedModel:
 
         Args:
             x: ``[N, ...]``, shown ``program.timesteps`` times, or ``[T, N, ...]``.
+
+        Raises:
+            InputError: If the shape is wrong, a value is not finite, or there are no samples.
+            InputTypeError: If ``x`` holds neither real numbers nor integers.
         """
         codes = self.codes(x)
         if codes.ndim not in (4, 5):
@@ -122,9 +131,9 @@ class DeployedModel:
         """
         p = self.program
         single = p.metadata.get("time") == "step"
-        flat = (codes_rank := np.ndim(x)) == len(self.input_shape) + 1
+        flat = np.ndim(x) == len(self.input_shape) + 1
         answers = []
-        for raw, rank, index in zip(self.integers(x), self._ranks, p.outputs, strict=True):
+        for raw, rank, index in zip(self.integers(x), self.output_ranks, p.outputs, strict=True):
             value = raw.astype(np.int64)
             scale = p.values[index].scale
             if p.reduction != "none":
@@ -135,7 +144,6 @@ class DeployedModel:
             c, h, w = value.shape[-3:]
             shape = {1: (c * h * w,), 2: (c, h * w), 3: (c, h, w)}.get(rank, (c, h, w))
             answers.append((value.reshape(*value.shape[:-3], *shape) * scale).astype(np.float32))
-        del codes_rank
         return tuple(answers) if p.metadata.get("structure") == "tuple" else answers[0]
 
 

@@ -36,6 +36,11 @@ def words(bits: int) -> int:
     return (bits + 31) // 32
 
 
+def output_size(size: int, padding: int, kernel: int, stride: int, dilation: int = 1) -> int:
+    """Windows along one axis; ``padding`` counts both ends. Below 1 if the kernel does not fit."""
+    return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 @dataclass(frozen=True)
 class Value:
     """One activation of the graph.
@@ -396,10 +401,9 @@ class _Validator:
             raise _fail(name, "padding must be four sizes of 0 to 4096")
         top, left, bottom, right = padding
         for axis, before, after in ((0, top, bottom), (1, left, right)):
-            size = source.shape[1 + axis] + before + after
-            span = dilation[axis] * (kernel[axis] - 1) + 1
-            out = (size - span) // stride[axis] + 1
-            if size < span or out != target.shape[1 + axis]:
+            size = source.shape[1 + axis]
+            out = output_size(size, before + after, kernel[axis], stride[axis], dilation[axis])
+            if out != target.shape[1 + axis]:
                 raise _fail(name, f"output shape {target.shape} does not follow from its geometry")
 
     def _fixed_point(
@@ -464,7 +468,7 @@ class _Validator:
                 raise _fail(op.name, "its operands differ in shape")
             a, b = (f * e for e in self._interval(i))
             lo, hi = lo + min(a, b), hi + max(a, b)
-            if max(-lo, hi) > INT32_MAX:
+            if max(-lo, hi, abs(a), abs(b)) > INT32_MAX:
                 raise _fail(op.name, "its result may exceed int32")
         self._set(op.name, op.target, lo, hi)
 
@@ -517,15 +521,8 @@ class _Validator:
             if not isinstance(array, np.ndarray) or array.shape not in ((1,), (c,)):
                 raise _fail(op.name, f"{what} needs 1 or {c} entries")
             self._array(f"{op.name} {what}", array, np.int32, array.shape)
-        if (
-            not isinstance(op.leak, np.ndarray)
-            or op.leak.ndim != 2
-            or op.leak.shape[0]
-            not in (
-                1,
-                c,
-            )
-        ):
+        shape = op.leak.shape if isinstance(op.leak, np.ndarray) else ()
+        if len(shape) != 2 or shape[0] not in (1, c):
             raise _fail(op.name, f"leak needs 1 or {c} rows")
         if type(op.initial) is not int or type(op.ceiling) is not int:
             raise _fail(op.name, "initial and ceiling must be integers")

@@ -6,6 +6,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
+from qsnn_ext import hosts
 from qsnn_ext import layers as own_layers
 from qsnn_ext import snntorch as qsnn
 from qsnn_ext import spikingjelly as qsj
@@ -38,9 +39,7 @@ def quantize(model: nn.Module, bits: int | None = 2, preset="paper", order="fire
 
 
 def reset(model: nn.Module) -> None:
-    from qsnn_ext.deploy.lowering import reset_states
-
-    reset_states(model)
+    hosts.reset(model)
 
 
 def calibrate(model: nn.Module, x: torch.Tensor, passes: int = 3) -> nn.Module:

@@ -18,6 +18,7 @@ from qsnn_ext.deploy.fileformat import (
     save_program,
 )
 from qsnn_ext.deploy.model import DeployedModel
+from qsnn_ext.deploy.program import Add, Affine, Program, Value
 from qsnn_ext.errors import FormatError
 from tests.deploy.fuzz import mutate
 from tests.deploy.random_programs import random_input, random_program
@@ -40,6 +41,24 @@ def rebuild(content: bytes, edit) -> bytes:
     metadata["sha256"] = _checksum(metadata["program"], header, data)
     encoded = json.dumps({"__metadata__": metadata, **header}).encode()
     return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+def test_no_product_of_an_addition_overflows_on_the_way():
+    """The sum fits int32, the first product alone does not, and the engine adds step by step."""
+
+    def shifted(name: str, target: int, bias: int) -> Affine:
+        one = np.ones(1, np.int32)
+        return Affine(name, 0, target, one, one.astype(np.uint8), one * bias)
+
+    values = [Value(name, (1, 1, 1), 0) for name in ("input", "a", "b", "sum")]
+    program = Program(
+        values,
+        [shifted("less", 1, -1000), shifted("more", 2, 2**30), Add("sum", (1, 2), (1, 2), 3)],
+        (3,),
+        input_range=(0, 0),
+    )
+    with pytest.raises(FormatError, match="sum: its result may exceed int32"):
+        program.validate()
 
 
 @pytest.mark.parametrize("seed", range(12))

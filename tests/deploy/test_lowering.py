@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
 import snntorch as snn
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.model import sew_resnet, spiking_resnet, spiking_vgg
 from torch import nn
@@ -21,12 +23,10 @@ from qsnn_ext.deploy import (
     compare,
     lower,
     lowering,
-    neurons,
     nir,
     saving,
-    tracing,
 )
-from qsnn_ext.deploy.lowering import input_code
+from qsnn_ext.deploy.lowering.input_codes import input_code
 from qsnn_ext.errors import InputError, LoweringError
 from qsnn_ext.folding import fold_batchnorm_
 from qsnn_ext.quantizers import MembraneQuantizer
@@ -51,6 +51,17 @@ ZOO = {
 def multi_step(net: nn.Module) -> nn.Module:
     functional.set_step_mode(net, "m")
     return net
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def small_vgg() -> nn.Module:
@@ -136,6 +147,28 @@ def test_exact_arithmetic_gives_equal_spikes(name, bits, order):
     spikes_agree(net, lower(net, x), x)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda y: torch.flatten(input=y, start_dim=2),
+        lambda y: torch.add(y, other=y),
+        lambda y: y.mean(0) + y.mean(0),
+    ],
+)
+def test_functions_answer_as_the_model_does(forward):
+    net = make_dyadic(
+        nn.Sequential(
+            layer.SeqToANNContainer(own_layers.QuantConv2d(2, 4, 3)),
+            QuantLIFNode(step_mode="m"),
+            Function(forward),
+        )
+    )
+    x = grid(3, 2, 2, 9, 9)
+    answer = DeployedModel(lower(net, x))(x)
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, net(x).numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("mechanism", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("delay", [True, False])
@@ -143,12 +176,10 @@ def test_every_leaky_reset(mechanism, delay, bits):
     if mechanism == "subtract" and not delay:
         pytest.skip("a level above the threshold would be reset twice: refused, see below")
     torch.manual_seed(1)
-    lif = QLeaky(beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay)
     net = FramesLoop()
     net.net[2] = QLeaky(
         beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay, init_hidden=True
     )
-    del lif
     net = make_dyadic(quantize(net, bits), seed=bits)
     x = grid(6, 2, 2, 16, 16)
     spikes_agree(net, lower(net, x), x)
@@ -259,6 +290,23 @@ def test_tracing_leaves_the_model_alone():
     assert net.training
     for k, v in net.state_dict().items():
         torch.testing.assert_close(v, before[k], rtol=0, atol=0)
+
+
+def test_comparing_leaves_the_mode_of_every_module():
+    net = make_dyadic(
+        nn.Sequential(
+            own_layers.QuantConv2d(2, 4, 3),
+            layer.BatchNorm2d(4, step_mode="m"),
+            QuantLIFNode(step_mode="m"),
+        )
+    )
+    x = grid(2, 1, 2, 9, 9)
+    program = lower(net, x)
+    net.train()
+    net[1].eval()  # a frozen batch norm
+    before = [m.training for m in net.modules()]
+    compare(net, program, [x])
+    assert [m.training for m in net.modules()] == before
 
 
 class TestRefusals:
@@ -376,7 +424,8 @@ class TestRefusals:
 
     def test_every_refusal_has_a_reason_and_a_remedy(self):
         """Read from the source: two texts, and none of them empty."""
-        source = inspect.getsource(lowering)
+        folder = Path(lowering.__file__).parent
+        source = "".join(path.read_text() for path in sorted(folder.glob("*.py")))
         calls = [
             node
             for node in ast.walk(ast.parse(source))
@@ -384,12 +433,49 @@ class TestRefusals:
         ]
         assert len(calls) > 50
         assert all(len(call.args) == 2 for call in calls)
-        source += "".join(inspect.getsource(m) for m in (neurons, nir, saving, tracing))
+        source += "".join(inspect.getsource(m) for m in (nir, saving))
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "LoweringError":
                 text = ast.unparse(node.args[0])
                 assert ": " in text, text
                 assert "; " in text, text
+
+    @pytest.mark.parametrize(
+        ("forward", "match"),
+        [
+            (lambda y: F.max_pool2d(y.sum(0), 2), "follows a sum over time"),
+            (lambda y: (y[0] + y[1]) * 0.5 + y[2], "combines different time steps"),
+            (lambda y: y.sum(0) * y.sum(0), "only spikes can be multiplied"),
+            (lambda y: y.mean(0) + y.sum(0), "adds a sum over time to something else"),
+            (lambda y: y[[2, 1, 0], None], "only be lowered over time steps"),
+            (lambda y: (1 - y).mean(0), "1 - spikes is possible within a product only"),
+            (lambda y: (1 - y)[0], "1 - spikes is possible within a product only"),
+            (lambda y: (1 - y) + y, "this sum cannot be lowered"),
+            (lambda y: y / 0, "divide by a number"),
+        ],
+    )
+    def test_what_would_answer_otherwise_or_fail_in_passing(self, forward, match):
+        self.refuse(self.net(Function(forward)), match, x=grid(3, 2, 2, 9, 9))
+
+    def test_adaptive_pooling_over_features(self):
+        net = make_dyadic(
+            nn.Sequential(
+                own_layers.QuantLinear(8, 8), QuantLIFNode(step_mode="m"), nn.AdaptiveAvgPool1d(4)
+            )
+        )
+        self.refuse(net, r"^2: adaptive pooling over features", x=grid(3, 2, 8))
+
+    def test_a_convolution_times_spikes(self):
+        class Gated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = own_layers.BinaryConv2d(4, 4, 1)
+
+            def forward(self, x):
+                return self.conv(x) * x
+
+        net = nn.Sequential(own_layers.QuantConv2d(2, 4, 3), QuantLIFNode(), Gated())
+        self.refuse(make_dyadic(net), r"^2: only spikes can be multiplied", x=grid(2, 2, 9, 9))
 
     def test_bad_samples(self):
         for sample in (torch.zeros(2, 3, dtype=torch.int), torch.tensor([[float("nan")]]), "x"):
@@ -409,6 +495,17 @@ class TestInputCodes:
     def test_grey_levels_are_their_own_codes(self):
         assert input_code(np.arange(256) / 255) == (1 / 255, (0, 255))
         assert input_code(np.float32([0, 1 / 255, 2 / 255])) == (1 / 255, (0, 255))
+
+    def test_small_real_numbers_are_not_counts_of_zero(self):
+        x = np.array([0.0, 1e-5, 3e-5, 2.5e-5])
+        scale, limits = input_code(x)
+        assert limits == (-32767, 32767)
+        assert scale * 32767 == pytest.approx(6e-5, rel=1)
+        assert np.rint(x / input_code(x, 8)[0]).max() >= 6
+
+    def test_a_forced_width_holds_the_largest_count(self):
+        scale, limits = input_code(np.arange(1000.0), 8)
+        assert 999 / scale <= limits[1] + 0.5
 
     def test_more_counts_than_8_bits_hold(self):
         scale, limits = input_code(np.arange(1000.0))

@@ -19,8 +19,8 @@ void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int
 
 /* ---- convolution of bits with single-bit weights ----------------------------------------------- */
 
-/* Convolution of bits with single-bit weights. For each output pixel the active inputs are listed,
- * each selects a row of weight bits, and the rows are counted.
+/* For each output pixel the active inputs are listed, each selects a row of weight bits, and the
+ * rows are counted.
  *
  * Active inputs are listed once per input row, in a ring of as many rows as the kernel is high. An
  * entry is a byte offset into the weights, linear in channel and column, so that any output pixel

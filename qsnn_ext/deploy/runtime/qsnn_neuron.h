@@ -60,7 +60,7 @@ static void neuron_plain(const context *x, const int32_t *n, int32_t pixel, cons
 }
 
 /* Q(v) + levels: how many of the 2n ascending bounds are <= v. */
-static inline vi quantize(vi v, const int32_t *bounds, const int32_t *n, int bits) {
+static inline vi quantize(vi v, const int32_t *bounds, int bits) {
     const int32_t count = 2 * ((1 << (bits - 1)) - 1);
     vi sum = vi_set(0);
     int32_t j;
@@ -69,7 +69,6 @@ static inline vi quantize(vi v, const int32_t *bounds, const int32_t *n, int bit
             sum = vi_add_if(sum, vm_ge(v, vi_set(bounds[j])), vi_set(1));
         return sum;
     }
-    (void)n;
     for (j = 1 << (bits - 1); j; j >>= 1) { /* bisection; bounds are padded with INT32_MAX */
         vi probe = vi_lookup(bounds, vi_add(sum, vi_set(j - 1)));
         sum = vi_add_if(sum, vm_ge(v, probe), vi_set(j));
@@ -125,14 +124,14 @@ static inline void neuron_bits(const context *x, const int32_t *n, int32_t pixel
             h = vi_add(h, vi_load(line + c));
             if (gate) h = vi_select(last, vi_set(0), h);
             if (quantize_first) {
-                code = vi_sub(quantize(h, bounds, n, bits), vi_set((1 << (bits - 1)) - 1));
+                code = vi_sub(quantize(h, bounds, bits), vi_set((1 << (bits - 1)) - 1));
                 s = vm_ge(code, th);
             } else {
                 s = vm_ge(h, th);
                 u = h;
                 if (reset == RESET_HARD) u = vi_select(s, rv, h);
                 if (reset == RESET_SOFT) u = vi_select(s, vi_sub(h, rv), h);
-                code = vi_sub(quantize(u, bounds, n, bits), vi_set((1 << (bits - 1)) - 1));
+                code = vi_sub(quantize(u, bounds, bits), vi_set((1 << (bits - 1)) - 1));
             }
             if (capped) code = vi_select(s, code, vi_min(code, vi_set(n[N_CEILING])));
             fired |= vm_bits(s) << g;

@@ -7,6 +7,7 @@ runs, and loops over time are unrolled. Layers and neurons stay single nodes.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -198,8 +199,6 @@ def trace(model: nn.Module, sample: Tensor, is_leaf: Callable[[nn.Module], bool]
 
 
 def _parameters(model: nn.Module) -> list[Any]:
-    import inspect
-
     return [
         p
         for p in inspect.signature(model.forward).parameters.values()
