@@ -226,7 +226,12 @@ def membrane_alpha(v: Tensor, scale: MembraneScale) -> Tensor:
     Returns:
         0-dim tensor, detached. It may be negative for ``"max"``; :func:`symmetric_codes` turns
         that into a zero state.
+
+    Raises:
+        ConfigError: unknown ``scale``.
     """
+    if scale not in ("max", "absmax"):
+        raise ConfigError(f"scale={scale!r} is unknown; choose 'max' or 'absmax'.")
     v = v.detach()
     if v.numel() == 0:
         return v.new_zeros(())
@@ -332,12 +337,17 @@ def reset_membrane(
 
     Returns:
         Tensor like ``h``.
+
+    Raises:
+        ConfigError: unknown ``reset``.
     """
     if reset == "hard":
         v = (1.0 - spike) * h
         return v if v_reset == 0.0 else v + spike * v_reset
     if reset == "soft":
         return h - spike * threshold
+    if reset != "none":
+        raise ConfigError(f"reset={reset!r} is unknown; choose 'hard', 'soft' or 'none'.")
     return h
 
 
@@ -382,7 +392,11 @@ def lif_step(
 
     Returns:
         ``(spikes, v')``, both like ``x``.
+
+    Raises:
+        ConfigError: unknown ``order`` or ``reset``.
     """
+    check_order(order)
     h = decay * v + gain * x
     if not isinstance(offset, float) or offset != 0.0:
         h = h + offset

@@ -122,6 +122,13 @@ def _integers(codes: Tensor, what: str) -> Tensor:
     return codes.to(torch.int8)
 
 
+def _shortest(number: Tensor) -> float:
+    """A 0-dim tensor with no more digits than it takes: 0.1 and not 0.10000000149."""
+    number = number.detach().cpu()
+    wide = number if number.dtype == torch.float64 else number.float()
+    return float(str(wide.numpy()[()]))
+
+
 class BinaryWeight(Quantizer):
     """1-bit weights ``alpha_w * sign(What)`` (Eq. 6), with ``What`` standardised (Eq. 16).
 
@@ -180,7 +187,7 @@ class BinaryWeight(Quantizer):
             "gradient": self.gradient,
         }
         if self.gradient == "annealed":
-            options["temperature"] = round(self.temperature.item(), 6)
+            options["temperature"] = _shortest(self.temperature)
         return options
 
     def check_shape(self, shape: torch.Size) -> None:
@@ -267,7 +274,8 @@ class MembraneQuantizer(Quantizer):
     that the running mean stands still.
 
     ``alpha`` enters the ``state_dict`` only when frozen and calibrated, so checkpoints of float
-    models load strictly.
+    models load strictly. A ``state_dict`` with an ``alpha`` makes the quantizer that loads it frozen,
+    as the one was that it came from.
 
     Attributes:
         observer: called with the (squashed) potentials of every time step before they are
@@ -411,6 +419,8 @@ class MembraneQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         key = prefix + "alpha"
         if key in state_dict:
+            # Only a frozen scale is ever saved, so the saved model computed with this one.
+            self.mode = "frozen"
             self.calibrated = True
         else:
             # Checkpoints of float models and of dynamic scales have no alpha: keep ours.

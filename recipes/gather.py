@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = (Path("runs"), Path(__file__).parent / "results")
+#: Where runs and studies are looked for.
+FOLDERS = (Path("runs"), Path(__file__).parent / "results")
+
+#: What makes a run another experiment than the paper's.
+_PROTOCOL = (
+    "width", "steps", "size", "augment", "split", "limit_batches",
+    "preset", "order", "membrane_scale", "membrane_mode",
+)  # fmt: skip
 
 
-def run_results(folders: Sequence[Path] = HERE) -> Iterator[dict[str, Any]]:
+def run_results(folders: Sequence[Path] = FOLDERS) -> Iterator[dict[str, Any]]:
     """Every finished run below the folders, in the order of their paths.
 
     Yields:
@@ -24,7 +32,7 @@ def run_results(folders: Sequence[Path] = HERE) -> Iterator[dict[str, Any]]:
                 yield {**content, "path": str(path)}
 
 
-def studies(folders: Sequence[Path] = HERE) -> Iterator[dict[str, Any]]:
+def studies(folders: Sequence[Path] = FOLDERS) -> Iterator[dict[str, Any]]:
     """Every study of :mod:`recipes.ablation` below the folders."""
     for folder in folders:
         for path in sorted(folder.rglob("ablation-*.json")):
@@ -34,10 +42,13 @@ def studies(folders: Sequence[Path] = HERE) -> Iterator[dict[str, Any]]:
 
 
 def follows_protocol(result: dict[str, Any]) -> bool:
-    """Whether a run trained the paper's network on the paper's data set, whole."""
+    """Whether a run trained the paper's network on the paper's data set, as its recipe says.
+
+    Bits and the parts of WS-DR are the rows and variants of the paper; how long and how fast is
+    trained is shown beside the result.
+    """
     config = result["config"]
-    return (
-        result["recipe"] == f"{config['data']}_{config['network']}"
-        and config["width"] == 1.0
-        and config["limit_batches"] is None
-    )
+    if result["recipe"] != f"{config['data']}_{config['network']}":
+        return False
+    recipe = importlib.import_module(f"recipes.{result['recipe']}").config().to_dict()
+    return all(config[name] == recipe[name] for name in _PROTOCOL)

@@ -18,7 +18,7 @@ from qsnn_ext.errors import StateError
 from recipes.ablation import FIGURE_5
 from recipes.engine.cli import call
 from recipes.engine.digits_figure import AFTER, BEFORE, bars
-from recipes.gather import HERE, follows_protocol, run_results, studies
+from recipes.gather import FOLDERS, follows_protocol, run_results, studies
 
 FIRST = 8  # layers shown in Figures 2 and 4
 
@@ -120,7 +120,7 @@ def figure_5(study: dict[str, Any] | None) -> Any:
     return figure
 
 
-def main(folders: list[Path] = list(HERE), out: Path = Path("runs") / "figures") -> list[Path]:  # noqa: B006
+def main(folders: list[Path] = list(FOLDERS), out: Path = Path("runs") / "figures") -> list[Path]:  # noqa: B006
     """Draw every figure for which there are results; say which have none.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from qsnn_ext.footprint import PAPER_TABLE_2, table, table_2
 from recipes.engine.cli import call
-from recipes.gather import HERE, follows_protocol, run_results
+from recipes.gather import FOLDERS, follows_protocol, run_results
 
 BITS = ("32w-32u", "1w-8u", "1w-4u", "1w-2u")
 
@@ -71,7 +71,7 @@ def table_2_text() -> str:
     return table(head, rows)
 
 
-def main(folders: list[Path] = list(HERE)) -> None:  # noqa: B006 (never changed)
+def main(folders: list[Path] = list(FOLDERS)) -> None:  # noqa: B006 (never changed)
     """Print Tables 1 and 2.
 
     Args:

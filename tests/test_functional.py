@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from qsnn_ext import functional as F
-from qsnn_ext.errors import QSNNError
+from qsnn_ext.errors import ConfigError, QSNNError
 
 BITS = [2, 3, 4, 8]
 
@@ -226,3 +226,13 @@ def test_entropy_is_greatest_at_one_half():
     h = F.entropy(p)
     assert h.argmax() == 50
     assert h[0] == h[-1] == 0.0
+
+
+def test_unknown_options_are_refused_and_not_ignored():
+    x = torch.ones(3)
+    with pytest.raises(ConfigError, match="order='fire_frist'"):
+        F.lif_step(x, x, decay=0.5, quantize=torch.round, order="fire_frist")
+    with pytest.raises(ConfigError, match="reset='weak'"):
+        F.lif_step(x, x, decay=0.5, reset="weak")
+    with pytest.raises(ConfigError, match="scale='mean'"):
+        F.membrane_alpha(x, "mean")

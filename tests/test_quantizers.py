@@ -264,3 +264,21 @@ def test_one_bit_is_refused_with_what_to_use_instead():
         IntWeight(1)
     with pytest.raises(QSNNError, match="A sign carries no membrane potential"):
         MembraneQuantizer(1)
+
+
+def test_a_saved_frozen_scale_is_used_by_whoever_loads_it():
+    saved = MembraneQuantizer(4)
+    saved.freeze(0.5)
+    loaded = MembraneQuantizer(4)
+    loaded.load_state_dict(saved.state_dict())
+    u = torch.linspace(-2, 2, 9)
+    assert torch.equal(loaded(u), saved(u))
+    assert loaded.mode == "frozen"
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1e-7, 1 / 3])
+def test_options_give_the_temperature_back(temperature):
+    quantizer = BinaryWeight(gradient="annealed", temperature=temperature)
+    again = BinaryWeight(**quantizer.options())
+    assert torch.equal(again.temperature, quantizer.temperature)
+    assert BinaryWeight(gradient="annealed").options()["temperature"] == 0.1

@@ -111,13 +111,17 @@ class Training(LightningModule):
         self.test_tally.add(logits, labels, self.loss(logits, labels), term)
 
     def _stop(self, x: Tensor, loss: Tensor, index: int) -> None:
-        culprit = first_nonfinite(self, x)
-        # A bad input is a fault of the data, whatever it then does to the loss.
-        kind = DivergenceError if torch.isfinite(x).all() else TrainingError
-        raise kind(
-            f"The loss became {loss.item()} in epoch {self.current_epoch + 1}, batch {index + 1}; "
-            f"first to go non-finite: {culprit}. Try a lower --lr, --clip 1, or "
-            "--precision 32-true; checkpoints of earlier epochs are kept."
+        where = f"in epoch {self.current_epoch + 1}, batch {index + 1}"
+        kept = "checkpoints of earlier epochs are kept."
+        # A fault of the data, whatever it then does to the loss.
+        if not torch.isfinite(x).all():
+            raise TrainingError(
+                f"The input holds NaN or infinity {where}; mend the data set, or its cache. "
+                f"All {kept}"
+            )
+        raise DivergenceError(
+            f"The loss became {loss.item()} {where}; first to go non-finite: "
+            f"{first_nonfinite(self, x)}. Try a lower --lr, --clip 1, or --precision 32-true; {kept}"
         )
 
     # -- epochs

@@ -132,6 +132,8 @@ def test_table_1_is_blank_where_nothing_was_run():
     [
         {"width": 0.5},
         {"limit_batches": 3},
+        {"preset": "official"},
+        {"steps": 1},
         {"data": "digits"},
         {"wsdr": False},
         {"network": "vgg16"},
