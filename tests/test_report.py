@@ -25,11 +25,6 @@ import snntorch as snn  # noqa: E402
 from spikingjelly.activation_based import functional, layer, neuron  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def by_name(summary):
     return {row.name: row for row in summary.layers}
 

@@ -143,12 +143,10 @@ def test_every_leaky_reset(mechanism, delay, bits):
     if mechanism == "subtract" and not delay:
         pytest.skip("a level above the threshold would be reset twice: refused, see below")
     torch.manual_seed(1)
-    lif = QLeaky(beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay)
     net = FramesLoop()
     net.net[2] = QLeaky(
         beta=0.5, bits=bits, reset_mechanism=mechanism, reset_delay=delay, init_hidden=True
     )
-    del lif
     net = make_dyadic(quantize(net, bits), seed=bits)
     x = grid(6, 2, 2, 16, 16)
     spikes_agree(net, lower(net, x), x)
