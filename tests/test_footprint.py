@@ -230,18 +230,6 @@ def test_command_prints_the_table(capsys, counted, monkeypatch):
     assert "Largest difference from the paper: 0.008 MB" in out
 
 
-@pytest.mark.parametrize("page", ["report", "footprint"])
-def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    text = Path(__file__).parents[1].joinpath("docs", f"{page}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    for block in blocks:
-        exec(compile(block, f"{page}.md", "exec"), scope)
-
-
 def test_documented_table_is_the_counted_one(counted):
     text = Path(__file__).parents[1].joinpath("docs", "footprint.md").read_text(encoding="utf-8")
     for batch, by_bits in PAPER_TABLE_2.items():
