@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_rates_are_the_spikes_of_the_test_set(unbroken):
             model(torch.stack([test[i][0] for i in batch]))
     for name, rate in result["layer_rates"].items():
         assert rate == pytest.approx(torch.cat(spikes[name], 1).mean().item(), abs=1e-6)
+
+
+def test_random_numbers_inside_the_network_outlive_an_interruption(tmp_path):
+    """They depend on seed, epoch, batch and process, not on what was drawn before."""
+    config = tiny(tmp_path)
+    model = networks.build(config, datasets.spec("digits", size=8))
+
+    def draw(seed=0, epoch=1, batch=2, rank=0):
+        training = Training(config.but(seed=seed), model, 1)
+        training.trainer = trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)
+        assert training.current_epoch == trainer.current_epoch
+        training.on_train_batch_start(None, batch)
+        return torch.rand(()).item()
+
+    assert draw() == draw()
+    assert len({draw(), draw(seed=1), draw(epoch=2), draw(batch=3), draw(rank=1)}) == 5
 
 
 @pytest.mark.parametrize("change", [{}, {"preset": "official", "membrane_mode": "frozen"}])
