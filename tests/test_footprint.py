@@ -184,7 +184,7 @@ def test_half_precision_and_tied_weights():
     assert result.layers[0].weight_bits == 16
 
 
-def test_forms():
+def test_text_and_dictionary_say_the_same():
     result = footprint(two_layers(), batch=2, input_shape=(2, 4, 4), accounting="resident")
     data = json.loads(json.dumps(result.to_dict()))
     assert data["megabytes"] == result.megabytes

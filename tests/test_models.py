@@ -109,7 +109,7 @@ def test_forms_of_input(name, host, bits):
 
 
 @builders
-def test_defaults(name):
+def test_built_with_the_papers_time_steps_and_in_floating_point_by_default(name):
     net = BUILDERS[name](width=0.0625)
     with torch.no_grad():
         y = net(torch.randn(1, CHANNELS[name], 32, 32))
