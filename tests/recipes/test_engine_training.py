@@ -18,6 +18,7 @@ from recipes import data as datasets
 from recipes.config import Config
 from recipes.engine import checkpoints, networks
 from recipes.engine.module import Training, decay_groups, first_nonfinite
+from recipes.engine.record import Record
 from recipes.engine.run import train
 
 
@@ -104,6 +105,14 @@ def test_tensorboard_has_scalars_and_histograms(unbroken):
 def test_the_best_checkpoint_is_of_the_best_epoch(unbroken):
     folder, result = unbroken
     assert checkpoints.read(folder / "best.ckpt")["epoch"] + 1 == result["best_epoch"]
+
+
+def test_of_equal_epochs_the_earliest_is_the_best():
+    record = Record()
+    for accuracy, is_best in ((50.0, True), (60.0, True), (60.0, False)):
+        record.history.append({"test_accuracy": accuracy})
+        assert record.is_best == is_best
+    assert record.best is record.history[1]
 
 
 def test_rates_are_the_spikes_of_the_test_set(unbroken):
@@ -263,6 +272,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(tmp_path):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    assert rates[0] == pytest.approx(0.5 / 11)  # not 0: the first step is to train as well
     assert max(rates) == 0.5
     assert rates.index(0.5) == 10
     assert rates[:10] == sorted(rates[:10])
