@@ -184,7 +184,7 @@ def test_half_precision_and_tied_weights():
     assert result.layers[0].weight_bits == 16
 
 
-def test_forms():
+def test_text_and_dictionary_say_the_same():
     result = footprint(two_layers(), batch=2, input_shape=(2, 4, 4), accounting="resident")
     data = json.loads(json.dumps(result.to_dict()))
     assert data["megabytes"] == result.megabytes
@@ -228,18 +228,6 @@ def test_command_prints_the_table(capsys, counted, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("1w-2u") == 3
     assert "Largest difference from the paper: 0.008 MB" in out
-
-
-@pytest.mark.parametrize("page", ["report", "footprint"])
-def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    text = Path(__file__).parents[1].joinpath("docs", f"{page}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    for block in blocks:
-        exec(compile(block, f"{page}.md", "exec"), scope)
 
 
 def test_documented_table_is_the_counted_one(counted):

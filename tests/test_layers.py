@@ -67,10 +67,8 @@ def test_binary_layer(case, preset):
     value, _, _ = ref.binary_weight(w, over, scale)
     assert_allclose(quantized.quantized_weight.detach().numpy(), value, rtol=1e-8)
     gw, upstream = _check_layer(quantized, stock, shape, value)
-    temperature = getattr(quantized.quantizer, "temperature", None)
-    expected = ref.binary_weight_gradient(
-        w, upstream, over, scale, kind, 1.0 if temperature is None else float(temperature)
-    )
+    temperature = float(quantized.quantizer.temperature)
+    expected = ref.binary_weight_gradient(w, upstream, over, scale, kind, temperature)
     assert_allclose(gw, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(quantized.weight, stock.weight)  # the latent weight stays float
 

@@ -1,4 +1,4 @@
-"""The package from outside: what importing brings, and what is said when a host is missing."""
+"""The package from outside: its public names, and what is said when a host is missing."""
 
 import subprocess
 import sys
@@ -11,21 +11,8 @@ import qsnn_ext
 
 def _run(code):
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
     )
-
-
-def test_importing_the_core_imports_no_host():
-    done = _run(
-        """
-        import sys
-        import qsnn_ext, qsnn_ext.functional, qsnn_ext.quantizers, qsnn_ext.layers
-        import qsnn_ext.regularizers, qsnn_ext.models
-        hosts = {"spikingjelly", "snntorch", "tonic", "lightning"} & set(sys.modules)
-        assert not hosts, hosts
-        """
-    )
-    assert done.returncode == 0, done.stderr
 
 
 ABSENT = {
@@ -88,14 +75,3 @@ def test_public_names_resolve():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = qsnn_ext.nonsense
-
-
-def test_every_error_has_one_base():
-    from qsnn_ext import errors
-
-    found = [
-        e for e in vars(errors).values()
-        if isinstance(e, type) and issubclass(e, Exception) and e.__module__ == errors.__name__
-    ]  # fmt: skip
-    assert len(found) > 5
-    assert all(issubclass(e, errors.QSNNError) for e in found)

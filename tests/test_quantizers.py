@@ -134,13 +134,8 @@ def test_membrane_quantizer(rng, bits, preset, dtype):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_levels(bits):
     n = 2 ** (bits - 1) - 1
-    assert _count(MembraneQuantizer(bits).levels) == 2 * n + 1
-    assert _count(BinaryWeight().levels) == 2
-    assert _count(IntWeight(bits).levels) == 2 * n + 1
-
-
-def _count(levels):
-    return levels if isinstance(levels, int) else len(levels)
+    assert MembraneQuantizer(bits).levels == IntWeight(bits).levels == tuple(range(-n, n + 1))
+    assert BinaryWeight().levels == (-1, 1)
 
 
 @given(u=weights, bits=st.sampled_from([2, 4, 8]), scale=st.sampled_from(["max", "absmax"]))
@@ -159,6 +154,18 @@ def test_dynamic_scale_ignores_eval():
     quantizer.eval()
     assert torch.equal(quantizer(other), before)
     assert before.tolist() == [0.5, 0.5, -0.5]
+
+
+def test_frozen_scale_in_training_is_a_running_mean_by_hand():
+    """A step is quantized with the mean so far; below zero counts as zero."""
+    quantizer = MembraneQuantizer(2, mode="frozen", momentum=0.25)
+    for top, used, left in [(1.0, 1.0, 1.0), (3.0, 1.0, 1.5), (-2.0, 1.5, 1.125)]:
+        value = quantizer(torch.tensor([top, -4.0]))
+        assert value.tolist() == [used if top > 0 else -used, -used]
+        assert quantizer.alpha.item() == left
+    quantizer.eval()(torch.tensor([9.0]))
+    assert quantizer.alpha.item() == 1.125
+    assert MembraneQuantizer(2).momentum == 0.1
 
 
 def test_frozen_scale_makes_a_sample_independent_of_its_batch():

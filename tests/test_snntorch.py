@@ -69,19 +69,18 @@ def _run(node, x, mem=None):
     return torch.stack(spikes), torch.stack(membranes)
 
 
-def _check_sequence(node, model, x, g_s, g_v, gradient=True):
+def _check_sequence(node, model, x, g_s, g_v):
     trace = model.forward(x)
     xt = torch.tensor(x, requires_grad=True)
     s, m = _run(node, xt)
     assert_array_equal(s.detach().numpy(), trace.stack("s"))
     assert_allclose(m.detach().numpy(), trace.stack("v"), rtol=0, atol=1e-12)
-    if gradient:
-        node.zero_grad()
-        ((s * torch.tensor(g_s)).sum() + (m * torch.tensor(g_v)).sum()).backward()
-        expected = model.backward(trace, g_s, g_v)
-        assert_allclose(xt.grad.numpy(), expected["x"], rtol=1e-9, atol=1e-11)
-        assert_allclose(node.beta.grad.item(), expected["beta"], rtol=1e-8, atol=1e-9)
-        assert_allclose(node.threshold.grad.item(), expected["theta"], rtol=1e-8, atol=1e-9)
+    node.zero_grad()
+    ((s * torch.tensor(g_s)).sum() + (m * torch.tensor(g_v)).sum()).backward()
+    expected = model.backward(trace, g_s, g_v)
+    assert_allclose(xt.grad.numpy(), expected["x"], rtol=1e-9, atol=1e-11)
+    assert_allclose(node.beta.grad.item(), expected["beta"], rtol=1e-8, atol=1e-9)
+    assert_allclose(node.threshold.grad.item(), expected["theta"], rtol=1e-8, atol=1e-9)
     return trace
 
 

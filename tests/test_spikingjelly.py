@@ -189,13 +189,12 @@ def test_each_float32_step_equals_the_oracle_but_for_ties(x, bits, reset, order)
         s = node(xt)
         assert s.dtype == node.v.dtype == torch.float32
         step = model.step(xt.double().numpy(), v)
-        u, pre, ratio = step["u"], step["pre"], model.membrane.ratio(step["pre"])
-        clear = np.abs(u - 1.0) > 1e-5
+        ratio = model.membrane.ratio(step["pre"])
+        clear = np.abs(step["u"] - 1.0) > 1e-5
         assert_array_equal(s.numpy()[clear], step["s"][clear])
         untied = np.abs(ratio - np.floor(ratio) - 0.5) > 1e-4
         if clear.all():  # a spike that differs moves alpha for everyone
             assert_allclose(node.v.numpy()[untied], step["v"][untied], rtol=1e-5, atol=1e-6)
-        assert np.isfinite(pre).all()
         v = node.v.double().numpy()
 
 
@@ -283,6 +282,7 @@ def test_no_grad_and_broken_graphs(rng):
     assert not quiet.requires_grad
     node.reset()
     assert torch.equal(node(x), quiet)
+    assert node.v.requires_grad
     functional.detach_net(node)
     assert not node.v.requires_grad
 
@@ -353,7 +353,7 @@ def test_defaults_are_those_of_the_parent():
 # ------------------------------------------------------------------ options of the membrane
 
 
-def test_given_membrane_is_used(rng):
+def test_given_membrane_is_used():
     membrane = MembraneQuantizer(4, scale="absmax")
     node = QuantLIFNode(2.0, False, membrane=membrane)
     assert node.membrane is membrane
@@ -459,8 +459,6 @@ def test_bfloat16_autocast(bits, order):
         layer.Linear(6, 12), QuantLIFNode(bits=bits, order=order), layer.Linear(12, 2)
     )
     functional.set_step_mode(net, "m")
-    for module in net:
-        module.step_mode = "m"
     x = torch.randn(4, 3, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = net(x)

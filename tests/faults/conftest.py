@@ -1,6 +1,10 @@
-"""Fixtures of the fault tests: one whole training run that many tests compare with."""
+"""Fixtures of the fault tests: a training run that many compare with, and a deployed model."""
 
 import pytest
+import torch
+
+import qsnn_ext
+from qsnn_ext import deploy
 
 from .runs import live, tiny
 
@@ -12,3 +16,17 @@ def unbroken(tmp_path_factory):
     life = live(tiny(folder))
     assert life.wait() == 0, life.said()
     return folder
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory):
+    """The file of a packed model."""
+    from .test_corrupt_files import network
+
+    torch.manual_seed(0)
+    model = network().eval()
+    qsnn_ext.quantize_(model, "1w-2u", torch.rand(1, 1, 8, 8))
+    qsnn_ext.calibrate(model, [torch.rand(4, 1, 8, 8)])
+    path = tmp_path_factory.mktemp("deployed") / "net.qsnn"
+    deploy.save(model, path, torch.rand(4, 1, 8, 8))
+    return path

@@ -12,7 +12,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 import qsnn_ext
-from qsnn_ext import quantize_
+from qsnn_ext import deploy, quantize_
 from qsnn_ext.errors import ConversionError, InputError, LoweringError, QSNNError
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, MembraneQuantizer
 from recipes.data import digits
@@ -113,37 +113,23 @@ def test_nan_in_a_neuron_is_not_hidden(node, mode):
 # --------------------------------------------------------------------------- deployment
 
 
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
-    from qsnn_ext import deploy
-
-    torch.manual_seed(0)
-    model = network().eval()
-    quantize_(model, "1w-2u", torch.rand(1, 1, 8, 8))
-    qsnn_ext.calibrate(model, [torch.rand(4, 1, 8, 8)])
-    path = tmp_path_factory.mktemp("deployed") / "net.qsnn"
-    deploy.save(model, path, torch.rand(4, 1, 8, 8))
-    return deploy.load(path)
-
-
 @pytest.mark.parametrize("value", BAD)
 def test_a_deployed_model_refuses_bad_input(deployed, value):
+    model = deploy.load(deployed)
     for kind in (torch.Tensor, lambda t: t.numpy(), lambda t: t.double().numpy()):
         with pytest.raises(InputError, match="NaN or infinity"):
-            deployed(kind(with_one(value, 2, 1, 8, 8)))
+            model(kind(with_one(value, 2, 1, 8, 8)))
 
 
 @pytest.mark.parametrize("what", ["weight", "bias", "running_mean", "running_var"])
 def test_bad_constants_are_not_lowered(what):
-    from qsnn_ext.deploy import lower
-
     model = network().eval()
     quantize_(model, "1w-2u", torch.rand(1, 1, 8, 8))
     qsnn_ext.calibrate(model, [torch.rand(4, 1, 8, 8)])
     with torch.no_grad():
         getattr(model[1], what)[0] = math.nan
     with pytest.raises(LoweringError, match=r"^1: .*NaN or infinity"):
-        lower(model, torch.rand(4, 1, 8, 8))
+        deploy.lower(model, torch.rand(4, 1, 8, 8))
 
 
 def test_weights_that_became_nan_make_no_checkpoint(tmp_path):
@@ -169,13 +155,14 @@ def test_weights_that_became_nan_make_no_checkpoint(tmp_path):
 
 
 def test_complex_and_text_inputs(deployed):
+    model = deploy.load(deployed)
     for x in (np.full((1, 1, 8, 8), 1j), np.full((1, 1, 8, 8), "a"), np.full((1, 1, 8, 8), None)):
         with pytest.raises(QSNNError):
-            deployed(x)
+            model(x)
 
 
 def test_layer_of_a_wrong_kind():
     model = nn.Sequential(layer.Linear(4, 4), neuron.LIFNode())
     quantize_(model, "1w-2u")
-    with pytest.raises((QSNNError, RuntimeError)):
+    with pytest.raises(QSNNError, match="floating"):
         model(torch.zeros(2, 4, dtype=torch.int64))

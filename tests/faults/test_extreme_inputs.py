@@ -43,15 +43,12 @@ def test_a_model_with_nothing_to_quantize():
         assert not quantize_(model, "1w-2u").changed
 
 
-@pytest.mark.parametrize("quantizer", [BinaryWeight(), IntWeight(), MembraneQuantizer(4)],
-                         ids=lambda q: type(q).__name__)  # fmt: skip
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
-def test_empty_tensors(quantizer, shape):
-    try:
-        value = quantizer(torch.zeros(shape))
-    except QSNNError:
-        return
-    assert value.shape == shape
+def test_empty_tensors(shape):
+    for quantizer in (IntWeight(), MembraneQuantizer(4)):
+        assert quantizer(torch.zeros(shape)).shape == shape
+    with pytest.raises(QSNNError, match=r"binary weights|standard deviation"):
+        BinaryWeight()(torch.zeros(shape))
 
 
 def test_empty_data_sets():
@@ -122,17 +119,6 @@ def test_large_currents_through_a_network():
         for scale in (1e10, 1e30):
             qsnn_ext.hosts.reset(net)
             assert torch.isfinite(net(torch.rand(2, 1, 8, 8) * scale)).all()
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
-    torch.manual_seed(0)
-    model = network().eval()
-    quantize_(model, "1w-2u", torch.rand(1, 1, 8, 8))
-    qsnn_ext.calibrate(model, [torch.rand(4, 1, 8, 8)])
-    path = tmp_path_factory.mktemp("deployed") / "net.qsnn"
-    deploy.save(model, path, torch.rand(4, 1, 8, 8))
-    return path
 
 
 @pytest.mark.parametrize("backend", deploy.backends())

@@ -26,8 +26,6 @@ from recipes.engine.run import train
 
 from .runs import OWN_ERROR, Life, assert_same_end, live, tiny
 
-MEGABYTE = 2**20
-
 
 @pytest.fixture
 def disk(tmp_path):
@@ -114,7 +112,7 @@ def test_a_full_disk_is_noticed_before_training(disk):
     checkpoints.read(folder / "epoch-0001.ckpt")
 
 
-def test_a_checkpoint_that_grows_too_large(tmp_path, unbroken):
+def test_a_checkpoint_that_grows_too_large(tmp_path):
     """The same without a file system of its own, for those who may not mount one."""
     folder = tmp_path / "run"
     assert live(tiny(folder, stop_after=1)).wait() == 0

@@ -19,7 +19,7 @@ from torch import nn
 
 import qsnn_ext
 from qsnn_ext import QuantConfig
-from qsnn_ext.errors import CheckpointError, ConfigError, DataError, FormatError, QSNNError
+from qsnn_ext.errors import CheckpointError, ConfigError, DataError, FormatError
 from recipes import data as datasets
 from recipes.data.files import unpack
 from recipes.data.frames import FrameFiles
@@ -52,7 +52,7 @@ def owned(tmp_path):
 
 
 def modest(work):
-    """Run in a process that may use two gigabytes more than it has, for half a minute."""
+    """Run in a process that may use two gigabytes more than it has, for two minutes."""
 
     def limited():
         with open("/proc/self/statm") as file:
@@ -61,7 +61,7 @@ def modest(work):
         work()
 
     life = Life(limited)
-    assert life.wait(30) == OWN_ERROR, life.said()
+    assert life.wait(120) == OWN_ERROR, life.said()
     return life.said()
 
 
@@ -212,7 +212,7 @@ def test_yaml_tags(tmp_path, owned, text):
 
 
 @pytest.mark.parametrize("text", TAGS)
-def test_yaml_tags_in_the_options_of_a_recipe(tmp_path, owned, text, capsys):
+def test_yaml_tags_in_the_options_of_a_recipe(tmp_path, owned, text):
     from recipes import cifar10_resnet19
     from recipes.engine.cli import main
 
@@ -353,9 +353,3 @@ def test_a_sparse_giant(tmp_path):
         lambda: QuantConfig.from_file(path.rename(tmp_path / "net.toml")),
     ):
         assert "Error" in modest(read)
-
-
-def test_the_errors_are_ours():
-    assert all(
-        issubclass(e, QSNNError) for e in (CheckpointError, ConfigError, DataError, FormatError)
-    )

@@ -69,7 +69,7 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken, at):
     train, as many to test, and reads ahead."""
     folder = tmp_path / "run"
     life = live(tiny(folder, workers=2), in_worker(at, killed))
-    assert life.wait(60) == OWN_ERROR, life.said()
+    assert life.wait() == OWN_ERROR, life.said()
     assert "TrainingError: A data loading process was killed" in life.said()
     assert "--workers" in life.said()
     assert "--resume" in life.said()
@@ -82,19 +82,19 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken, at):
 
 def test_a_worker_killed_while_it_hands_over_a_batch_ends_the_run(tmp_path):
     life = live(tiny(tmp_path / "run", workers=2), unfinished)
-    assert life.wait(60) == OWN_ERROR, life.said()
+    assert life.wait() == OWN_ERROR, life.said()
     assert "TrainingError: A data loading process was killed (it went silent)" in life.said()
 
 
 def test_a_fault_inside_a_worker_is_not_taken_for_its_death(tmp_path):
     life = live(tiny(tmp_path / "run", workers=2), in_worker(3, confused))
-    assert life.wait(60) != 0
+    assert life.wait() != 0
     assert "the file ends early" in life.said()
     assert "was killed" not in life.said()
 
 
 def test_a_worker_reports_a_damaged_file(tmp_path):
     life = live(tiny(tmp_path / "run", workers=2), in_worker(3, damaged))
-    assert life.wait(60) == OWN_ERROR, life.said()
+    assert life.wait() == OWN_ERROR, life.said()
     assert "DataError" in life.said()
     assert "cache/17.npz is missing or damaged" in life.said()

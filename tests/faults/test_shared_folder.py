@@ -4,6 +4,7 @@ Single files of one name written by many threads and processes at once end as on
 """
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,14 +13,33 @@ from torch import nn
 
 import qsnn_ext
 from recipes.data import files as data_files
-from recipes.engine import checkpoints
+from recipes.engine import checkpoints, run
 
 from .runs import OWN_ERROR, Life, assert_same_end, live, tiny
 
 
 def test_two_runs_at_once(tmp_path, unbroken):
-    folder = tmp_path / "run"
-    lives = [live(tiny(folder, resume=True)) for _ in range(3)]
+    folder, refused = tmp_path / "run", tmp_path / "refused"
+
+    def owner_waits_for_the_others():
+        """However slowly these are started, they find it at work."""
+        prepare = run.prepare
+
+        def then_wait(*args):
+            prepare(*args)
+            while not refused.exists():
+                time.sleep(0.01)
+
+        run.prepare = then_wait
+
+    lives = [live(tiny(folder, resume=True), owner_waits_for_the_others) for _ in range(3)]
+    end = time.monotonic() + 240
+    try:
+        while sum(life.poll() is not None for life in lives) < 2:
+            assert time.monotonic() < end, [life.said() for life in lives]
+            time.sleep(0.01)
+    finally:
+        refused.touch()
     ends = sorted(life.wait() for life in lives)
     assert ends == [0, OWN_ERROR, OWN_ERROR], [life.said() for life in lives]
     for life in lives:
@@ -91,12 +111,15 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_many_writers_of_one_file(tmp_path, name):
     write, read = WRITERS[name]
-    path, failures = tmp_path / "file", []
+    (tmp_path / "folder").mkdir()
+    path, seen, failures = tmp_path / "folder" / "file", tmp_path / "seen", []
 
     def work(value):
         try:
-            for _ in range(8):
+            turns = 0
+            while turns < 8 or not seen.exists():  # until it has been read in the meantime
                 write(path, value)
+                turns += 1
         except Exception as error:
             failures.append(error)
 
@@ -108,16 +131,17 @@ def test_many_writers_of_one_file(tmp_path, name):
             raise failures[0]
 
     lives = [Life(lambda b=base: process(b)) for base in (0.0, 10.0)]
-    looks = 0
-    while any(life.poll() is None for life in lives):
-        if path.exists():
-            content = read(path)  # raises when it is not whole
-            assert (content == content[0]).all()
-            looks += 1
+    try:
+        while any(life.poll() is None for life in lives):
+            if path.exists():
+                content = read(path)  # raises when it is not whole
+                assert (content == content[0]).all()
+                seen.touch()
+    finally:
+        seen.touch()  # so that nobody waits for a reader that failed
     for life in lives:
         assert life.wait() == 0, life.said()
-    assert looks
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def test_a_reader_never_sees_half_a_checkpoint(tmp_path):

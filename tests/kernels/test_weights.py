@@ -43,6 +43,13 @@ def test_equals_the_quantizer(options, shape):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_zero_weight_is_positive():
+    quantizer = BinaryWeight(standardize=None, scale=None)
+    with kernels.use_backend("function"):
+        value = binary_weight(torch.tensor([[0.0, -2.0], [-0.0, 1.0]]), quantizer)
+    assert value.tolist() == [[1.0, -1.0], [1.0, 1.0]]
+
+
 @pytest.mark.parametrize("value", [0.0, -0.5, 3.0])
 def test_constant_weights_are_finite(value):
     quantizer = BinaryWeight()

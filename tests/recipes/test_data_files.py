@@ -21,16 +21,12 @@ def facts(archive: Archive) -> Facts:
     return Facts("Tiny", "https://example.org/tiny", (archive,), 1, 1)
 
 
-def make_tar(path: Path, entries: dict[str, bytes], link: str | None = None) -> Path:
+def make_tar(path: Path, entries: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         for name, content in entries.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-        if link:
-            info = tarfile.TarInfo("top/link")
-            info.type, info.linkname = tarfile.SYMTYPE, link
-            tar.addfile(info)
     return path
 
 
@@ -53,27 +49,6 @@ def test_unpacks_into_place(tmp_path, make):
     assert (tmp_path / "here/x.txt").read_bytes() == b"hello"
     assert (tmp_path / "here/sub/y.txt").read_bytes() == b"there"
     assert not leftovers(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "top/../../evil.txt", "..\\evil.txt"])
-@pytest.mark.parametrize("make", [make_tar, make_zip], ids=["tar", "zip"])
-def test_names_that_lead_outside_are_refused(tmp_path, make, name):
-    folder = tmp_path / "a" / "b"
-    folder.mkdir(parents=True)
-    suffix = ".tar.gz" if make is make_tar else ".zip"
-    archive = make(folder / f"a{suffix}", {"top/x.txt": b"x", name: b"evil"})
-    with pytest.raises(DataError, match="outside the data directory"):
-        unpack(archive, folder / "top")
-    assert not list(tmp_path.rglob("evil.txt"))
-    assert not (folder / "top").exists()
-    assert not leftovers(folder)
-
-
-def test_links_in_a_tar_are_refused(tmp_path):
-    archive = make_tar(tmp_path / "a.tar.gz", {"top/x.txt": b"x"}, link="/etc/passwd")
-    with pytest.raises(DataError, match="neither a file nor a folder"):
-        unpack(archive, tmp_path / "top")
-    assert not (tmp_path / "top").exists()
 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip], ids=["tar", "zip"])
@@ -203,7 +178,7 @@ def test_processes_that_prepare_the_same_data_do_not_disturb_each_other(tmp_path
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
     assert [p.exitcode for p in processes] == [0] * 4, errors.get(timeout=1)
     assert not leftovers(tmp_path)
     train, _ = datasets("dvsgesture", tmp_path, facts=facts_)
@@ -227,7 +202,7 @@ def test_a_process_killed_while_unpacking_leaves_nothing_that_looks_whole(tmp_pa
         )
     )
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert len(leftovers(tmp_path)) == 1
     assert not (tmp_path / "top").exists()
