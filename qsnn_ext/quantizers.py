@@ -274,8 +274,8 @@ class MembraneQuantizer(Quantizer):
     that the running mean stands still.
 
     ``alpha`` enters the ``state_dict`` only when frozen and calibrated, so checkpoints of float
-    models load strictly. A ``state_dict`` with an ``alpha`` makes the quantizer that loads it frozen,
-    as the one was that it came from.
+    models load strictly. A ``state_dict`` with an ``alpha`` makes the quantizer that loads it
+    frozen, as the one was that it came from.
 
     Attributes:
         observer: called with the (squashed) potentials of every time step before they are

@@ -121,7 +121,8 @@ class Training(LightningModule):
             )
         raise DivergenceError(
             f"The loss became {loss.item()} {where}; first to go non-finite: "
-            f"{first_nonfinite(self, x)}. Try a lower --lr, --clip 1, or --precision 32-true; {kept}"
+            f"{first_nonfinite(self, x)}. Try a lower --lr, --clip 1, or "
+            f"--precision 32-true; {kept}"
         )
 
     # -- epochs
