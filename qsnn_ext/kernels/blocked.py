@@ -68,7 +68,7 @@ def _reset(h: Tensor, spikes: Tensor, theta: float, o: Any, out: Tensor) -> Tens
 
 
 def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
-    """What the forward core returns: ``(x, v, params, alpha) -> spikes, v, alphas, counts, ...``.
+    """What the forward core returns: ``(x, v, params, alpha, *out) -> spikes, ...``.
 
     Args:
         o: the layer's :class:`~qsnn_ext.kernels.LIFOptions`.
@@ -105,11 +105,14 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
         if offset:
             h.add_(offset)
 
-    def run(x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None) -> Any:
+    def run(
+        x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None, *out: Tensor
+    ) -> Any:
         steps, count = x.shape
         p = params.tolist()
         blocks = list(_blocks(count))
-        spikes, state = torch.empty_like(x), x.new_empty(count)
+        spikes = out[:steps] or torch.empty_like(x)
+        state = out[steps] if out else x.new_empty(count)
         charges = torch.empty_like(x) if o.save == "charge" else None
         scratch = None if charges is not None else x.new_empty(blocks[0].stop)
         maxima = x.new_empty(len(blocks))
@@ -130,7 +133,7 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
                     assert scratch is not None
                     h = scratch[: len(part)]
                 charge(before, factor, x[t, block], p, h)
-                spike = _spikes(h, p[3], o.surrogate, spikes[t, block])
+                spike = _spikes(h, p[3], o.surrogate, spikes[t][block])
                 # No more than 2**24 of them, so float32 counts them exactly.
                 torch.sum(spike, 0, dtype=torch.float32, out=fired[t, i])
                 _reset(h, spike, p[3], o, part)
@@ -155,7 +158,9 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
                 state[block].mul_(left)
         last = params.new_zeros(()) if running is None else running
         alphas = alphas or [params.new_zeros(())] * steps
-        results = (spikes, state, torch.stack([*alphas, last]), fired.sum(1))
+        alphas.append(last)
+        made = (None, None) if out else (spikes, state)
+        results = (*made, torch.stack(alphas), fired.sum(1))
         return results if charges is None else (*results, charges)
 
     return run
@@ -220,6 +225,7 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
         v: Tensor | None,
         params: Tensor,
         alphas: Tensor,
+        *rows: Tensor,
     ) -> Any:
         steps, count = charges.shape
         decay, gain, _, theta = params.tolist()
@@ -229,7 +235,7 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
         bounds = [(_beside(-a, -math.inf, dtype), _beside(a, math.inf, dtype)) for a in scales]
         per_spike = g_counts.tolist()
         blocks = list(_blocks(count))
-        g_x = torch.empty_like(charges)
+        g_x = rows or torch.empty_like(charges)
         g_v0 = charges.new_empty(count) if need_v else None
         buffers = charges.new_empty(5, blocks[0].stop)
         for block in blocks:
@@ -255,17 +261,18 @@ def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
                             g_h, h, -math.inf, ceiling, grad_input=b
                         )
                 total = slope(g_fired, h, theta, c)
-                out = g_x[t, block] if gain == 1.0 else carry
+                out = g_x[t][block] if gain == 1.0 else carry
                 if g_h is None:
                     out.copy_(total)
                 else:
                     torch.add(total, g_h, alpha=factor, out=out)
                 if gain != 1.0:
-                    torch.mul(carry, gain, out=g_x[t, block])
+                    torch.mul(carry, gain, out=g_x[t][block])
                 g_next, factor = out, decay
             if g_v0 is not None:
                 assert g_next is not None
                 torch.mul(g_next, decay, out=g_v0[block])
-        return (g_x,) if g_v0 is None else (g_x, g_v0)
+        result = None if rows else g_x
+        return (result,) if g_v0 is None else (result, g_v0)
 
     return run

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import autocast, blocked
+from qsnn_ext.kernels import autocast, blocked, buffers
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
@@ -166,8 +166,21 @@ def _unround(grad: Tensor, v: Tensor, alpha: Tensor, o: LIFOptions) -> Tensor:
 # --------------------------------------------------------------------------- cores
 
 
+def _collect(values: list[Tensor], rows: tuple[Tensor, ...]) -> Tensor | None:
+    """One value per step: written into the rows if there are any, or else stacked."""
+    if not rows:
+        return torch.stack(values)
+    for row, value in zip(rows, values, strict=True):
+        row.copy_(value)
+    return None
+
+
 def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
-    """``(x, v, params, alpha) -> spikes, last v, alphas [T + 1], counts [T] (, charges)``."""
+    """``(x, v, params, alpha, *out) -> spikes, last v, alphas [T + 1], counts [T] (, charges)``.
+
+    With ``out``, ``T + 1`` tensors ``[M]``, spikes and last v are written into them and ``None`` is
+    returned for both.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
 
     def quantize(v: Tensor, running: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,7 +197,9 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
             running = alpha + o.momentum * (observed - alpha)
         return _round(v, alpha, o), alpha, running
 
-    def forward(x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None) -> Any:
+    def forward(
+        x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None, *out: Tensor
+    ) -> Any:
         spikes, alphas, counts, charges = [], [], [], []
         state = None if v is None else v.to(params.dtype)
         for t in range(steps):
@@ -207,8 +222,8 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
         last = params.new_zeros(()) if running is None else running
         alphas = alphas or [params.new_zeros(())] * steps
         results = (
-            torch.stack(spikes),
-            state.to(dtype),
+            _collect(spikes, out[:steps]),
+            buffers.collect(state.to(dtype), out[steps:]),
             torch.stack([*alphas, last]),
             torch.stack(counts),
         )
@@ -220,7 +235,10 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
 def _backward_core(
     o: LIFOptions, steps: int, dtype: torch.dtype, need_v: bool, need_params: bool
 ) -> Callable[..., Any]:
-    """``(g_spikes, g_v, g_counts, saved, v, params, alphas) -> g_x, g_v0 (, g_params [4])``."""
+    """``(g_spikes, g_v, g_counts, saved, v, params, alphas, *rows) -> g_x, g_v0 (, g_params)``.
+
+    With ``rows``, ``T`` tensors ``[M]``, ``g_x`` is written into them and ``None`` is returned.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     derivative = DERIVATIVES[o.surrogate.kind]
     quantize_first = bool(o.bits) and o.order == "quantize_first"
@@ -237,6 +255,7 @@ def _backward_core(
         v: Tensor | None,
         params: Tensor,
         alphas: Tensor,
+        *rows: Tensor,
     ) -> Any:
         # The charges, and the state each of them started from where it is known.
         charges: list[Tensor] = []
@@ -293,7 +312,7 @@ def _backward_core(
                 g_params[2] = g_params[2] + B.total(g_h)
             g_state = params[0] * g_h
         assert g_state is not None
-        results = [torch.stack(g_x[::-1])]
+        results = [_collect(g_x[::-1], rows)]
         if need_v:
             results.append(g_state.to(dtype))
         if need_params:
@@ -375,12 +394,14 @@ def _lif_op(
     if not x.numel():
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
+    whole, rows = buffers.sequence(x, steps, flat.shape[1])
+    out = (*rows, *buffers.like(flat[0]))
     key = ("lif_forward", options, steps, v is None, alpha is None)
     core = B.core(
         key,
         x,
         flat.shape[1],
-        (1, 1, 0, 0),
+        (1, 1, 0, 0, *[1] * len(out)),
         lambda: _forward_core(o, steps, x.dtype),
         blocked.forward(o, x.dtype) if blocked.covers(o, x) else None,
         steps,
@@ -391,7 +412,10 @@ def _lif_op(
             layout.state(v, x.dtype),
             params.detach(),
             None if alpha is None else alpha.detach(),
+            *out,
         )
+    if whole is not None:
+        spikes, last = whole, out[steps]
     kept = layout.back(charges[0]) if charges else x.new_empty(0)
     return layout.back(spikes), layout.back(last), alphas, counts, kept
 
@@ -450,16 +474,17 @@ def _lif_backward_op(
     if not saved.numel():
         g_v0 = layout.state_like(saved).zero_() if need_v else saved.new_empty(0)
         return layout.like(saved), g_v0, torch.zeros_like(params)
+    flat = layout.sequence(saved)
+    whole, rows = buffers.sequence(saved, steps, flat.shape[1])
     key = (
         ("lif_backward", options, steps, need_v, need_params),
         (g_spikes is None, g_v is None, v is None),
     )
-    flat = layout.sequence(saved)
     core = B.core(
         key,
         saved,
         flat.shape[1],
-        (1, 1, 0, 1, 1, 0, 0),
+        (1, 1, 0, 1, 1, 0, 0, *[1] * len(rows)),
         lambda: _backward_core(o, steps, saved.dtype, need_v, need_params),
         blocked.backward(o, saved.dtype, need_v)
         if blocked.covers(o, saved) and not need_params
@@ -478,11 +503,13 @@ def _lif_backward_op(
                 layout.state(v, saved.dtype),
                 params.detach(),
                 alphas.detach(),
+                *rows,
             )
         )
+    g_x = results[0] if whole is None else whole
     g_params = results.pop() if need_params else torch.zeros_like(params)
     g_v0 = layout.back(results[1]) if need_v else saved.new_empty(0)
-    return layout.back(results[0]), g_v0, g_params
+    return layout.back(g_x), g_v0, g_params
 
 
 @_lif_backward_op.register_fake

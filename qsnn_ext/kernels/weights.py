@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsnn_ext.errors import StateError
-from qsnn_ext.kernels import autocast
+from qsnn_ext.kernels import autocast, buffers
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, Quantizer
 
@@ -29,7 +29,10 @@ from qsnn_ext.quantizers import BinaryWeight, Quantizer
 
 
 def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
-    """``w [C, K] -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``."""
+    """``(w [C, K] (, out)) -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``.
+
+    With ``out``, like ``w``, the value is written into it and ``None`` is returned.
+    """
 
     def row(x: Tensor) -> Tensor:
         return B.total(x, (1,), keepdim=True)
@@ -37,7 +40,7 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
     def over_group(rows: Tensor) -> Tensor:
         return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
-    def forward(w: Tensor) -> Any:
+    def forward(w: Tensor, *out: Tensor) -> Any:
         if standardize == "none":
             mean, std = w.new_zeros(1, 1), w.new_ones(1, 1)
             alpha = row(w.abs()) / w.shape[1]
@@ -57,13 +60,16 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
             alpha = torch.ones_like(alpha)
         # A NaN weight compares false twice and stays NaN.
         value = torch.where(centred >= 0, alpha, torch.where(centred < 0, -alpha, centred))
-        return value, mean, std, alpha
+        return buffers.collect(value, out), mean, std, alpha
 
     return forward
 
 
 def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
-    """``(g, w, mean, std, alpha, temperature) -> g_w`` ``[C, K]``; statistics per group ``[G]``."""
+    """``(g, w, mean, std, alpha, temperature (, out)) -> g_w`` ``[C, K]``; statistics ``[G]``.
+
+    With ``out``, like ``w``, the gradient is written into it and ``None`` is returned.
+    """
 
     def row(x: Tensor) -> Tensor:
         return B.total(x, (1,), keepdim=True)
@@ -72,22 +78,27 @@ def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
         return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def backward(
-        g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor
-    ) -> Tensor:
-        std = std[:, None]
-        what = w if standardize == "none" else (w - mean[:, None]) / std
-        g = g * alpha[:, None]
-        if gradient == "clipped":
-            g = torch.where(what.abs() <= 1, g, 0.0)
-        elif gradient == "annealed":
+        g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor, *out: Tensor
+    ) -> Tensor | None:
+        mean, std, alpha = mean[:, None], std[:, None], alpha[:, None]
+        # Divided by the deviation only where it is a factor of a whole row: a division per weight
+        # costs as much as all the rest.
+        centred = w if standardize == "none" else w - mean
+        inside = centred.abs() <= std if gradient == "clipped" else None
+        if gradient == "annealed":
             t = t.to(w.dtype)
-            g = g * ((1 / t).clamp(min=1) * t * (1 - torch.tanh(t * what).square()))
+            g = g * ((1 / t).clamp(min=1) * t * (1 - torch.tanh(t / std * centred).square()))
+
+        def passed(g: Tensor) -> Tensor:
+            return g if inside is None else torch.where(inside, g, 0.0)
+
         if standardize == "none":
-            return g
+            return buffers.collect(passed(g * alpha), out)
+        # What sign and scale hand on, ``passed(g * alpha)``, is computed twice and not stored.
         count = w.numel() if standardize == "layer" else w.shape[1]
-        along = over_group(row(g * what)) / (count - 1)
-        mean_g = over_group(row(g)) / count
-        return (g - mean_g - what * along) / std
+        along = over_group(alpha * row(passed(g) * centred)) / (count - 1) / std.pow(3)
+        mean_g = over_group(alpha * row(passed(g))) / count / std
+        return buffers.collect(passed(g * (alpha / std)) - mean_g - centred * along, out)
 
     return backward
 
@@ -111,11 +122,13 @@ def _weight_op(
     Returns:
         ``alpha * sign(What)`` ``[C, K]``, mean and deviation of the groups, alpha ``[C, 1]``.
     """
+    out = buffers.like(w)
     key = ("binary_weight", standardize, scale)
-    core = B.core(key, w, w.numel(), (2,), lambda: _forward_core(standardize, scale))
+    free = (2, *[2] * len(out))
+    core = B.core(key, w, w.numel(), free, lambda: _forward_core(standardize, scale))
     with torch.no_grad():
-        value, mean, std, alpha = core(w.detach())
-    return value, mean, std, alpha
+        value, mean, std, alpha = core(w.detach(), *out)
+    return out[0] if out else value, mean, std, alpha
 
 
 @_weight_op.register_fake
@@ -145,19 +158,21 @@ def _weight_backward_op(
     """Gradient of the latent weights ``[C, K]``."""
     # One value per channel is as free a length as the channels of ``w``; one per layer is fixed.
     groups = 1 if standardize == "channel" else 0
-    free = (2, 2, groups, groups, 1, 0)
+    out = buffers.like(w)
+    free = (2, 2, groups, groups, 1, 0, *[2] * len(out))
     key = ("binary_weight_backward", standardize, gradient)
     core = B.core(key, w, w.numel(), free, lambda: _backward_core(standardize, gradient))
     with torch.no_grad():
-        out: Tensor = core(
+        value: Tensor = core(
             g.detach().contiguous(),
             w.detach(),
             mean.detach().flatten(),
             std.detach().flatten(),
             alpha.detach().flatten(),
             temperature.detach(),
+            *out,
         )
-    return out
+    return out[0] if out else value
 
 
 @_weight_backward_op.register_fake
@@ -309,6 +324,7 @@ class PreparedWeight:
             weight.detach().sum().item() if self._probed(weight) else None,
         )
         if self._value is None or self._key != key or self._weight() is not weight:
+            self._value = None  # its memory serves again
             if differentiable:
                 self._value = _Prepared.apply(weight, quantizer)  # type: ignore[no-untyped-call]
             else:
