@@ -56,7 +56,7 @@ def main(
     data: Literal["digits", "digits-events"] = "digits",
     variants: list[str] | None = None,
     seeds: int = 5,
-    untuned_seeds: int = 2,
+    untuned_seeds: int = 5,
     settings: list[str] | None = None,
     epochs: int | None = None,
     width: float | None = None,
