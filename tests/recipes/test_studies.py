@@ -45,6 +45,7 @@ def test_the_study_writes_what_it_measured(tmp_path):
     options = {
         "variants": ["ws-dr", "plain"],
         "seeds": 2,
+        "untuned_seeds": 2,
         "settings": ["adam:0.01"],
         "epochs": 1,
         "width": 1 / 32,
