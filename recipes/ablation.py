@@ -88,6 +88,11 @@ def main(
         results: Folder the summary is written to, as JSON and CSV.
 
     """
+    if variants and results == RESULTS:
+        raise ConfigError(
+            "Some variants alone would replace the results of the whole study; "
+            "give them a folder with --results."
+        )
     names = variants or list(VARIANTS)
     for name in names:
         if name not in VARIANTS:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from qsnn_ext.deploy.image import Image, StateSlot, build_image
 from qsnn_ext.deploy.program import IntArray, Program, words
-from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import ConfigError, InputError, StateError
+from qsnn_ext.deploy.reference import ReferenceSession, check_codes, check_state
+from qsnn_ext.errors import ConfigError, StateError
 
 Backend: TypeAlias = Literal["auto", "portable", "avx2", "avx512", "numpy"]
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
@@ -119,6 +119,10 @@ class EngineSession:
         backend: ``"portable"``, ``"avx2"`` or ``"avx512"``.
         threads: Samples that run at the same time.
         image: The program's image, if it was built before.
+
+    Raises:
+        ConfigError: If the backend is unknown or this processor cannot run it.
+        StateError: If the installation has no compiled engine.
     """
 
     def __init__(
@@ -132,6 +136,9 @@ class EngineSession:
         lib = library()
         if lib is None:
             raise StateError("the compiled engine is missing; use backend='numpy'")
+        if backend not in PATHS or not lib.qsnn_supports(PATHS[backend]):
+            able = [name for name in backends() if name in PATHS]
+            raise ConfigError(f"backend {backend!r} is not available here; choose one of {able}")
         self._lib = lib
         self.program = program
         self.batch = batch
@@ -158,7 +165,12 @@ class EngineSession:
         }
 
     def restore(self, state: dict[str, IntArray]) -> None:
-        """Continue from what :meth:`state` returned."""
+        """Continue from what :meth:`state` returned.
+
+        Raises:
+            InputError: If it is the state of another program or batch; nothing is changed then.
+        """
+        check_state(self.program, self.batch, state)
         for slot in self.image.slots:
             for row, array in zip(self._states, state[slot.name], strict=True):
                 packed = _pack_state(array, slot)
@@ -206,10 +218,12 @@ class EngineSession:
         return results
 
     def step(self, codes: IntArray) -> list[IntArray]:
-        """Run one time step: ``[N, C, H, W]`` codes in, one int32 array per output."""
-        if codes.shape != (self.batch, *self.program.values[0].shape):
-            expected = (self.batch, *self.program.values[0].shape)
-            raise InputError(f"input of shape {codes.shape}; this session takes {expected}")
+        """Run one time step: ``[N, C, H, W]`` codes in, one int32 array per output.
+
+        Raises:
+            InputError: If the shape is another.
+        """
+        check_codes(self.program, self.batch, codes)
         return [r[:, 0] for r in self.run(np.asarray(codes, np.int32), 1, static=True)]
 
 

@@ -22,6 +22,7 @@ from qsnn_ext.deploy.program import (
     Program,
     targets_of,
 )
+from qsnn_ext.errors import InputError
 
 
 def unpack_weight(op: Conv) -> IntArray:
@@ -129,6 +130,36 @@ def fire(op: Neuron, x: IntArray, state: IntArray) -> tuple[IntArray, IntArray, 
     return spike, new, None if op.membrane is None else op.reading.astype(np.int64)[new]
 
 
+def check_state(program: Program, batch: int, state: dict[str, IntArray]) -> None:
+    """Raise :class:`InputError` unless ``state`` is one that a session of the program returned.
+
+    Args:
+        program: A valid program.
+        batch: Number of samples of the session that is to go on from it.
+        state: Name of neuron -> state words ``[N, C, H, W]``.
+    """
+    for op in program.neurons:
+        shape = (batch, *program.values[op.source].shape)
+        words = state.get(op.name)
+        if words is None:
+            raise InputError(f"the state lacks neuron {op.name!r}; it is of another program")
+        if words.shape != shape:
+            raise InputError(
+                f"the state of neuron {op.name!r} has shape {words.shape}; "
+                f"this session needs {shape}"
+            )
+        top = 2**op.state_bits
+        if op.bits < 32 and not ((words >= 0) & (words < top)).all():
+            raise InputError(f"the state of neuron {op.name!r} holds words outside 0..{top - 1}")
+
+
+def check_codes(program: Program, batch: int, codes: IntArray) -> None:
+    """Raise :class:`InputError` unless ``codes`` are the input of one time step."""
+    expected = (batch, *program.values[0].shape)
+    if codes.shape != expected:
+        raise InputError(f"input of shape {codes.shape}; this session takes {expected}")
+
+
 class ReferenceSession:
     """A program in execution by NumPy, one time step at a time.
 
@@ -158,7 +189,12 @@ class ReferenceSession:
         return {k: v.astype(np.int32) for k, v in self._state.items()}
 
     def restore(self, state: dict[str, IntArray]) -> None:
-        """Continue from what :meth:`state` returned."""
+        """Continue from what :meth:`state` returned.
+
+        Raises:
+            InputError: If it is the state of another program or batch; nothing is changed then.
+        """
+        check_state(self.program, self.batch, state)
         self._state = {k: np.array(state[k], np.int64) for k in self._state}
 
     def step(self, codes: IntArray) -> list[IntArray]:
@@ -169,7 +205,11 @@ class ReferenceSession:
 
         Returns:
             One int32 array ``[N, C, H, W]`` per output of the program.
+
+        Raises:
+            InputError: If the shape is another.
         """
+        check_codes(self.program, self.batch, codes)
         live: dict[int, IntArray] = {0: codes.astype(np.int64)}
         for op in self.program.ops:
             for target, result in zip(targets_of(op), self._execute(op, live), strict=True):

@@ -122,3 +122,30 @@ def test_wrong_input_and_unknown_backend():
     if COMPILED:
         with pytest.raises(InputError, match="shape"):
             EngineSession(program).step(np.zeros((1, 2, 3, 4), np.int32))
+
+
+@pytest.mark.parametrize("kind", ["numpy", *COMPILED[:1]])
+def test_a_state_of_something_else_is_refused_and_changes_nothing(kind):
+    program = random_program(3, length=10)
+    session = open_session(program, 2, kind)
+    session.step(random_input(program, np.random.default_rng(0), 2, 1)[:, 0])
+    before = session.state()
+    name = next(iter(before))
+    for wrong, message in [
+        ({}, "lacks neuron"),
+        ({k: v[:1] for k, v in before.items()}, "has shape"),
+        ({**before, name: before[name] + 2**30}, "outside 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            session.restore(wrong)
+        for key, words in session.state().items():
+            np.testing.assert_array_equal(words, before[key])
+    with pytest.raises(InputError, match="this session takes"):
+        session.step(np.zeros((1, 2, 3, 4), np.int32))
+
+
+@needs_engine
+def test_an_engine_that_is_not_there_is_named():
+    for name in ("numpy", "mmx"):
+        with pytest.raises(ConfigError, match=f"backend '{name}' is not available"):
+            EngineSession(random_program(0), backend=name)

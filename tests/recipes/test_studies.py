@@ -95,9 +95,14 @@ def test_figure_5_of_a_study_of_other_variants():
     assert len(paper_figures.figure_5({"study": "resnet19 on digits", "rows": [row]}).axes) == 1
 
 
-def test_unknown_variants_are_named():
+def test_unknown_variants_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"'wsrd'; there are: .*ws-dr"):
-        ablation.main(variants=["wsrd"])
+        ablation.main(variants=["wsrd"], results=tmp_path)
+
+
+def test_some_variants_do_not_replace_the_whole_study():
+    with pytest.raises(ConfigError, match="--results"):
+        ablation.main(variants=["plain"])
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
