@@ -63,8 +63,7 @@ def choose(backend: Backend) -> str:
     """
     have = backends()
     if backend != "auto":
-        if backend not in have:
-            raise ConfigError(f"backend {backend!r} is not available here; choose one of {have}")
+        _check_available(backend, have)
         return backend
     if have[0] == "numpy":
         warnings.warn(
@@ -74,6 +73,11 @@ def choose(backend: Backend) -> str:
             stacklevel=3,
         )
     return have[0]
+
+
+def _check_available(backend: str, have: list[str]) -> None:
+    if backend not in have:
+        raise ConfigError(f"backend {backend!r} is not available here; choose one of {have}")
 
 
 def _aligned(count: int) -> npt.NDArray[np.uint32]:
@@ -136,9 +140,7 @@ class EngineSession:
         lib = library()
         if lib is None:
             raise StateError("the compiled engine is missing; use backend='numpy'")
-        if backend not in PATHS or not lib.qsnn_supports(PATHS[backend]):
-            able = [name for name in backends() if name in PATHS]
-            raise ConfigError(f"backend {backend!r} is not available here; choose one of {able}")
+        _check_available(backend, backends()[:-1])  # the last is NumPy
         self._lib = lib
         self.program = program
         self.batch = batch
