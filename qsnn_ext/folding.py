@@ -7,6 +7,7 @@ scale of the codes, and a bias; latent weights and integer codes stay what they 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,8 +62,10 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
         model: in evaluation mode.
         sample: an input, see :func:`qsnn_ext.quantize_`. With it the model runs once, undisturbed,
             and every batch norm whose input is the output of one layer, used nowhere else, is
-            folded. Without it only neighbours in an ``nn.Sequential`` (and in this package's
-            networks) are, as there nothing else can be in between.
+            folded; a batch norm that is one of several by number (``norms.0``, ``norms.1``), as for
+            time steps, only if all of them ran. Without it only neighbours in an
+            ``nn.Sequential`` (and in this package's networks) are, as there nothing else can be in
+            between.
 
     Returns:
         Which were folded and which not.
@@ -87,7 +90,7 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
     if sample is None:
         pairs, reasons = _neighbours(model)
     else:
-        pairs, reasons = _traced(model, list(norms.values()), sample)
+        pairs, reasons = _traced(model, norms, names, sample)
     weights = [id(m.weight) for m in model.modules() if is_synaptic(m)]
     chosen: list[tuple[Any, nn.Module, tuple[Tensor, Tensor]]] = []
     left: dict[str, str] = {}
@@ -201,10 +204,15 @@ def _tensors(args: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
+def _family(name: str, norm: Any) -> tuple[str, int]:
+    """What batch norms of several time steps have in common: a name but for the number, a size."""
+    return re.sub(r"\d+", "#", name), norm.num_features
+
+
+def _traced(model: nn.Module, norms: dict[int, Any], names: dict[int, str], sample: Any) -> _Found:
     """Pairs seen in a real run, by id of the batch norm."""
     watch = _Watch()
-    fed: dict[int, set[int]] = {id(norm): set() for norm in norms}
+    fed: dict[int, set[int]] = {key: set() for key in norms}
     layers: dict[int, nn.Module] = {}
     calls: dict[int, int] = {}
     odd: set[int] = set()
@@ -232,7 +240,7 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
         watch.in_norm = False
 
     handles = [m.register_forward_hook(made) for m in model.modules() if is_synaptic(m)]
-    for norm in norms:
+    for norm in norms.values():
         handles.append(norm.register_forward_pre_hook(enter))
         handles.append(norm.register_forward_hook(leave))
     try:
@@ -253,10 +261,16 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
             watch.elsewhere.add(id(layer))
 
     feeders = {key: next(iter(ids)) for key, ids in fed.items() if len(ids) == 1 and 0 not in ids}
+    # A batch norm per time step: a longer sample would feed the next one from the same layer.
+    idle: dict[tuple[str, int], str] = {}
+    for key, norm in norms.items():
+        if not fed[key]:
+            idle.setdefault(_family(names[key], norm), names[key])
     pairs: dict[int, nn.Module] = {}
     reasons: dict[int, str] = {}
     for key, ids in fed.items():
         layer_id = feeders.get(key, 0)
+        sibling = idle.get(_family(names[key], norms[key]))
         if not ids:
             reasons[key] = "it did not run on the sample"
         elif key not in feeders:
@@ -265,6 +279,11 @@ def _traced(model: nn.Module, norms: list[Any], sample: Any) -> _Found:
             reasons[key] = "the layer's output is used elsewhere too"
         elif key in odd:
             reasons[key] = "it normalises another dimension than the layer's features"
+        elif sibling is not None:
+            reasons[key] = (
+                f"{sibling} did not run on the sample and may follow the same layer at another "
+                "time step; pass a sample of all time steps"
+            )
         else:
             pairs[key] = layers[layer_id]
     return pairs, reasons

@@ -20,13 +20,13 @@ from qsnn_ext.quantizers import BinaryWeight
 
 
 class FiringRateHook:
-    """A forward hook of one layer that can be copied and pickled with the model.
+    """A forward hook of one layer, or of the model, that can be copied and pickled with it.
 
     It holds its owner weakly, and a copy of the model gets a copy of the hook that does nothing:
     the copy is not being watched.
     """
 
-    def __init__(self, owner: WSDRRegularizer | None, name: str, before: bool) -> None:
+    def __init__(self, owner: WSDRRegularizer | None, name: str | None, before: bool) -> None:
         self.owner = weakref.ref(owner) if owner is not None else None
         self.name = name
         self.before = before
@@ -38,7 +38,9 @@ class FiringRateHook:
         owner = self.owner() if self.owner is not None else None
         if owner is None:
             return
-        if self.before:
+        if self.name is None:  # the model itself
+            owner._pass(1 if self.before else -1)
+        elif self.before:
             owner._before(self.name, module, args, kwargs)
         else:
             owner._after(self.name, module, hosts.spikes(output[0]))
@@ -57,9 +59,11 @@ class WSDRRegularizer:
         wsdr = WSDRRegularizer(model, strength=1e-3)
         loss = criterion(model(x), y) + wsdr()
 
-    Multi-step calls and single-step loops both work. Steps accumulate until the neuron's state is
-    reset, the term has been taken, or gradients are switched on or off. snnTorch neurons whose
-    state is passed by hand cannot be seen to reset, so there only the latter two start anew.
+    Multi-step calls and single-step loops both work, and every call counts: all calls of a neuron
+    within one pass of the model, whatever happens to its state between them, and all passes until
+    the term has been taken, gradients are switched on or off, or the state that the neuron keeps
+    was reset before its first call of a pass. States passed by hand cannot be seen to reset, so
+    there only the first two start anew.
 
     Args:
         model: a model with SpikingJelly or snnTorch neurons, quantized or not.
@@ -97,11 +101,18 @@ class WSDRRegularizer:
         else:
             names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._layers = _spiking_layers(model, names, self._ends_excluded)
+        self._model = model
+        self._depth = 0  # of passes of the model in each other
         self._restart()
         self._handles: list[Any] = []
         self._watch()
 
     def _watch(self) -> None:
+        enter, leave = FiringRateHook(self, None, True), FiringRateHook(self, None, False)
+        self._handles.append(self._model.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(
+            self._model.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        )
         for name, module in self._layers.items():
             before, after = FiringRateHook(self, name, True), FiringRateHook(self, name, False)
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -115,6 +126,13 @@ class WSDRRegularizer:
         # The state each layer kept, held weakly: a new tensor in its place means a reset.
         self._states: dict[str, weakref.ref[Tensor]] = {}
         self._differentiable = torch.is_grad_enabled()
+        self._met: set[str] = set()  # layers that have run in this pass of the model
+
+    def _pass(self, change: int) -> None:
+        """A pass of the model begins (1) or ends (-1)."""
+        if self._depth == 0:
+            self._met = set()
+        self._depth = max(0, self._depth + change)
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -122,7 +140,10 @@ class WSDRRegularizer:
         # An evaluation pass must not reach into the next training loss, nor the other way round.
         if self._taken or self._differentiable != torch.is_grad_enabled():
             self._restart()
-        if name not in self._counts:
+        by_hand = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, Tensor)]
+        met = self._depth > 0 and name in self._met
+        self._met.add(name)
+        if name not in self._counts or met or by_hand:
             return
         kept = self._states.get(name)
         left = kept() if kept is not None else None
@@ -207,7 +228,7 @@ class WSDRRegularizer:
         state = self.__dict__.copy()
         state["_watching"] = bool(state.pop("_handles"))
         # Sums belong to a graph, which can be neither copied nor pickled.
-        state.update(_taken=False, _spikes={}, _counts={}, _states={})
+        state.update(_taken=False, _spikes={}, _counts={}, _states={}, _depth=0, _met=set())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -241,6 +241,39 @@ def test_only_what_a_trace_proves_is_folded():
     assert "good" in str(report)
 
 
+class NormPerStep(nn.Module):
+    """One convolution, a batch norm of its own at every time step (BNTT)."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 1)
+        self.norms, self.last = nn.ModuleList(norms), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        pairs = zip(self.norms, x, strict=False)
+        return sum(self.last(self.head(norm(self.conv(step)))) for norm, step in pairs)
+
+
+@pytest.mark.parametrize(
+    "norms", [snn.BatchNormTT2d(3, 4), [nn.BatchNorm2d(3) for _ in range(4)]], ids=["BNTT", "own"]
+)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_batch_norms_of_steps_that_the_sample_does_not_reach(norms, steps):
+    net = NormPerStep(norms)
+    for norm in [*net.norms, net.last]:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 3)
+    net.eval()
+    x = torch.rand(4, 5, 2, 3, 3)
+    expected = net(x)
+    report = fold_batchnorm_(net, x[:steps])
+    assert report.folded == (("head", "last"),)
+    if steps == 1:
+        assert "norms.1" in report.left["norms.0"]
+        assert "did not run" in report.left["norms.1"]
+    assert (net(x) - expected).abs().max() < 1e-5
+
+
 def test_a_linear_layer_whose_other_dimension_is_normalised_is_left():
     net = with_statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     x = torch.rand(2, 4, 4)  # here batch norm takes dimension 1, not the features

@@ -322,6 +322,89 @@ def test_snntorch_model_with_its_own_membranes():
         assert _close(wsdr(), _expected([np.stack(keep)], slice(None), strength=1.0))
 
 
+class _TwoMembranes(nn.Module):
+    """One neuron on two currents with a membrane each, among the documented styles."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.one, self.two, self.lif = nn.Linear(6, 8), nn.Linear(6, 8), QLeaky(0.7, bits=2)
+        self.start = start
+
+    def forward(self, x, keep):
+        a, b = self.start(self.lif, x), self.start(self.lif, x)
+        for step in x:
+            s, a = self.lif(self.one(step), a)
+            r, b = self.lif(self.two(step), mem=b)
+            keep += [s.detach().numpy(), r.detach().numpy()]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [lambda lif, x: lif.init_leaky(), lambda lif, x: torch.zeros(x.shape[1], 8)],
+    ids=["init_leaky", "zeros"],
+)
+def test_one_neuron_with_two_membranes_counts_both(start):
+    torch.manual_seed(3)
+    net, x = _TwoMembranes(start), _input()
+    wsdr = WSDRRegularizer(net, strength=1.0, exclude=None)
+    for sign in (1, -1):
+        keep = []
+        net(sign * x, keep)
+        assert _close(wsdr(), _expected([np.stack(keep)], slice(None), strength=1.0))
+
+
+class _Reused(nn.Module):
+    """One neuron in two places of one pass, and what happens to its state between them."""
+
+    def __init__(self, lif, between):
+        super().__init__()
+        self.one, self.two, self.lif = nn.Linear(6, 8), nn.Linear(6, 8), lif
+        self.between = between
+
+    def forward(self, x, keep):
+        keep.append(self.lif(self.one(x)).detach().numpy().reshape(-1))
+        x = self.between(self, x)
+        keep.append(self.lif(self.two(x)).detach().numpy().reshape(-1))
+
+
+def _reset_between(net, x):
+    functional.reset_net(net)
+    utils.reset(net)
+    return x
+
+
+@pytest.mark.parametrize(
+    "between", [_reset_between, lambda net, x: x[:, :4]], ids=["reset", "another batch size"]
+)
+@pytest.mark.parametrize("host", ["spikingjelly", "snntorch"])
+def test_what_happens_within_a_pass_begins_nothing(host, between):
+    torch.manual_seed(3)
+    lif = QuantLIFNode(step_mode="m") if host == "spikingjelly" else QLeaky(0.7, init_hidden=True)
+    net, x = _Reused(lif, between), _input()
+    for layer_ in (net.one, net.two):
+        nn.init.normal_(layer_.weight, 0.3, 1.0)
+    wsdr = WSDRRegularizer(net, strength=1.0, exclude=None)
+    for sign in (1, -1):
+        keep = []
+        net(sign * x, keep)
+        rate = np.concatenate(keep)
+        assert _close(wsdr(), _expected([rate], slice(None), strength=1.0))
+        functional.reset_net(net)
+        utils.reset(net)
+
+
+def test_a_pass_that_fails_ends():
+    net, x = _net(), _input()
+    expected = _expected(_record(net, x), strength=1.0)
+    wsdr = WSDRRegularizer(net, strength=1.0)
+    with pytest.raises(RuntimeError):
+        net(torch.ones(T, N, 3))
+    net(-x)
+    functional.reset_net(net)
+    net(x)
+    assert _close(wsdr(), expected)
+
+
 def test_evaluation_under_no_grad():
     net, x = _net(), _input()
     wsdr = WSDRRegularizer(net, strength=1.0)
