@@ -41,18 +41,27 @@ def check_floating(x: Tensor, what: str) -> None:
 # --------------------------------------------------------------------------- signs
 
 
-class _Sign(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """Forward and context apart, which is what the transforms of ``torch.func`` ask for."""
+
+    generate_vmap_rule = True
+
+
+class _Sign(_Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: str, temperature: Tensor | None) -> Tensor:
-        ctx.gradient = gradient
-        if gradient == "annealed":
-            assert temperature is not None  # sign() has checked it
-            ctx.save_for_backward(x, temperature)
-        elif gradient == "clipped":
-            ctx.save_for_backward(x)
+    def forward(x: Tensor, gradient: str, temperature: Tensor | None) -> Tensor:
         # Not torch.sign: one bit has no room for a zero, so sign(0) = +1 (and sign(NaN) = NaN).
         one = torch.ones_like(x)
         return torch.where(x >= 0, one, torch.where(x < 0, -one, x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, ctx.gradient, temperature = inputs
+        if ctx.gradient == "annealed":
+            assert temperature is not None  # sign() has checked it
+            ctx.save_for_backward(x, temperature)
+        elif ctx.gradient == "clipped":
+            ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable
@@ -185,12 +194,16 @@ def symmetric_codes(x: Tensor, alpha: Tensor, bits: int) -> tuple[Tensor, Tensor
     return codes, scale
 
 
-class _QuantizeSymmetric(torch.autograd.Function):
+class _QuantizeSymmetric(_Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    def forward(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
         codes, scale = symmetric_codes(x, alpha, bits)
-        ctx.save_for_backward((x.abs() <= alpha) & (alpha > 0))
         return codes * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, alpha, _ = inputs
+        ctx.save_for_backward((x.abs() <= alpha) & (alpha > 0))
 
     @staticmethod
     @once_differentiable
@@ -262,10 +275,14 @@ def quantize_membrane(u: Tensor, bits: int, alpha: Tensor, squash: Squash | None
 # --------------------------------------------------------------------------- straight-through
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(_Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+    def forward(x: Tensor, value: Tensor) -> Tensor:
         return value.expand_as(x).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        """Nothing is needed."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -289,12 +306,15 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- neuron
 
 
-class _Triangle(torch.autograd.Function):
+class _Triangle(_Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: float, strict: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.beta = beta
+    def forward(x: Tensor, beta: float, strict: bool) -> Tensor:
         return (x > 0 if strict else x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, ctx.beta, _ = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""Binary weights: standardise, sign and scale as one operation, prepared once per optimizer step.
+"""Binary weights: standardise, sign and scale as one operation, and quantized weights kept for use.
 
 ``qsnn_ext::binary_weight`` computes what :class:`qsnn_ext.quantizers.BinaryWeight` does and has an
 analytic backward that saves the latent weights and two numbers per group. Means and deviations are
@@ -8,18 +8,21 @@ sign can differ only where a standardised weight is zero to that rounding.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from qsnn_ext.errors import StateError
 from qsnn_ext.kernels import autocast, buffers
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.quantizers import BinaryWeight, Quantizer
+from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer
 
 # --------------------------------------------------------------------------- cores
 
@@ -206,18 +209,29 @@ autocast.register("binary_weight", lambda w, *rest: (autocast.widened(w), *rest)
 autocast.register("binary_weight_backward")
 
 
-# --------------------------------------------------------------------------- once per step
+# --------------------------------------------------------------------------- prepared weights
 
 
 def covers(quantizer: Quantizer, weight: Tensor) -> bool:
     """Whether the operation computes what this quantizer does (and nobody watches it)."""
     if type(quantizer) is not BinaryWeight or weight.dim() < 2 or not weight.is_floating_point():
         return False
-    if quantizer._forward_hooks or quantizer._forward_pre_hooks or weight.shape[0] == 0:
+    if not _is_function(quantizer) or weight.shape[0] == 0:
         return False
     # A group without a deviation is the quantizer's error to report.
-    group = {"layer": weight.numel(), "channel": weight[0].numel(), None: 2}
+    count = weight.numel()
+    group = {"layer": count, "channel": count // weight.shape[0], None: 2}
     return group[quantizer.standardize] > 1
+
+
+def _is_function(quantizer: Quantizer) -> bool:
+    """Whether the result follows from the weights and ``options()`` alone.
+
+    That is so for the package's own classes; a quantizer of somebody else's may keep anything.
+    """
+    return type(quantizer) in (BinaryWeight, IntWeight) and not (
+        quantizer._forward_hooks or quantizer._forward_pre_hooks
+    )
 
 
 def _names(quantizer: BinaryWeight) -> tuple[str, str, str]:
@@ -242,52 +256,79 @@ class _Prepared(torch.autograd.Function):
     """The fused operation with a node that can run its backward more than once.
 
     What it needs is kept on the node and not as saved tensors, which the first backward would
-    free: the same prepared weights then serve all micro-batches of an optimizer step.
+    free: the same prepared weights then serve all micro-batches of an optimizer step. Both
+    directions compute from ``copy``, so the gradient is that of the forward pass whatever has
+    been written to ``weight`` since.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantizer: BinaryWeight) -> Tensor:
-        flat = weight.reshape(weight.shape[0], -1)
+    def forward(ctx: Any, weight: Tensor, copy: Tensor, quantizer: BinaryWeight) -> Tensor:
         standardize, scale, gradient = _names(quantizer)
+        temperature = quantizer.temperature.clone()
+        flat = copy.view(weight.shape[0], -1)
         value, *statistics = torch.ops.qsnn_ext.binary_weight(
-            flat, quantizer.temperature, standardize, scale, gradient
+            flat, temperature, standardize, scale, gradient
         )
         ctx.weight, ctx.version = weight, weight._version
-        ctx.constants = (*statistics, quantizer.temperature.clone())
+        ctx.inputs = (flat, *statistics, temperature)
         ctx.options = (standardize, gradient)
         out: Tensor = value.view(weight.shape)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        weight = ctx.weight
-        if weight._version != ctx.version:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.weight._version != ctx.version:
             raise StateError(
                 "latent weights were changed between forward and backward; "
                 "call the optimizer's step() after backward()."
             )
-        w = weight.detach().reshape(weight.shape[0], -1)
-        g = g.reshape(w.shape)
-        g_w = torch.ops.qsnn_ext.binary_weight_backward(g, w, *ctx.constants, *ctx.options)
-        return g_w.view(weight.shape), None
+        with _unobserved():
+            g = g.reshape(ctx.inputs[0].shape)
+            g_w = torch.ops.qsnn_ext.binary_weight_backward(g, *ctx.inputs, *ctx.options)
+            return g_w.view(ctx.weight.shape), None, None
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """Quantized weights, and all they were made from."""
+
+    weight: weakref.ref[Tensor]
+    copy: Tensor
+    options: tuple[Any, ...]
+    value: Tensor
+
+    def serves(self, weight: Tensor, options: tuple[Any, ...]) -> bool:
+        return (
+            self.options == options
+            and self.weight() is weight  # whose gradient it is
+            and self.copy.shape == weight.shape
+            and self.copy.dtype == weight.dtype
+            and self.copy.device == weight.device
+            and torch.equal(self.copy, weight)
+        )
 
 
 class PreparedWeight:
-    """The quantized weights of one layer, recomputed only when something they depend on changed.
+    """The quantized weights of one layer.
 
-    Time steps and micro-batches between two optimizer steps share one preparation. A change is
-    noticed by PyTorch's version counter of the parameter (optimizers, ``load_state_dict`` and
-    in-place operations under ``no_grad`` move it). Writing through ``.data`` does not move it; on
-    the CPU such a write is noticed by the sum of the weights, elsewhere call :meth:`clear`.
+    The rule: prepared weights are used again only after the latent weights have been compared,
+    value by value, with a copy of those they were prepared from, and found equal. Nothing else
+    decides it, neither version counters nor optimizers nor hooks, so whoever writes to the weights
+    in whatever way, the next call sees it. Time steps, micro-batches and evaluation then share one
+    preparation, whose gradient is computed once.
+
+    Comparing is a twentieth of preparing on the CPU. On other devices the answer would have to be
+    waited for, which costs more than to prepare the weights: there each call prepares them anew.
+    So do weights that are computed from others, quantizers this package does not know, and
+    programs that are traced or transformed.
 
     A copied or unpickled layer starts without prepared weights.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._weight: Callable[[], Tensor | None] = lambda: None
-        self._value: Tensor | None = None
+        # Replaced as a whole: threads that share a layer each see a consistent one.
+        self._kept: _Preparation | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (PreparedWeight, ())
@@ -295,47 +336,84 @@ class PreparedWeight:
     def __deepcopy__(self, memo: Any) -> PreparedWeight:
         return PreparedWeight()
 
-    def clear(self) -> None:
-        """Forget the prepared weights."""
-        self.__init__()  # type: ignore[misc]
-
     def get(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
-        """``quantizer(weight)``, differentiable, prepared anew only when necessary.
+        """``quantizer(weight)``, differentiable.
 
         Args:
             weight: latent weights ``[C_out, ...]``.
             quantizer: the layer's.
         """
-        fused = covers(quantizer, weight) and B.current_backend() != "eager"
         if torch.compiler.is_compiling():
-            # A compiled program has no version counters to ask.
-            return binary_weight(weight, quantizer) if fused else quantizer(weight)  # type: ignore[arg-type]
-        differentiable = torch.is_grad_enabled() and weight.requires_grad
-        if (differentiable and not fused) or torch.is_inference_mode_enabled():
-            # Plain autograd frees what its backward needs, so its result serves one backward only.
+            if covers(quantizer, weight):
+                return binary_weight(weight, quantizer)  # type: ignore[arg-type]
             return quantizer(weight)  # type: ignore[no-any-return]
-        key = (
-            weight._version,
-            weight.data_ptr(),
-            weight.dtype,
-            differentiable,
-            tuple(quantizer.options().items()) if not fused else _names(quantizer),  # type: ignore[arg-type]
-            quantizer.temperature._version if fused else 0,
-            weight.detach().sum().item() if self._probed(weight) else None,
-        )
-        if self._value is None or self._key != key or self._weight() is not weight:
-            self._value = None  # its memory serves again
-            if differentiable:
-                self._value = _Prepared.apply(weight, quantizer)  # type: ignore[no-untyped-call]
-            else:
-                self._value = quantizer(weight)
-            self._key, self._weight = key, weakref.ref(weight)
-        assert self._value is not None
-        return self._value
+        if _is_recorded(weight) or not _is_function(quantizer):
+            return quantizer(weight)  # type: ignore[no-any-return]
+        with _unobserved():
+            return self._get(weight, quantizer)
 
-    @staticmethod
-    def _probed(weight: Tensor) -> bool:
-        return weight.device.type == "cpu"
+    def _get(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
+        fused = covers(quantizer, weight) and B.current_backend() != "eager"
+        differentiable = torch.is_grad_enabled() and weight.requires_grad
+        kept = weight.device.type == "cpu" and weight.is_leaf
+        if differentiable and not (fused and kept):
+            # Plain autograd frees what its backward needs, so its result serves one backward only.
+            return binary_weight(weight, quantizer) if fused else quantizer(weight)  # type: ignore[arg-type]
+        if not kept:
+            return quantizer(weight)  # type: ignore[no-any-return]
+        options = _options(quantizer, differentiable)
+        found = self._kept
+        if found is not None and found.serves(weight, options):
+            return found.value
+        found = self._kept = None  # its memory serves again
+        # Kept from inference mode, the value would be of no use outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            copy = _copied(weight)
+            value = None if differentiable else quantizer(copy)
+        if value is None:
+            value = _Prepared.apply(weight, copy, quantizer)  # type: ignore[no-untyped-call]
+        self._kept = _Preparation(weakref.ref(weight), copy, options, value)
+        return value  # type: ignore[no-any-return]
+
+
+def _options(quantizer: Quantizer, differentiable: bool) -> tuple[Any, ...]:
+    """What besides the weights the result depends on: the autocast mode widens half precision."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    if not isinstance(quantizer, BinaryWeight):
+        return (*quantizer.options().items(), autocast)
+    temperature = quantizer.temperature.item() if differentiable else None
+    return (*_names(quantizer), temperature, autocast)
+
+
+def _copied(weight: Tensor) -> Tensor:
+    """A contiguous copy, in memory that served before where the weights are large."""
+    given = buffers.like(weight)
+    copy = given[0] if given else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return copy.copy_(weight)
+
+
+def _is_recorded(weight: Tensor) -> bool:
+    """Whether somebody records or transforms the program, in which no kept tensor may appear."""
+    return (
+        type(weight) not in (Tensor, torch.nn.Parameter)  # fake, distributed, quantized by others
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    )
+
+
+@contextlib.contextmanager
+def _unobserved() -> Iterator[None]:
+    """Hidden from modes that watch operations: counters of a network's work count none of this.
+
+    Weights are quantized ahead of time, and by an amount that depends on what was kept.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch._C.DisableTorchFunction())
+        yield
 
 
 __all__ = ["PreparedWeight", "binary_weight", "covers"]

@@ -185,3 +185,327 @@ def test_a_prepared_weight_belongs_to_one_parameter():
     a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
     prepared.get(a, quantizer)
     assert torch.allclose(prepared.get(b, quantizer), quantizer(b))
+
+
+# --------------------------------------------------------------------------- whoever writes
+
+
+def _optimizer(kind, **options):
+    def write(layer):
+        optimizer = kind(layer.parameters(), lr=0.3, **options)
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    return write
+
+
+def _zero_sum(weight):
+    """A change that a sum of the weights does not show, like those of standardised weights."""
+    change = torch.randn_like(weight)
+    change[0] *= 3
+    return change - change.mean()
+
+
+def _unwatched(layer):
+    layer.weight.data += _zero_sum(layer.weight.data)
+
+
+def _one_value(layer):
+    layer.weight.data[0, 0] *= -1
+
+
+def _foreach(layer):
+    with torch.no_grad():
+        torch._foreach_add_(list(layer.parameters()), 0.4)
+        torch._foreach_mul_([layer.weight], -1.0)
+
+
+def _detached(layer):
+    layer.weight.detach().copy_(torch.randn_like(layer.weight))
+
+
+def _no_grad(layer):
+    with torch.no_grad():
+        layer.weight += _zero_sum(layer.weight)
+
+
+def _averaged(layer):
+    twin = copy.deepcopy(layer)
+    average = torch.optim.swa_utils.AveragedModel(
+        layer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.1)
+    )
+    with torch.no_grad():
+        twin.weight.neg_()
+    average.update_parameters(twin)
+    average.update_parameters(twin)
+    layer.weight.data.copy_(average.module.weight)
+
+
+def _storage(layer):
+    """As sharded training does it: the parameter stays, its memory is filled from elsewhere."""
+    shard = torch.randn_like(layer.weight.data).flatten()
+    layer.weight.data.untyped_storage().copy_(shard.untyped_storage())
+
+
+def _other_memory(layer):
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def _loaded(layer):
+    layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()})
+
+
+def _assigned(layer):
+    state = {k: torch.randn_like(v) for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+
+
+def _numpy(layer):
+    layer.weight.detach().numpy()[:] *= -1
+
+
+WRITES = {
+    "sgd": _optimizer(torch.optim.SGD, foreach=False),
+    "sgd-foreach": _optimizer(torch.optim.SGD, foreach=True),
+    "sgd-fused": _optimizer(torch.optim.SGD, fused=True),
+    "sgd-momentum-fused": _optimizer(torch.optim.SGD, momentum=0.9, fused=True),
+    "adam-fused": _optimizer(torch.optim.Adam, fused=True),
+    "adamw": _optimizer(torch.optim.AdamW, foreach=False),
+    "adamw-foreach": _optimizer(torch.optim.AdamW, foreach=True),
+    "adamw-fused": _optimizer(torch.optim.AdamW, fused=True),
+    "adagrad-fused": _optimizer(torch.optim.Adagrad, fused=True),
+    "rmsprop": _optimizer(torch.optim.RMSprop),
+    "data": _unwatched,
+    "data-one-value": _one_value,
+    "foreach": _foreach,
+    "copy": _detached,
+    "no-grad": _no_grad,
+    "ema": _averaged,
+    "storage": _storage,
+    "other-memory": _other_memory,
+    "load": _loaded,
+    "load-assign": _assigned,
+    "numpy": _numpy,
+}
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layer_type", [BinaryLinear, QuantLinear])
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_no_write_goes_unnoticed(write, layer_type, gradients):
+    torch.manual_seed(0)
+    layer = layer_type(6, 5, bias=False)
+    for _ in range(6):
+        with torch.set_grad_enabled(gradients):
+            before = layer.quantized_weight.detach().clone()
+            assert torch.equal(layer(torch.eye(6)).T, before)
+        write(layer)
+        with torch.set_grad_enabled(gradients):
+            after = layer.quantized_weight
+            torch.testing.assert_close(after, layer.quantizer(layer.weight), rtol=2e-6, atol=0)
+            assert torch.equal(layer(torch.eye(6)).T, after)
+            assert after.requires_grad is gradients
+        assert not torch.equal(after, before)
+
+
+def test_weights_written_between_two_calls_of_one_pass():
+    """Test-time training and the like: an optimizer step inside a forward pass."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = BinaryLinear(6, 5, bias=False)
+
+        def forward(self, x):
+            first = self.layer(x)
+            with torch.no_grad():
+                _unwatched(self.layer)
+            return first, self.layer(x)
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.eye(6)
+    old = net.layer.quantizer(net.layer.weight)
+    first, second = net(x)
+    torch.testing.assert_close(first, old.T, rtol=2e-6, atol=0)
+    torch.testing.assert_close(second, net.layer.quantizer(net.layer.weight).T, rtol=2e-6, atol=0)
+
+
+def test_the_gradient_is_that_of_the_forward_pass():
+    """A write that no version counter shows, between forward and backward, changes no gradient."""
+    layer = BinaryLinear(6, 5, bias=False)
+    x = torch.randn(3, 6)
+    layer(x).square().sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    loss = layer(x).square().sum()
+    layer.weight.data.mul_(-2.0)
+    loss.backward()
+    assert torch.equal(layer.weight.grad, expected)
+
+
+def test_the_quantizers_options_are_no_secret():
+    layer = BinaryLinear(6, 5, bias=False)
+    layer.quantizer.gradient = "annealed"
+    g = torch.randn(5, 6)
+    gradients = []
+    for t in (0.3, 2.0):
+        layer.quantizer.temperature.data.fill_(t)
+        (gradient,) = torch.autograd.grad(layer.quantized_weight, layer.weight, g)
+        (expected,) = torch.autograd.grad(layer.quantizer(layer.weight), layer.weight, g)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+        gradients.append(gradient)
+    assert not torch.equal(*gradients)
+    layer.quantizer.scale = None
+    assert layer.quantized_weight.detach().abs().unique().tolist() == [1.0]
+
+
+def test_a_quantizer_of_somebody_elses_is_asked_every_time():
+    class Learned(BinaryWeight):
+        def __init__(self):
+            super().__init__(standardize=None, scale=None)
+            self.width = nn.Parameter(torch.ones(()))
+
+        def forward(self, weight):
+            return super().forward(weight) * self.width
+
+    layer = BinaryLinear(6, 5, quantizer=Learned())
+    with torch.no_grad():
+        assert layer.quantized_weight.abs().max() == 1.0
+        layer.quantizer.width.fill_(3.0)
+        assert layer.quantized_weight.abs().max() == 3.0
+    seen = []
+    layer = BinaryLinear(6, 5)
+    layer.quantizer.register_forward_hook(lambda *a: seen.append(a))
+    with torch.no_grad():
+        assert layer.quantized_weight is not layer.quantized_weight
+    assert len(seen) == 2
+
+
+def test_time_steps_cost_one_backward_of_the_weights():
+    """Called once per time step, the layer is prepared, and differentiated, once."""
+    layer = BinaryLinear(6, 5)
+    with torch.profiler.profile() as profile:
+        out = sum(layer(x) for x in torch.randn(4, 3, 6))
+        out.sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["qsnn_ext::binary_weight"] == 1
+    assert counts["qsnn_ext::binary_weight_backward"] == 1
+
+
+def test_computed_weights_are_prepared_for_each_use():
+    """Equal values of other origin have another gradient, so they are not shared."""
+    quantizer, prepared = BinaryWeight(), PreparedWeight()
+    base = torch.randn(3, 4, requires_grad=True)
+    factor = torch.ones(3, 4, requires_grad=True)
+    weight = base * 1.0
+    prepared.get(weight, quantizer)
+    weight.mul_(factor)
+    prepared.get(weight, quantizer).square().sum().backward()
+    assert factor.grad is not None
+
+
+@pytest.mark.parametrize("layer_type", [BinaryLinear, QuantLinear])
+def test_inference_mode(layer_type):
+    torch.manual_seed(0)
+    layer, x = layer_type(6, 5), torch.randn(3, 6)
+    state = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        expected = layer(x)
+    for shared in (layer, layer_type(6, 5)):
+        shared.load_state_dict(state)
+        with torch.inference_mode():
+            assert torch.equal(shared(x), expected)
+        shared(x).sum().backward()  # nothing of inference mode is left behind
+        with torch.no_grad():
+            assert torch.equal(shared(x), expected)
+        with torch.inference_mode():
+            shared.weight.data.neg_()
+            assert torch.equal(shared.quantized_weight, shared.quantizer(shared.weight))
+            assert not torch.equal(shared(x), expected)
+    with torch.inference_mode():
+        born = layer_type(6, 5)
+        born.load_state_dict(state)
+        assert torch.equal(born(x), expected)
+
+
+@pytest.mark.parametrize("layer_type", [BinaryLinear, QuantLinear])
+def test_tracing_and_transforms_see_through(layer_type):
+    torch.manual_seed(0)
+    net = nn.Sequential(layer_type(6, 5), nn.Tanh(), layer_type(5, 4))
+    x = torch.randn(3, 6)
+    expected = net(x)
+
+    traced = torch.jit.trace(net, x)
+    torch.testing.assert_close(traced(x), expected)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.neg_()  # the traced program computes with the parameters, not a copy
+        torch.testing.assert_close(traced(x), net(x))
+        assert not torch.allclose(traced(x), expected)
+
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(params, x):
+        return torch.func.functional_call(net, params, (x,)).square().sum()
+
+    net(x).square().sum().backward()
+    for name, gradient in torch.func.grad(loss)(params, x).items():
+        torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x[:, None])
+    for name, gradient in per_sample.items():
+        total = net.get_parameter(name).grad
+        torch.testing.assert_close(gradient.sum(0), total, rtol=1e-4, atol=1e-5)
+    many = {name: torch.stack([p, p.flip(0)]) for name, p in params.items()}
+    both = torch.func.vmap(lambda p: torch.func.functional_call(net, p, (x,)))(many)
+    torch.testing.assert_close(both[0], net(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.func.functional_call(net, params, (x,)), net(x))
+
+
+def test_counters_of_operations_see_the_layer_and_not_its_quantizer():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    ran = []
+    for layer in (BinaryLinear(6, 5), nn.Linear(6, 5)):
+        with Watch() as watch:
+            layer(torch.ones(3, 6)).sum().backward()
+        ran.append(watch.seen)
+    assert ran[0] == ran[1]
+
+
+def test_threads_share_a_layer():
+    """Each gets the weights of the moment, while another thread exchanges them."""
+    import threading
+
+    torch.manual_seed(0)
+    layer = BinaryLinear(64, 64, bias=False)
+    values = [torch.randn(64, 64) for _ in range(2)]
+    allowed = [layer.quantizer(v) for v in values]
+    wrong, shared = [], PreparedWeight()
+    start = threading.Barrier(4)
+
+    def read(number):
+        mine = BinaryLinear(64, 64, bias=False)
+        mine.__dict__["_prepared"] = shared
+        start.wait()
+        for step in range(50):
+            mine.weight.data = values[(number + step) % 2].clone()
+            with torch.set_grad_enabled(step % 3 == 0):
+                got = mine.quantized_weight
+            if not torch.allclose(got, allowed[(number + step) % 2]):
+                wrong.append((number, step))
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
