@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,32 +36,80 @@ X86 = {
 
 
 def compile_engine(target: Path = TARGET, extra: tuple[str, ...] = ()) -> bool:
-    """Compile the engine into ``target``; return whether a compiler could do it."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
+    """Compile the engine into ``target``.
+
+    What a compiler cannot build of the variants for newer processors is left out, and a library
+    that cannot be loaded does not count; the next compiler is tried then.
+
+    Args:
+        target: Where the library goes.
+        extra: Further flags, such as those of sanitizers.
+
+    Returns:
+        Whether there is an engine now.
+    """
+    named = os.environ.get("CC")
+    names = [named] if named else ["cc", "gcc", "clang"]
+    compilers = [shlex.split(c) for c in names if shutil.which(shlex.split(c)[0])]
+    for k, compiler in enumerate(compilers):
+        if any(shutil.which(compiler[0]) == shutil.which(c[0]) for c in compilers[:k]):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            built = _build([*compiler, *FLAGS, *extra], Path(scratch), target.name)
+            if built is not None:
+                shutil.move(built, target)
+                return True
+    print("qsnn_ext: no compiled engine; NumPy will run programs, slowly", file=sys.stderr)
+    return False
+
+
+def _build(compiler: list[str], scratch: Path, name: str) -> Path | None:
+    """The library as far as this compiler gets, or None if that is nothing that can be loaded."""
+
+    def compiled(source: str, name: str, flags: list[str]) -> str | None:
+        target = str(scratch / f"{name}.o")
+        command = [*compiler, *flags, "-c", str(SOURCE / source), "-o", target]
+        return target if _succeeds(command, f"the {name} engine") else None
+
+    portable = compiled("qsnn.c", "portable", ["-DQSNN_SUFFIX=_portable"])
+    if portable is None:
+        return None
+    variants = {}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        for variant, flags in X86.items():
+            found = compiled("qsnn.c", variant, [f"-DQSNN_SUFFIX=_{variant}", *flags])
+            if found is not None:
+                variants[variant] = found
+    # Some compilers take every flag and know none of it: without the variants they may do.
+    for chosen in (variants, {}) if variants else ({},):
+        have = [f"-DQSNN_HAVE_{v.upper()}" for v in chosen]
+        dispatch = compiled("qsnn_dispatch.c", "dispatch", have)
+        library = scratch / name
+        objects = [portable, *chosen.values(), str(dispatch)]
+        link = [*compiler, "-shared", "-o", str(library), *objects]
+        if dispatch is not None and _succeeds(link, "the library") and _loads(library):
+            return library
+    return None
+
+
+def _succeeds(command: list[str], what: str) -> bool:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        line = next((s for s in said if "rror" in s), said[0])
+        print(f"qsnn_ext: {what} is left out: {line[:200]}", file=sys.stderr)
         return False
-    cc = compiler.split()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    with tempfile.TemporaryDirectory() as scratch:
-        objects = []
-
-        def build(source: str, name: str, flags: list[str]) -> None:
-            objects.append(f"{scratch}/{name}.o")
-            command = [*cc, *FLAGS, *extra, *flags, "-c", str(SOURCE / source), "-o", objects[-1]]
-            subprocess.run(command, check=True)
-
-        try:
-            build("qsnn.c", "portable", ["-DQSNN_SUFFIX=_portable"])
-            for name, flags in X86.items() if x86 else ():
-                build("qsnn.c", name, [f"-DQSNN_SUFFIX=_{name}", *flags])
-            build("qsnn_dispatch.c", "dispatch", ["-DQSNN_HAVE_X86"] if x86 else [])
-            fresh = f"{scratch}/{target.name}"
-            subprocess.run([*cc, *extra, "-shared", "-o", fresh, *objects], check=True)
-            shutil.move(fresh, target)
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"qsnn_ext: no compiled engine ({error})", file=sys.stderr)
-            return False
     return True
+
+
+def _loads(library: Path) -> bool:
+    """Whether the library can be loaded and answers; in another process, as it may do anything."""
+    check = (
+        "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); "
+        "[lib.qsnn_supports(k) for k in range(3)]; sys.exit(lib.qsnn_layout() <= 0)"
+    )
+    return _succeeds([sys.executable, "-c", check, str(library)], "a library that does not load")
 
 
 def wheel_tag() -> str:

@@ -4,9 +4,17 @@ All derive from :class:`QSNNError`, so one ``except`` catches them, and each als
 built-in a Python programmer would expect. A message names the thing at fault and the remedy.
 """
 
+from qsnn_ext.text import printable
+
 
 class QSNNError(Exception):
-    """Base class of all errors raised by ``qsnn_ext``."""
+    """Base class of all errors raised by ``qsnn_ext``.
+
+    A message may quote names from a file; what a terminal would obey in them is spelled out.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t", most=100_000)
 
 
 class ConfigError(QSNNError, ValueError):

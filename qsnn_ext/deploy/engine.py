@@ -10,39 +10,68 @@ import ctypes
 import functools
 import platform
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from qsnn_ext.deploy.image import Image, StateSlot, build_image
+from qsnn_ext.deploy import checks
+from qsnn_ext.deploy.image import Image, build_image
+from qsnn_ext.deploy.layout import MEMORY_LIMIT, StateSlot
 from qsnn_ext.deploy.program import IntArray, Program, words
-from qsnn_ext.deploy.reference import ReferenceSession, check_codes, check_state
+from qsnn_ext.deploy.records import LAYOUT
+from qsnn_ext.deploy.reference import ReferenceSession, check_memory
 from qsnn_ext.errors import ConfigError, StateError
 
 Backend: TypeAlias = Literal["auto", "portable", "avx2", "avx512", "numpy"]
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2}
+MAX_THREADS = 1024
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled engine, or None where this installation has none."""
+    """The compiled engine, or None where this installation has none.
+
+    Raises:
+        StateError: If it was compiled from other sources than these: it would misread every image.
+    """
     suffix = {"Windows": "dll", "Darwin": "dylib"}.get(platform.system(), "so")
     path = Path(__file__).with_name(f"_qsnn.{suffix}")
     try:
         lib = ctypes.CDLL(str(path))
     except OSError:
         return None
+    if getattr(lib, "qsnn_layout", lambda: None)() != LAYOUT:
+        raise StateError(
+            f"the compiled engine {path} belongs to another version of qsnn_ext; install the "
+            "package again, or run python hatch_build.py in its source tree"
+        )
     i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     lib.qsnn_supports.argtypes, lib.qsnn_supports.restype = [i32], i32
     lib.qsnn_reset_dispatch.argtypes = [pointer, pointer]
     lib.qsnn_reset_dispatch.restype = None
-    lib.qsnn_run_dispatch.argtypes = [
-        i32, pointer, pointer, i64, pointer, pointer, i64, i32, i32, i32, pointer, i64,
-    ]  # fmt: skip
+    arguments: list[Any] = [
+        i32,
+        pointer,
+        pointer,
+        i64,
+        pointer,
+        pointer,
+        i64,
+        i32,
+        i32,
+        i32,
+        pointer,
+        i64,
+    ]
+    lib.qsnn_run_dispatch.argtypes = arguments
     lib.qsnn_run_dispatch.restype = None
+    lib.qsnn_run_shared.argtypes = [*arguments, i32, pointer]
+    lib.qsnn_run_shared.restype = None
+    lib.qsnn_shares.argtypes, lib.qsnn_shares.restype = [], i32
     return lib
 
 
@@ -119,13 +148,16 @@ class EngineSession:
 
     Args:
         program: A valid program.
-        batch: Number of independent samples.
+        batch: Number of independent samples, at least 1.
         backend: ``"portable"``, ``"avx2"`` or ``"avx512"``.
-        threads: Samples that run at the same time.
+        threads: Threads that run at the same time: samples side by side, or the rows of every layer
+            where there are fewer samples than threads.
         image: The program's image, if it was built before.
+        memory_limit: Bytes that the program may take for one sample.
 
     Raises:
-        ConfigError: If the backend is unknown or this processor cannot run it.
+        ConfigError: If the backend is unknown or this processor cannot run it, or a number is none.
+        FormatError: If the program is not valid or needs more memory than the limit.
         StateError: If the installation has no compiled engine.
     """
 
@@ -136,6 +168,7 @@ class EngineSession:
         backend: str = "portable",
         threads: int = 1,
         image: Image | None = None,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         lib = library()
         if lib is None:
@@ -143,13 +176,20 @@ class EngineSession:
         _check_available(backend, backends()[:-1])  # the last is NumPy
         self._lib = lib
         self.program = program
-        self.batch = batch
-        self.image = image if image is not None else build_image(program)
+        self.batch = checks.count("batch", batch)
         self._path = PATHS[backend]
-        self._threads = max(1, min(threads, batch))
+        threads = checks.count("threads", threads, MAX_THREADS)
+        self.image = image if image is not None else build_image(program, memory_limit=memory_limit)
+        # Samples side by side need nothing of each other; workers on one sample meet after every
+        # layer, so they are for what has too few samples.
+        shared = threads > batch and lib.qsnn_shares()
+        self._workers = threads if shared else 1
+        self._lanes = 1 if shared else min(threads, batch)
+        self._executor: ThreadPoolExecutor | None = None
         pitch = -(-self.image.state_words // 16) * 16
         self._states = _aligned(batch * pitch).reshape(batch, pitch)
-        self._arenas = [_aligned(self.image.arena_words) for _ in range(self._threads)]
+        arena = self.image.arena_words + (self._workers - 1) * self.image.workspace_words
+        self._arenas = [_aligned(arena) for _ in range(self._lanes)]
         self._shapes = [program.values[i].shape for i in program.outputs]
         self.reset()
 
@@ -171,47 +211,69 @@ class EngineSession:
 
         Raises:
             InputError: If it is the state of another program or batch; nothing is changed then.
+            InputTypeError: If it is no dictionary of integer arrays.
         """
-        check_state(self.program, self.batch, state)
+        words = checks.states(self.program, self.batch, state)
         for slot in self.image.slots:
-            for row, array in zip(self._states, state[slot.name], strict=True):
+            for row, array in zip(self._states, words[slot.name], strict=True):
                 packed = _pack_state(array, slot)
                 row[slot.offset : slot.offset + packed.size] = packed
 
-    def run(self, codes: npt.NDArray[np.int32], steps: int, static: bool) -> list[IntArray]:
+    def run(self, codes: IntArray, steps: int, static: bool) -> list[IntArray]:
         """Run several time steps.
 
         Args:
-            codes: int32 ``[N, C, H, W]`` shown at every step (``static``), or ``[N, T, C, H, W]``.
+            codes: Integers ``[N, C, H, W]`` shown at every step (``static``), or
+                ``[N, T, C, H, W]``.
             steps: Number of time steps.
             static: Whether the same input is shown at every step.
 
         Returns:
             One int32 array ``[N, T, C, H, W]`` per output of the program.
+
+        Raises:
+            ConfigError: If ``steps`` is no whole number of at least 1.
+            InputError: If the shape is another, or a code is out of range.
+            InputTypeError: If they are real numbers: ``net.codes(frame)`` makes codes of them.
         """
-        codes = np.ascontiguousarray(codes, np.int32)
+        steps = checks.count("steps", steps)
+        return self._run(checks.run_codes(self.program, self.batch, codes, steps, static), steps)
+
+    def step(self, codes: IntArray) -> list[IntArray]:
+        """Run one time step: ``[N, C, H, W]`` codes in, one int32 array per output.
+
+        Raises:
+            InputError: If the shape is another, or a code is out of range.
+            InputTypeError: If they are real numbers: ``net.codes(frame)`` makes codes of them.
+        """
+        codes = checks.step_codes(self.program, self.batch, codes)
+        return [r[:, 0] for r in self._run(codes, 1)]
+
+    def _run(self, codes: npt.NDArray[np.int32], steps: int) -> list[IntArray]:
+        """``run`` of codes that were checked: ``[N, C, H, W]`` or ``[N, T, C, H, W]``."""
+        static = codes.ndim == 4
         per_step = self.program.values[0].elements
         size = sum(c * h * w for c, h, w in self._shapes)
         out = np.empty((self.batch, steps, size), np.int32)
-        image, words_ = self.image.words.ctypes.data, self._states.shape[1]
+        image, pitch = self.image.words.ctypes.data, self._states.shape[1]
+        meeting = np.array([0, 0, self._workers], np.int32)
 
         def work(worker: int) -> None:
-            first = self.batch * worker // self._threads
-            last = self.batch * (worker + 1) // self._threads
-            if first == last:
-                return
-            self._lib.qsnn_run_dispatch(
-                self._path, image, self._states[first:].ctypes.data, words_,
-                self._arenas[worker].ctypes.data, codes[first:].ctypes.data,
+            lane = 0 if self._workers > 1 else worker
+            first = self.batch * lane // self._lanes
+            last = self.batch * (lane + 1) // self._lanes
+            arguments = (
+                self._path, image, self._states[first:].ctypes.data, pitch,
+                self._arenas[lane].ctypes.data, codes[first:].ctypes.data,
                 per_step * (1 if static else steps), last - first, steps,
                 0 if static else per_step, out[first:].ctypes.data, steps * size,
             )  # fmt: skip
+            if self._workers > 1:
+                self._lib.qsnn_run_shared(*arguments, worker, meeting.ctypes.data)
+            else:
+                self._lib.qsnn_run_dispatch(*arguments)
 
-        if self._threads == 1:
-            work(0)
-        else:
-            with ThreadPoolExecutor(self._threads) as executor:
-                list(executor.map(work, range(self._threads)))
+        self._all(work, max(self._workers, self._lanes))
         results, at = [], 0
         for c, h, w in self._shapes:
             part = out[:, :, at : at + c * h * w]
@@ -219,14 +281,21 @@ class EngineSession:
             at += c * h * w
         return results
 
-    def step(self, codes: IntArray) -> list[IntArray]:
-        """Run one time step: ``[N, C, H, W]`` codes in, one int32 array per output.
+    def _all(self, work: Callable[[int], None], count: int) -> None:
+        """Call ``work`` on as many threads as there are workers, this one among them.
 
-        Raises:
-            InputError: If the shape is another.
+        The threads are this session's own: workers wait for each other, so none may stand in a
+        queue behind another session's.
         """
-        check_codes(self.program, self.batch, codes)
-        return [r[:, 0] for r in self.run(np.asarray(codes, np.int32), 1, static=True)]
+        if count == 1:
+            work(0)
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(count - 1, "qsnn")
+        others = [self._executor.submit(work, k) for k in range(1, count)]
+        work(0)
+        for other in others:
+            other.result()
 
 
 Session: TypeAlias = EngineSession | ReferenceSession
@@ -238,20 +307,25 @@ def open_session(
     backend: Backend = "auto",
     threads: int = 1,
     image: Image | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Session:
     """Start executing a program, one time step at a time.
 
     Args:
         program: A valid program.
-        batch: Number of independent samples.
+        batch: Number of independent samples, at least 1.
         backend: ``"auto"``: the fastest available.
-        threads: Samples that run at the same time (engine only).
+        threads: Threads that run at the same time (engine only).
         image: The program's image, if it was built before.
+        memory_limit: Bytes that the program may take for one sample.
 
     Raises:
-        ConfigError: If the backend is unknown or cannot run here.
+        ConfigError: If the backend is unknown or cannot run here, or a number is none.
+        FormatError: If the program is not valid or needs more memory than the limit.
     """
     name = choose(backend)
+    checks.count("threads", threads, MAX_THREADS)
     if name == "numpy":
+        check_memory(program, memory_limit)
         return ReferenceSession(program, batch)
-    return EngineSession(program, batch, name, threads, image)
+    return EngineSession(program, batch, name, threads, image, memory_limit)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from qsnn_ext.deploy.image import Image, build_image
+from qsnn_ext.deploy.layout import MEMORY_LIMIT
 from qsnn_ext.deploy.program import Conv, IntArray, Program, words
-from qsnn_ext.errors import InputTypeError
+from qsnn_ext.deploy.records import LAYOUT
+from qsnn_ext.errors import ConfigError, InputTypeError
+
+Optimize: TypeAlias = Literal["size", "speed"]
 
 RUNTIME = Path(__file__).with_name("runtime")
 SOURCES = ("qsnn.c", *sorted(p.name for p in RUNTIME.glob("*.h")))
@@ -21,6 +27,9 @@ _MODEL_H = """\
 #define QSNN_MODEL_H
 
 #include "qsnn.h"
+#if QSNN_LAYOUT != {layout}
+#error "this model and the qsnn.c beside it were written by different versions; export it again"
+#endif
 
 #define QSNN_STATE_WORDS {state}
 #define QSNN_ARENA_WORDS {arena}
@@ -40,11 +49,18 @@ _MAIN_C = """\
 /* Reads the input codes of one time step after the other (int32) and prints the answers. */
 #include <stdio.h>
 #include "model.h"
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 
 static uint32_t state[QSNN_STATE_WORDS], arena[QSNN_ARENA_WORDS];
 static int32_t input[QSNN_INPUT_WORDS], output[QSNN_OUTPUT_WORDS];
 
 int main(void) {
+#ifdef _WIN32
+    _setmode(0, _O_BINARY); /* codes are bytes; as text they would end at the first 0x1A */
+#endif
     setvbuf(stdin, 0, _IONBF, 0), setvbuf(stdout, 0, _IONBF, 0); /* stdio buffers are heap */
     qsnn_reset(qsnn_model, state);
     while (fread(input, sizeof input, 1, stdin)) {
@@ -103,13 +119,26 @@ class ResidentSize:
         )
 
 
-def resident_size(program: Program) -> ResidentSize:
-    """What a program occupies when it runs, one sample at a time.
+def resident_size(
+    program: Program, *, optimize: Optimize = "size", memory_limit: int = MEMORY_LIMIT
+) -> ResidentSize:
+    """What a program occupies when it runs as exported C, one sample at a time.
 
     Args:
         program: A valid program.
+        optimize, memory_limit: As for :func:`export_c`.
+
+    Raises:
+        FormatError: If the program is not valid or needs more memory than the limit.
+        ConfigError: If ``optimize`` is neither.
     """
-    return _resident_size(program, build_image(program), 0)
+    return _resident_size(program, _image(program, optimize, memory_limit), 0)
+
+
+def _image(program: Program, optimize: str, memory_limit: int) -> Image:
+    if optimize not in ("size", "speed"):
+        raise ConfigError(f"optimize={optimize!r} must be 'size' or 'speed'")
+    return build_image(program, compact=optimize == "size", memory_limit=memory_limit)
 
 
 def _resident_size(program: Program, image: Image, pixels: int) -> ResidentSize:
@@ -137,6 +166,8 @@ def export_c(
     folder: str | os.PathLike[str],
     *,
     pixels: IntArray | None = None,
+    optimize: Optimize = "size",
+    memory_limit: int = MEMORY_LIMIT,
     verbose: bool = True,
 ) -> ResidentSize:
     """Write a program as C99 that needs no heap and no library but the standard one.
@@ -150,16 +181,21 @@ def export_c(
             created if missing.
         pixels: Table of :func:`~qsnn_ext.deploy.pixel_table`, to be written as
             ``qsnn_pixel_code[channel][pixel]`` beside the model.
+        optimize: ``"size"`` stores what is used and no more. ``"speed"`` also stores what makes
+            layers faster: weights in the order of both ways to count, tables that decide spikes on
+            bits, alignment to cache lines. The integers are the same.
+        memory_limit: Bytes that the program may take on the device.
         verbose: Print the memory it takes.
 
     Returns:
         The memory it takes.
 
     Raises:
-        FormatError: If the program is not valid.
+        ConfigError: If ``optimize`` is neither.
+        FormatError: If the program is not valid or needs more memory than the limit.
         InputTypeError: If ``pixels`` is not a table for this program.
     """
-    image = build_image(program)
+    image = _image(program, optimize, memory_limit)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     shape = program.values[0].shape
@@ -178,7 +214,8 @@ def export_c(
         (target / name).write_bytes((RUNTIME / name).read_bytes())
     size = _resident_size(program, image, 0 if pixels is None else pixels.nbytes)
     header = _MODEL_H.format(
-        title=program.metadata.get("model", "model").replace("*/", ""),
+        title=_identifier(program.metadata.get("model", "model")),
+        layout=LAYOUT,
         state=max(image.state_words, 1),
         arena=image.arena_words,
         input=program.values[0].elements,
@@ -193,6 +230,11 @@ def export_c(
     if verbose:
         print(f"{target}: {size}")
     return size
+
+
+def _identifier(text: str) -> str:
+    """Text from a file, as far as it may reach a compiler: nothing but [A-Za-z0-9_]."""
+    return re.sub("[^A-Za-z0-9_]", "_", text)[:64] or "model"
 
 
 def _pixel_constants(pixels: IntArray) -> str:

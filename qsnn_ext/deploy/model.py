@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.engine import (
+    MAX_THREADS,
     Backend,
     EngineSession,
     Session,
@@ -17,8 +19,10 @@ from qsnn_ext.deploy.engine import (
 )
 from qsnn_ext.deploy.fileformat import load_program
 from qsnn_ext.deploy.image import Image, build_image
+from qsnn_ext.deploy.layout import MEMORY_LIMIT
 from qsnn_ext.deploy.program import IntArray, Program
-from qsnn_ext.errors import FormatError, InputError, InputTypeError
+from qsnn_ext.deploy.reference import check_memory
+from qsnn_ext.errors import InputError, InputTypeError
 
 Answer = Any  # array, or tuple of arrays, as the model returned
 
@@ -31,33 +35,54 @@ class DeployedModel:
     Args:
         program: A valid program.
         backend: ``"auto"``, ``"avx512"``, ``"avx2"``, ``"portable"`` or ``"numpy"``.
-        threads: Samples of a batch that run at the same time.
+        threads: Threads that run at the same time: samples of a batch side by side, or the rows of
+            every layer where there are fewer samples than threads.
+        memory_limit: Bytes that the program may take for one sample: constants, membrane
+            potentials, activations and the answers of a run. Whoever wrote a file chose how many
+            it needs.
 
     Attributes:
         input_shape: Shape of one sample at one time step.
         output_ranks: Axes of every answer per sample and time step.
 
     Raises:
-        ConfigError: If the backend is not available here.
-        FormatError: If the program is not valid.
+        ConfigError: If the backend is not available here, or a number is none.
+        FormatError: If the program is not valid or needs more memory than the limit.
     """
 
-    def __init__(self, program: Program, backend: Backend = "auto", threads: int = 1) -> None:
+    def __init__(
+        self,
+        program: Program,
+        backend: Backend = "auto",
+        threads: int = 1,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        program.validate()
         self.program = program
         self.backend: Any = choose(backend)
-        self.threads = threads
-        self._image: Image | None = None if self.backend == "numpy" else build_image(program)
-        metadata = program.metadata
+        self.threads = checks.count("threads", threads, MAX_THREADS)
+        self.memory_limit = memory_limit
+        self._image: Image | None = None
+        if self.backend == "numpy":
+            check_memory(program, memory_limit)
+        else:
+            self._image = build_image(program, memory_limit=memory_limit)
         shape = program.values[0].shape
-        rank = _ranks(metadata.get("input_rank", "3"), 1)[0]
-        self.input_shape = shape if rank == 3 else (shape[0],) if rank == 1 else shape[::2]
-        ranks = metadata.get("output_ranks", "")
-        count = len(program.outputs)
-        self.output_ranks = _ranks(ranks, count) if ranks else [3] * count
+        self.input_shape = {1: shape[:1], 2: shape[::2], 3: shape}[program.input_rank]
+        self.output_ranks = program.output_ranks
 
     def session(self, batch: int = 1) -> Session:
-        """A run of its own, one time step at a time: step, reset, state, restore."""
-        return open_session(self.program, batch, self.backend, self.threads, self._image)
+        """A run of its own, one time step at a time: step, reset, state, restore.
+
+        Args:
+            batch: Number of independent samples, at least 1.
+
+        Raises:
+            ConfigError: If the batch is no such number.
+        """
+        return open_session(
+            self.program, batch, self.backend, self.threads, self._image, self.memory_limit
+        )
 
     def codes(self, x: Any) -> npt.NDArray[np.int32]:
         """Integer input codes ``[..., C, H, W]`` of real inputs: the last float there is.
@@ -69,9 +94,7 @@ class DeployedModel:
             InputError: If the shape is wrong or a value is not finite.
             InputTypeError: If ``x`` holds neither real numbers nor integers.
         """
-        if hasattr(x, "detach"):
-            x = x.detach().cpu().numpy()
-        x = np.asarray(x)
+        x = checks.as_array(x)
         rank = len(self.input_shape)
         if x.ndim < rank or x.shape[x.ndim - rank :] != self.input_shape:
             raise InputError(
@@ -81,7 +104,8 @@ class DeployedModel:
         if np.issubdtype(x.dtype, np.floating):
             if not np.isfinite(x).all():
                 raise InputError("the input contains NaN or infinity")
-            x = np.rint(x.astype(np.float64) / self.program.input_scale)
+            with np.errstate(over="ignore"):  # a code saturates, whatever is too large
+                x = np.rint(x.astype(np.float64) / self.program.input_scale)
         elif not np.issubdtype(x.dtype, np.integer):
             raise InputTypeError(f"input of type {x.dtype}; it must be real numbers or integers")
         clipped = np.clip(x, lo, hi).astype(np.int32)
@@ -114,7 +138,8 @@ class DeployedModel:
         session = self.session(batch)
         if isinstance(session, EngineSession):
             order = codes if static else codes.swapaxes(0, 1)
-            return [r.swapaxes(0, 1) for r in session.run(order, steps, static)]
+            order = np.ascontiguousarray(order)
+            return [r.swapaxes(0, 1) for r in session._run(order, steps)]
         answers = [session.step(codes if static else codes[t]) for t in range(steps)]
         return [np.stack([a[i] for a in answers]) for i in range(len(self.program.outputs))]
 
@@ -130,8 +155,9 @@ class DeployedModel:
             integers times the scale of the output.
         """
         p = self.program
+        x = checks.as_array(x)
         single = p.metadata.get("time") == "step"
-        flat = np.ndim(x) == len(self.input_shape) + 1
+        flat = x.ndim == len(self.input_shape) + 1
         answers = []
         for raw, rank, index in zip(self.integers(x), self.output_ranks, p.outputs, strict=True):
             value = raw.astype(np.int64)
@@ -144,29 +170,27 @@ class DeployedModel:
             c, h, w = value.shape[-3:]
             shape = {1: (c * h * w,), 2: (c, h * w), 3: (c, h, w)}.get(rank, (c, h, w))
             answers.append((value.reshape(*value.shape[:-3], *shape) * scale).astype(np.float32))
-        return tuple(answers) if p.metadata.get("structure") == "tuple" else answers[0]
-
-
-def _ranks(text: str, count: int) -> list[int]:
-    """Comma-separated ranks 1 to 3, as the metadata hold them."""
-    parts = text.split(",")
-    if len(parts) != count or not set(parts) <= {"1", "2", "3"}:
-        raise FormatError(f"the program's metadata hold the impossible ranks {text[:40]!r}")
-    return [int(p) for p in parts]
+        several = len(answers) > 1 or p.metadata.get("structure") == "tuple"
+        return tuple(answers) if several else answers[0]
 
 
 def load(
-    path: str | os.PathLike[str], backend: Backend = "auto", threads: int = 1
+    path: str | os.PathLike[str],
+    backend: Backend = "auto",
+    threads: int = 1,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> DeployedModel:
     """Read a ``.qsnn`` file.
 
     Args:
         path: The file.
         backend: What runs it; ``"auto"`` takes the fastest available.
-        threads: Samples of a batch that run at the same time.
+        threads: Threads that run at the same time, as for :class:`DeployedModel`.
+        memory_limit: Bytes that the program may take for one sample.
 
     Raises:
-        FormatError: If the file is damaged, hostile, or of an unknown version.
+        FormatError: If the file is damaged, hostile, of an unknown version, or needs more memory
+            than the limit.
         ConfigError: If the backend is not available here.
     """
-    return DeployedModel(load_program(path), backend, threads)
+    return DeployedModel(load_program(path), backend, threads, memory_limit)

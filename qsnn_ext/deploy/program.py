@@ -161,7 +161,6 @@ class Neuron:
     complement (``delay != "none"`` adds the last spike as bit k). One step, all int32::
 
         h = leak[state] + x                       # what was carried, leaked, plus the current
-        if delay == "gate" and last spike: h = 0  # a reset to zero that comes one step late
         fire_first:      s = h >= threshold;  v = reset(h, s);  code = Q(v)
         quantize_first:  code = Q(h);         s = code >= threshold
         where s = 0: code = min(code, ceiling)
@@ -182,8 +181,8 @@ class Neuron:
         reset: ``"hard"``, ``"soft"`` or ``"none"`` (what ``fire_first`` and 32 bits apply).
         reset_value: int32 ``[1]`` or ``[C]``.
         order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
-        delay: ``"none"``, or how a reset of the next step sees the last spike: ``"table"`` (it
-            selects the upper half of ``leak``) or ``"gate"``.
+        delay: ``"none"``, or ``"table"``: a reset of the next step sees the last spike, which
+            selects the upper half of ``leak``.
         ceiling: Largest code of a neuron that did not fire.
         initial: State before the first step (the raw k- or (k+1)-bit word, or the int32).
         membrane: Index of an int32 value that receives the stored membrane after each step, or
@@ -202,7 +201,7 @@ class Neuron:
     reset: Literal["hard", "soft", "none"]
     reset_value: IntArray
     order: Literal["fire_first", "quantize_first"] = "fire_first"
-    delay: Literal["none", "table", "gate"] = "none"
+    delay: Literal["none", "table"] = "none"
     ceiling: int = 127
     initial: int = 0
     membrane: int | None = None
@@ -248,7 +247,12 @@ class Program:
         input_scale: Real value of one input code: ``code = clip(round(x / scale), lo, hi)``.
         input_range: ``(lo, hi)`` of the input codes.
         timesteps: Default number of steps for an input without a time axis.
-        metadata: Free text about the origin (str -> str).
+        metadata: Text (str -> str). These keys have a meaning, all others are for people:
+            ``input_rank`` and ``output_ranks``, axes per sample and time step of the input and of
+            every answer (``"1"`` to ``"3"``, separated by commas); ``time`` (``"step"``, the model
+            takes and gives one step; ``"repeat"``, one input for all steps; ``"sequence"``) and
+            ``structure`` (``"tensor"`` or ``"tuple"``), the form of the model's answer; ``model``,
+            the name of its class.
     """
 
     values: list[Value]
@@ -264,6 +268,17 @@ class Program:
     def neurons(self) -> list[Neuron]:
         """The neuron operations, in order."""
         return [op for op in self.ops if isinstance(op, Neuron)]
+
+    @property
+    def input_rank(self) -> int:
+        """Axes of the input per sample and time step, 1 to 3: ``metadata["input_rank"]``."""
+        return int(self.metadata.get("input_rank", "3"))
+
+    @property
+    def output_ranks(self) -> list[int]:
+        """Axes of every answer per sample and time step, 1 to 3: ``metadata["output_ranks"]``."""
+        ranks = self.metadata.get("output_ranks", "")
+        return [int(r) for r in ranks.split(",")] if ranks else [3] * len(self.outputs)
 
     @property
     def input_bits(self) -> int:
@@ -338,7 +353,25 @@ class _Validator:
                 raise _fail("output", "it names a value that is never written")
         if any(r is None for r in self.range):
             raise _fail("value", "some value is never written")
+        self._metadata()
         return [r for r in self.range if r is not None]
+
+    def _metadata(self) -> None:
+        """What the metadata say of shape and form must agree with the program."""
+        p = self.p
+        known = isinstance(p.metadata, dict)
+        if not known or not all(isinstance(t, str) for kv in p.metadata.items() for t in kv):
+            raise _fail("metadata", "they must be text")
+        _, height, width = p.values[0].shape
+        rank = p.metadata.get("input_rank", "3")
+        if rank not in ("1", "2", "3") or (rank == "2" and height > 1):
+            raise _fail("metadata", f"an input of rank {rank[:40]!r} contradicts its shape")
+        if rank == "1" and height * width > 1:
+            raise _fail("metadata", f"an input of rank {rank!r} contradicts its shape")
+        ranks = p.metadata.get("output_ranks", "")
+        parts = ranks.split(",") if ranks else ["3"] * len(p.outputs)
+        if len(parts) != len(p.outputs) or not set(parts) <= {"1", "2", "3"}:
+            raise _fail("metadata", f"impossible ranks {ranks[:40]!r} of {len(p.outputs)} outputs")
 
     # -- small checks ------------------------------------------------------------------------
 
@@ -441,7 +474,7 @@ class _Validator:
             bound = np.full(dst.shape[0], rows * max(-lo, hi), np.int64)
         else:
             weight = self._array(op.name + " weight", op.weight, np.int8, [g, rows, cout])
-            total = np.abs(weight.astype(np.int64)).sum(axis=1).reshape(-1)
+            total = np.abs(weight.astype(np.int16)).sum(axis=1, dtype=np.int64).reshape(-1)
             bound = total * max(-lo, hi)
         if int(bound.max()) > INT32_MAX:
             raise _fail(op.name, f"its accumulator may reach {int(bound.max())}: exceeds int32")
@@ -513,7 +546,7 @@ class _Validator:
         c = src.shape[0]
         if src.shape != dst.shape or dst.planes != 1:
             raise _fail(op.name, "a neuron writes spikes of the shape it reads")
-        if op.reset not in ("hard", "soft", "none") or op.delay not in ("none", "table", "gate"):
+        if op.reset not in ("hard", "soft", "none") or op.delay not in ("none", "table"):
             raise _fail(op.name, "unknown reset or delay")
         if op.order not in ("fire_first", "quantize_first"):
             raise _fail(op.name, f"unknown order {op.order!r}")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qsnn_ext.deploy import checks
+from qsnn_ext.deploy.checks import within_limit
 from qsnn_ext.deploy.program import (
     WIDE_LIMIT,
     Add,
@@ -22,7 +24,6 @@ from qsnn_ext.deploy.program import (
     Program,
     targets_of,
 )
-from qsnn_ext.errors import InputError
 
 
 def unpack_weight(op: Conv) -> IntArray:
@@ -62,17 +63,19 @@ def fixed_point(x: IntArray, op: Conv | Affine) -> IntArray:
 def convolve(op: Conv, x: IntArray, weight: IntArray) -> IntArray:
     """Integer dot products ``[N, C_out, H_out, W_out]`` (int64), before scale and bias.
 
-    The product is taken in float64, which is exact: accumulators are proven to fit int32.
+    One matrix product per tap, in float64, which is exact: accumulators are proven to fit int32.
     """
     w = windows(x, op.kernel, op.stride, op.padding, op.dilation)
-    n, _, h, width = w.shape[:4]
-    cin = x.shape[1] // op.groups
-    parts = []
+    n, _, h, width, kh, kw = w.shape
+    cin, cout = x.shape[1] // op.groups, op.multiplier.size // op.groups
+    taps = weight.reshape(op.groups, kh, kw, cin, cout).astype(np.float64)
+    dot = np.zeros((op.groups, n, h, width, cout))
     for g in range(op.groups):
-        columns = w[:, g * cin : (g + 1) * cin].transpose(0, 2, 3, 4, 5, 1)
-        columns = columns.reshape(n * h * width, -1).astype(np.float64)
-        parts.append((columns @ weight[g].astype(np.float64)).reshape(n, h, width, -1))
-    return np.concatenate(parts, axis=3).transpose(0, 3, 1, 2).astype(np.int64)
+        for ky in range(kh):
+            for kx in range(kw):
+                seen = w[:, g * cin : (g + 1) * cin, :, :, ky, kx].transpose(0, 2, 3, 1)
+                dot[g] += seen.astype(np.float64) @ taps[g, ky, kx]
+    return dot.transpose(1, 0, 4, 2, 3).reshape(n, -1, h, width).astype(np.int64)
 
 
 def pool(op: Pool, x: IntArray) -> IntArray:
@@ -106,8 +109,6 @@ def fire(op: Neuron, x: IntArray, state: IntArray) -> tuple[IntArray, IntArray, 
         h = ((state * m + (np.int64(1) << (s - 1))) >> s) + offset + x
     else:
         h = leak[row, state] + x
-        if op.delay == "gate":
-            h = np.where(state >> op.bits == 1, 0, h)
     if op.order == "quantize_first":
         code = np.searchsorted(op.bounds, h, side="right") - op.levels
         spike = (code >= theta).astype(np.int64)
@@ -130,34 +131,22 @@ def fire(op: Neuron, x: IntArray, state: IntArray) -> tuple[IntArray, IntArray, 
     return spike, new, None if op.membrane is None else op.reading.astype(np.int64)[new]
 
 
-def check_state(program: Program, batch: int, state: dict[str, IntArray]) -> None:
-    """Raise :class:`InputError` unless ``state`` is one that a session of the program returned.
+def check_memory(program: Program, limit: int) -> None:
+    """Refuse a program one sample of which takes more than ``limit`` bytes in NumPy.
 
-    Args:
-        program: A valid program.
-        batch: Number of samples of the session that is to go on from it.
-        state: Name of neuron -> state words ``[N, C, H, W]``.
+    Counted are all values of a step, and copies of the largest.
+
+    Raises:
+        FormatError: If it takes more.
     """
-    for op in program.neurons:
-        shape = (batch, *program.values[op.source].shape)
-        words = state.get(op.name)
-        if words is None:
-            raise InputError(f"the state lacks neuron {op.name!r}; it is of another program")
-        if words.shape != shape:
-            raise InputError(
-                f"the state of neuron {op.name!r} has shape {words.shape}; "
-                f"this session needs {shape}"
-            )
-        top = 2**op.state_bits
-        if op.bits < 32 and not ((words >= 0) & (words < top)).all():
-            raise InputError(f"the state of neuron {op.name!r} holds words outside 0..{top - 1}")
-
-
-def check_codes(program: Program, batch: int, codes: IntArray) -> None:
-    """Raise :class:`InputError` unless ``codes`` are the input of one time step."""
-    expected = (batch, *program.values[0].shape)
-    if codes.shape != expected:
-        raise InputError(f"input of shape {codes.shape}; this session takes {expected}")
+    largest = max(v.elements for v in program.values)
+    for op in program.ops:
+        if isinstance(op, Conv | Pool):
+            c, h, w = program.values[op.source].shape
+            top, left, bottom, right = op.padding
+            largest = max(largest, c * (h + top + bottom) * (w + left + right))
+    answers = program.timesteps * sum(program.values[i].elements for i in program.outputs)
+    within_limit(8 * (sum(v.elements for v in program.values) + 4 * largest) + 4 * answers, limit)
 
 
 class ReferenceSession:
@@ -165,12 +154,15 @@ class ReferenceSession:
 
     Args:
         program: A valid program.
-        batch: Number of independent samples.
+        batch: Number of independent samples, at least 1.
+
+    Raises:
+        ConfigError: If the batch is no such number.
     """
 
     def __init__(self, program: Program, batch: int = 1) -> None:
         self.program = program
-        self.batch = batch
+        self.batch = checks.count("batch", batch)
         self.trace: dict[int, IntArray] = {}  # every value of the last step, for tests and reports
         self._weights = {id(op): unpack_weight(op) for op in program.ops if isinstance(op, Conv)}
         self.reset()
@@ -193,9 +185,10 @@ class ReferenceSession:
 
         Raises:
             InputError: If it is the state of another program or batch; nothing is changed then.
+            InputTypeError: If it is no dictionary of integer arrays.
         """
-        check_state(self.program, self.batch, state)
-        self._state = {k: np.array(state[k], np.int64) for k in self._state}
+        words = checks.states(self.program, self.batch, state)
+        self._state = {k: np.array(words[k], np.int64) for k in self._state}
 
     def step(self, codes: IntArray) -> list[IntArray]:
         """Run one time step.
@@ -207,9 +200,10 @@ class ReferenceSession:
             One int32 array ``[N, C, H, W]`` per output of the program.
 
         Raises:
-            InputError: If the shape is another.
+            InputError: If the shape is another, or a code is out of range.
+            InputTypeError: If they are real numbers: ``net.codes(frame)`` makes codes of them.
         """
-        check_codes(self.program, self.batch, codes)
+        codes = checks.step_codes(self.program, self.batch, codes)
         live: dict[int, IntArray] = {0: codes.astype(np.int64)}
         for op in self.program.ops:
             for target, result in zip(targets_of(op), self._execute(op, live), strict=True):

@@ -184,7 +184,7 @@ class RandomProgram:
         unit = 1 if v.planes else 2000
         rows = self.pick(1, 1, c)
         order = self.pick("fire_first", "quantize_first")
-        delay = self.pick("none", "none", "table", "gate")
+        delay = self.pick("none", "none", "table", "table")
         bits = int(self.pick(2, 2, 3, 4, 5, 6, 7, 8, 32))
         if common is None:
             common = rng.random() < 0.4

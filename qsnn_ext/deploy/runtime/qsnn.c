@@ -12,9 +12,13 @@
 #define QSNN_JOIN(a, b) QSNN_JOIN2(a, b)
 #define qsnn_reset QSNN_JOIN(qsnn_reset, QSNN_SUFFIX)
 #define qsnn_run QSNN_JOIN(qsnn_run, QSNN_SUFFIX)
+#define qsnn_run_part QSNN_JOIN(qsnn_run_part, QSNN_SUFFIX)
 void qsnn_reset(const uint32_t *image, uint32_t *state);
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output);
+void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
+                   int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
+                   int32_t workers, void (*wait)(void *), void *waiting);
 #endif
 
 /* ---- convolution of bits with single-bit weights ----------------------------------------------- */
@@ -26,61 +30,56 @@ void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int
  * entry is a byte offset into the weights, linear in channel and column, so that any output pixel
  * and kernel row finds its weight rows a constant further on.
  *
- * Where rows are short (F_JOINED), those of the `kw` columns of the kernel lie side by side and are
+ * Where rows are short (`joined`), those of the `kw` columns of the kernel lie side by side and are
  * counted together, once per input column; an output pixel is then the sum of `kw` such counts. */
-static void conv_bits(const context *x, const int32_t *op) {
-    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t cin = src[V_CHANNELS], height = src[V_HEIGHT], width = src[V_WIDTH];
-    const int32_t in_words = words_of(src), planes = src[V_PLANES], words = op[F_ROW_WORDS];
-    const int32_t kh = op[F_KH], kw = op[F_KW], dh = op[F_DH], dw = op[F_DW], out = dst[V_WIDTH];
-    const int32_t span = dh * (kh - 1) + 1 < height ? dh * (kh - 1) + 1 : height;
-    const int dense = dense_pays(x, op, op[F_JOINED] && words < VB_WORDS);
-    const int joined = op[F_JOINED] && words < VB_WORDS && !dense;
-    const uint32_t pitch = (uint32_t)op[F_PITCH] * 4u; /* bytes from one input channel to the next */
-    const uint32_t tap = op[F_JOINED] ? (uint32_t)words * 4u : (uint32_t)cin * pitch;
-    const uint32_t line_of_taps = (uint32_t)(op[F_JOINED] ? 1 : kw) * (uint32_t)cin * pitch;
-    const uint32_t zero = (uint32_t)kh * line_of_taps; /* a row of zeros ends the weights */
-    const size_t capacity = (size_t)width * (size_t)in_words * 32u + 16u;
+static void conv_events(const context *x, const qsnn_events *op, share rows) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const qsnn_window *win = &op->window;
+    const int32_t height = src->height, width = src->width, in_words = src->words;
+    const int32_t planes = src->planes, words = dst->words, out = dst->width;
+    const int32_t kh = win->kh, kw = win->kw, dh = win->dh, dw = win->dw;
+    const int dense = dense_pays(x, op, op->joined && words < VB_WORDS);
+    const int joined = op->joined && words < VB_WORDS && !dense;
+    const uint32_t pitch = (uint32_t)op->pitch, tap = (uint32_t)op->tap;
+    const uint32_t zeros = (uint32_t)op->zeros;
     const int32_t places = joined ? out + dw * (kw - 1) : out, operands = joined ? kw : 1;
-    const size_t plane = (size_t)places * (size_t)words + 16u;
-    const int deepest = op[F_DEPTH] < 5 ? 5 : op[F_DEPTH];
-    const uint8_t *rows = (const uint8_t *)(x->image + op[F_WEIGHT]);
-    uint32_t *starts = x->scratch; /* where the list of each column begins in its row */
-    uint32_t *ring = starts + (size_t)(span * planes) * (size_t)(width + 1);
-    uint32_t *list = ring + (size_t)(span * planes) * capacity;
-    const int32_t listed = op[F_LIST_COUNT] + 32, patched = op[F_DENSE_ROWS] + words * 32;
-    uint32_t *together = list + (listed > patched ? listed : patched);
-    const size_t together_pitch = (size_t)((words * kw + 15) & ~15);
-    uint32_t *counts = together + (joined ? (size_t)deepest * together_pitch : 0);
-    int32_t *active = (int32_t *)(counts + (size_t)(planes * operands * deepest) * plane);
-    int32_t *slots = active + planes * places;
-    int32_t *sums = slots + kh;
+    const size_t plane = (size_t)op->counts_pitch, beside = (size_t)op->together_pitch;
+    const int32_t deepest = op->deepest;
+    const uint8_t *weight = (const uint8_t *)(x->image + op->weight);
+    uint32_t *starts = x->workspace + op->starts; /* where the list of each column begins */
+    uint32_t *ring = x->workspace + op->ring;
+    uint32_t *list = x->workspace + op->list;
+    uint32_t *together = x->workspace + op->together;
+    uint32_t *counts = x->workspace + op->counts;
+    int32_t *active = (int32_t *)(x->workspace + op->active);
+    int32_t *slots = (int32_t *)(x->workspace + op->slots);
+    int32_t *sums = (int32_t *)(x->workspace + op->sums);
     const int32_t columns = joined ? 1 : kw; /* of the kernel, looked at for each place */
     int32_t next = 0, oy, ox, ky, ix, p, i, k, from_row, until_row;
     int depth[16];
-    for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
-        const int32_t first = oy * op[F_SH] - op[F_TOP], end = first + dh * (kh - 1) + 1;
+    for (oy = rows.first; oy < rows.end; oy++) {
+        const int32_t first = oy * win->sh - win->top, end = first + dh * (kh - 1) + 1;
         for (p = 0; p < planes && dense; p++) {
-            uint32_t *to = counts + (size_t)(p * deepest) * plane, *patch = list;
-            int32_t *count = (int32_t *)(patch + op[F_DENSE_ROWS]);
+            uint32_t *to = counts + p * deepest * op->counts_pitch, *patch = list;
+            int32_t *count = (int32_t *)(x->workspace + op->dense_counts);
             depth[p] = deepest;
             for (ox = 0; ox < out; ox++) {
-                patch_of(x, op, oy, ox, 0, p, patch);
-                active[p * places + ox] = ones_of(patch, op[F_DENSE_ROWS]);
-                count_dense(x->image + op[F_DENSE], patch, op[F_DENSE_ROWS], words * 32, count);
+                patch_of(x, src, win, oy, ox, 0, src->channels, p, op->dense_rows, patch);
+                active[p * op->active_pitch + ox] = ones_of(patch, op->dense_rows);
+                count_dense(x->image + op->dense, patch, op->dense_rows, words * 32, count);
                 line_planes(count, words, deepest, to + ox * words, plane);
             }
         }
         if (next < first) next = first;
         for (; next < end && next < height && !dense; next++) {
             for (p = 0; p < planes; p++) {
-                const int32_t slot = next % span * planes + p;
-                uint32_t *to = ring + (size_t)slot * capacity, n = 0;
-                uint32_t *start = starts + slot * (width + 1);
+                const int32_t slot = next % op->span * planes + p;
+                uint32_t *to = ring + slot * op->ring_pitch, n = 0;
+                uint32_t *start = starts + slot * op->starts_pitch;
                 for (ix = 0; ix < width; ix++) {
                     const uint32_t *bits = pixel_bits(x, src, next * width + ix) + p * in_words;
                     start[ix] = n;
-                    n += list_bits(bits, in_words, pitch, (uint32_t)ix * tap, to + n);
+                    n += list_bits(bits, in_words, pitch, wrap_mul((uint32_t)ix, tap), to + n);
                 }
                 start[width] = n;
             }
@@ -88,42 +87,43 @@ static void conv_bits(const context *x, const int32_t *op) {
         from_row = first < 0 ? (-first + dh - 1) / dh : 0;
         until_row = from_row;
         for (ky = from_row; ky < kh && first + ky * dh < height; ky++) {
-            slots[ky] = (first + ky * dh) % span;
+            slots[ky] = (first + ky * dh) % op->span;
             until_row = ky + 1;
         }
         for (p = 0; p < planes && !dense; p++) {
             /* How many are active at each place, and how deep the counts can get. */
-            uint32_t *to = counts + (size_t)(p * operands * deepest) * plane;
+            uint32_t *to = counts + p * operands * deepest * op->counts_pitch;
             int32_t most = 0, most_in_row = 0;
             for (i = 0; i < places; i++) {
-                const int32_t left = (joined ? i : i * op[F_SW]) - op[F_LEFT];
+                const int32_t left = (joined ? i : i * win->sw) - win->left;
                 int32_t n = 0;
                 for (k = 0; k < columns; k++) {
                     ix = left + k * dw;
                     if (ix < 0 || ix >= width) continue;
                     for (ky = from_row; ky < until_row; ky++) {
-                        const uint32_t *start = starts + (slots[ky] * planes + p) * (width + 1);
+                        const uint32_t *start =
+                            starts + (slots[ky] * planes + p) * op->starts_pitch;
                         const int32_t m = (int32_t)(start[ix + 1] - start[ix]);
                         n += m;
                         if (m > most_in_row) most_in_row = m;
                     }
                 }
-                active[p * places + i] = n;
+                active[p * op->active_pitch + i] = n;
                 if (n > most) most = n;
             }
             depth[p] = most < 32 ? 5 : highest_bit((uint32_t)most) + 1;
             for (i = 0; i < places; i++) {
-                const int32_t left = (joined ? i : i * op[F_SW]) - op[F_LEFT];
-                const uint32_t base = 0u - (uint32_t)left * tap;
+                const int32_t left = (joined ? i : i * win->sw) - win->left;
+                const uint32_t base = wrap_sub(0, wrap_mul((uint32_t)left, tap));
                 const uint32_t chunk = ((uint32_t)most_in_row + 15u) & ~15u;
                 uint32_t *at = list;
                 int32_t from = left < 0 ? 0 : left;
                 int32_t until = left + columns < width ? left + columns : width;
                 for (ky = from_row; ky < until_row; ky++) {
                     const int32_t slot = slots[ky] * planes + p;
-                    const uint32_t *have = ring + (size_t)slot * capacity;
-                    const uint32_t *start = starts + slot * (width + 1);
-                    const uint32_t row = base + (uint32_t)ky * line_of_taps;
+                    const uint32_t *have = ring + slot * op->ring_pitch;
+                    const uint32_t *start = starts + slot * op->starts_pitch;
+                    const uint32_t row = wrap_add(base, (uint32_t)(ky * op->kernel_row));
                     if (columns == 1) {
                         if (from < until)
                             at = append(at, have + start[from], start[until] - start[from], row,
@@ -138,114 +138,123 @@ static void conv_bits(const context *x, const int32_t *op) {
                             ix = left + k * dw;
                             if (ix < 0 || ix >= width) continue;
                             at = append(at, have + start[ix], start[ix + 1] - start[ix],
-                                        row - (uint32_t)(k * dw - k) * tap, chunk);
+                                        wrap_sub(row, wrap_mul((uint32_t)(k * dw - k), tap)),
+                                        chunk);
                         }
                     }
                 }
                 if (!joined)
-                    count_rows(rows, list, (uint32_t)(at - list), zero, words, depth[p],
+                    count_rows(weight, list, (uint32_t)(at - list), zeros, words, depth[p],
                                to + i * words, plane);
                 else {
-                    count_rows(rows, list, (uint32_t)(at - list), zero, words * kw, depth[p],
-                               together, together_pitch);
+                    count_rows(weight, list, (uint32_t)(at - list), zeros, words * kw, depth[p],
+                               together, beside);
                     for (k = 0; k < kw; k++)
-                        scatter(to + (size_t)(k * deepest) * plane + i * words, plane,
-                                together + k * words, together_pitch, words, depth[p]);
+                        scatter(to + k * deepest * op->counts_pitch + i * words, plane,
+                                together + k * words, beside, words, depth[p]);
                 }
             }
         }
         for (ox = 0; ox < out; ox++) {
             int32_t n = 0;
             for (p = 0; p < planes; p++)
-                for (k = 0; k < operands; k++) n += active[p * places + ox + k * dw] << p;
-            sums[ox] = op[F_CENTRE] - n;
+                for (k = 0; k < operands; k++)
+                    n += active[p * op->active_pitch + ox + k * dw] << p;
+            sums[ox] = op->centre - n;
         }
-        finish_row(x, op, oy, counts, plane, operands, depth, sums);
+        finish_row(x, op, oy, operands, depth);
     }
 }
 
 /* ---- every other convolution: multiply-add of the weight rows of non-zero inputs -------------- */
 
-static void rows_int8(const context *x, const int32_t *op, int32_t group, const uint32_t *list,
-                      uint32_t n, int32_t *sum, int32_t channels) {
-    const int32_t pitch = op[F_ROW_WORDS] * 4;
-    const int8_t *rows = (const int8_t *)(x->image + op[F_WEIGHT]);
-    int32_t c;
+/* `list`: pairs of row and factor. */
+static void rows_int8(const context *x, const qsnn_rows *op, int32_t group, const uint32_t *list,
+                      uint32_t n, int32_t *sum) {
+    const int8_t *weight = (const int8_t *)(x->image + op->weight);
+    const int32_t start = group * op->group_pitch, channels = op->cout;
+    int32_t c = 0;
     uint32_t i;
-    rows += (size_t)group * (size_t)(op[F_LIST_COUNT]) * (size_t)pitch;
-    for (c = 0; c < channels; c += 4 * LANES) { /* rows are padded to 64 channels */
+    for (; c + 4 * LANES <= channels; c += 4 * LANES) {
         vi a0 = vi_set(0), a1 = a0, a2 = a0, a3 = a0;
         for (i = 0; i < n; i++) {
-            const int8_t *row = rows + (size_t)list[2 * i] * (size_t)pitch + c;
+            const int32_t row = start + (int32_t)list[2 * i] * op->row_pitch + c;
             vi f = vi_set((int32_t)list[2 * i + 1]);
-            a0 = vi_add(a0, vi_mul(vi_load_i8(row), f));
-            a1 = vi_add(a1, vi_mul(vi_load_i8(row + LANES), f));
-            a2 = vi_add(a2, vi_mul(vi_load_i8(row + 2 * LANES), f));
-            a3 = vi_add(a3, vi_mul(vi_load_i8(row + 3 * LANES), f));
+            a0 = vi_add(a0, vi_mul(vi_load_i8(weight, row), f));
+            a1 = vi_add(a1, vi_mul(vi_load_i8(weight, row + LANES), f));
+            a2 = vi_add(a2, vi_mul(vi_load_i8(weight, row + 2 * LANES), f));
+            a3 = vi_add(a3, vi_mul(vi_load_i8(weight, row + 3 * LANES), f));
         }
         vi_store(sum + c, a0);
         vi_store(sum + c + LANES, a1);
         vi_store(sum + c + 2 * LANES, a2);
         vi_store(sum + c + 3 * LANES, a3);
     }
+    for (; c < channels; c += LANES) { /* the last vector may read past the row */
+        vi a = vi_set(0);
+        for (i = 0; i < n; i++) {
+            const int32_t row = start + (int32_t)list[2 * i] * op->row_pitch + c;
+            a = vi_add(a, vi_mul(vi_load_i8(weight, row), vi_set((int32_t)list[2 * i + 1])));
+        }
+        vi_store(sum + c, a);
+    }
 }
 
-static void rows_binary(const context *x, const int32_t *op, int32_t group, const uint32_t *list,
-                        uint32_t n, int32_t *sum, int32_t channels) {
-    const int32_t words = op[F_ROW_WORDS];
-    const uint32_t *rows = x->image + op[F_WEIGHT] +
-                           (size_t)group * (size_t)op[F_LIST_COUNT] * (size_t)words;
+static void rows_binary(const context *x, const qsnn_rows *op, int32_t group, const uint32_t *list,
+                        uint32_t n, int32_t *sum) {
+    const uint32_t *weight = x->image + op->weight + group * op->group_pitch;
+    const int32_t words = op->row_pitch;
     int32_t total = 0, c, w, g;
     uint32_t i;
     for (i = 0; i < n; i++) total += (int32_t)list[2 * i + 1];
-    for (c = 0; c < (channels + 31) / 32 * 32; c++) sum[c] = -total;
+    for (c = 0; c < words * 32; c++) sum[c] = -total;
     for (i = 0; i < n; i++) {
-        vi twice = vi_set((int32_t)(list[2 * i + 1] << 1));
+        const vi twice = vi_set((int32_t)wrap_mul(list[2 * i + 1], 2));
+        const uint32_t *row = weight + (int32_t)list[2 * i] * words;
         for (w = 0; w < words; w++) {
-            uint32_t bits = rows[(size_t)list[2 * i] * (size_t)words + w];
             for (g = 0; g < 32; g += LANES) {
                 int32_t *at = sum + w * 32 + g;
-                vi_store(at, vi_add_if(vi_load(at), vm_from(bits >> g), twice));
+                vi_store(at, vi_add_if(vi_load(at), vm_from(row[w] >> g), twice));
             }
         }
     }
 }
 
 /* Values of `n` channels from `start` on, of one pixel held as bit planes. */
-static void read_channels(const uint32_t *bits, const int32_t *v, int32_t start, int32_t n,
+static void read_channels(const uint32_t *bits, const qsnn_value *v, int32_t start, int32_t n,
                           int32_t *to) {
-    int32_t words = words_of(v), c, p;
+    int32_t words = v->words, c, p;
     for (c = 0; c < n; c++) {
         int32_t at = start + c, sum = 0;
-        for (p = 0; p < v[V_PLANES]; p++)
+        for (p = 0; p < v->planes; p++)
             sum |= (int32_t)(bits[p * words + at / 32] >> (at % 32) & 1u) << p;
         to[c] = sum;
     }
 }
 
-static void conv_general(const context *x, const int32_t *op) {
-    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t groups = op[F_GROUPS], cin = src[V_CHANNELS] / groups;
-    const int32_t cout = dst[V_CHANNELS] / groups, kw = op[F_KW];
-    uint32_t *list = x->scratch;
-    int32_t *sum = (int32_t *)(list + 2 * (size_t)op[F_LIST_COUNT]);
+static void conv_rows(const context *x, const qsnn_rows *op, share rows) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const qsnn_window *at = &op->window;
+    const int32_t cin = op->cin;
+    uint32_t *list = x->workspace + op->list;
+    int32_t *sum = (int32_t *)(x->workspace + op->sums);
     int32_t oy, ox, ky, kx, g, c;
-    for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
-        for (ox = 0; ox < dst[V_WIDTH]; ox++) {
-            for (g = 0; g < groups; g++) {
+    for (oy = rows.first; oy < rows.end; oy++) {
+        for (ox = 0; ox < dst->width; ox++) {
+            for (g = 0; g < op->groups; g++) {
                 uint32_t n = 0;
-                for (ky = 0; ky < op[F_KH]; ky++) {
-                    int32_t iy = oy * op[F_SH] - op[F_TOP] + ky * op[F_DH];
-                    if (iy < 0 || iy >= src[V_HEIGHT]) continue;
-                    for (kx = 0; kx < kw; kx++) {
-                        int32_t ix = ox * op[F_SW] - op[F_LEFT] + kx * op[F_DW];
-                        int32_t pixel = iy * src[V_WIDTH] + ix;
-                        uint32_t row = (uint32_t)((ky * kw + kx) * cin);
+                for (ky = 0; ky < at->kh; ky++) {
+                    const int32_t iy = oy * at->sh - at->top + ky * at->dh;
+                    if (iy < 0 || iy >= src->height) continue;
+                    for (kx = 0; kx < at->kw; kx++) {
+                        const int32_t ix = ox * at->sw - at->left + kx * at->dw;
+                        const int32_t pixel = iy * src->width + ix;
+                        const uint32_t row = (uint32_t)((ky * at->kw + kx) * cin);
                         const int32_t *from = x->other;
-                        if (ix < 0 || ix >= src[V_WIDTH]) continue;
-                        if (src[V_PLANES] == 0)
+                        if (ix < 0 || ix >= src->width) continue;
+                        if (src->planes == 0)
                             from = pixel_ints(x, src, pixel) + g * cin;
-                        else if (groups == 1)
+                        else if (op->groups == 1)
                             line_add(x, x->other, src, pixel, 1, 1);
                         else
                             read_channels(pixel_bits(x, src, pixel), src, g * cin, cin, x->other);
@@ -256,155 +265,180 @@ static void conv_general(const context *x, const int32_t *op) {
                         }
                     }
                 }
-                if (op[F_BINARY]) rows_binary(x, op, g, list, n, sum, cout);
-                else rows_int8(x, op, g, list, n, sum, cout);
-                memcpy(x->line + g * cout, sum, (size_t)cout * 4);
+                if (op->binary) rows_binary(x, op, g, list, n, sum);
+                else rows_int8(x, op, g, list, n, sum);
+                memcpy(x->line + g * op->cout, sum, (size_t)op->cout * 4);
             }
-            line_affine(x, op, x->line, words_of(dst));
-            finish(x, op, x->line, oy * dst[V_WIDTH] + ox);
+            line_affine(x, &op->scale, x->line);
+            finish(x, &op->step, x->line, oy * dst->width + ox);
         }
     }
 }
 
 /* ---- the other operations --------------------------------------------------------------------- */
 
-static void run_pool(const context *x, const int32_t *op) {
-    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t n = words_of(src) * 32;
+static void run_pool(const context *x, const qsnn_pool *op, share rows) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const qsnn_window *at = &op->window;
+    const int32_t n = src->words * 32;
     int32_t oy, ox, ky, kx, c;
-    for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
-        for (ox = 0; ox < dst[V_WIDTH]; ox++) {
+    for (oy = rows.first; oy < rows.end; oy++) {
+        for (ox = 0; ox < dst->width; ox++) {
             int first = 1;
-            if (op[F_FUNCTION] == POOL_REPEAT) {
-                line_add(x, x->line, src, oy / op[F_KH] * src[V_WIDTH] + ox / op[F_KW], 1, 1);
-                line_store(x, x->line, dst, oy * dst[V_WIDTH] + ox);
+            if (op->function == QSNN_POOL_REPEAT) {
+                line_add(x, x->line, src, oy / at->kh * src->width + ox / at->kw, 1, 1);
+                line_store(x, x->line, dst, oy * dst->width + ox);
                 continue;
             }
-            for (ky = 0; ky < op[F_KH]; ky++) {
-                for (kx = 0; kx < op[F_KW]; kx++) {
-                    int32_t iy = oy * op[F_SH] - op[F_TOP] + ky;
-                    int32_t ix = ox * op[F_SW] - op[F_LEFT] + kx;
-                    if (iy < 0 || ix < 0 || iy >= src[V_HEIGHT] || ix >= src[V_WIDTH]) continue;
-                    if (first || op[F_FUNCTION] == POOL_SUM) {
-                        line_add(x, x->line, src, iy * src[V_WIDTH] + ix, 1, first);
+            for (ky = 0; ky < at->kh; ky++) {
+                for (kx = 0; kx < at->kw; kx++) {
+                    const int32_t iy = oy * at->sh - at->top + ky;
+                    const int32_t ix = ox * at->sw - at->left + kx;
+                    if (iy < 0 || ix < 0 || iy >= src->height || ix >= src->width) continue;
+                    if (first || op->function == QSNN_POOL_SUM) {
+                        line_add(x, x->line, src, iy * src->width + ix, 1, first);
                     } else {
-                        line_add(x, x->other, src, iy * src[V_WIDTH] + ix, 1, 1);
+                        line_add(x, x->other, src, iy * src->width + ix, 1, 1);
                         for (c = 0; c < n; c++)
                             if (x->other[c] > x->line[c]) x->line[c] = x->other[c];
                     }
                     first = 0;
                 }
             }
-            line_store(x, x->line, dst, oy * dst[V_WIDTH] + ox);
+            line_store(x, x->line, dst, oy * dst->width + ox);
         }
     }
 }
 
-static void run_op(const context *x, const int32_t *op) {
-    const int32_t *dst = value_of(x, op[F_TARGET]);
-    const int32_t pixels = dst[V_HEIGHT] * dst[V_WIDTH];
+/* Operations that look at one pixel. */
+static void run_pixels(const context *x, const qsnn_step *step, int32_t from, int32_t until) {
+    const qsnn_value *src = value_at(x, step->source), *dst = value_at(x, step->target);
     int32_t i, k;
-    switch (op[F_TYPE]) {
-    case OP_CONV:
-        if (op[F_BINARY] && op[F_GROUPS] == 1 && value_of(x, op[F_SOURCE])[V_PLANES])
-            conv_bits(x, op);
-        else if (op[F_PAIRS])
-            conv_codes(x, op);
-        else if (op[F_DENSE])
-            conv_groups(x, op);
-        else
-            conv_general(x, op);
-        break;
-    case OP_AFFINE:
-        for (i = 0; i < pixels; i++) {
-            line_add(x, x->line, value_of(x, op[F_SOURCE]), i, 1, 1);
-            line_affine(x, op, x->line, words_of(dst));
-            finish(x, op, x->line, i);
-        }
-        break;
-    case OP_ADD: /* F_LIST: pairs of value and factor */
-        for (i = 0; i < pixels; i++) {
-            for (k = 0; k < op[F_LIST_COUNT]; k++) {
-                const int32_t *pair = x->ints + op[F_LIST] + 2 * k;
-                line_add(x, x->line, value_of(x, pair[0]), i, pair[1], k == 0);
-            }
-            finish(x, op, x->line, i);
-        }
-        break;
-    case OP_LOGIC: {
-        const int32_t *pair = x->ints + op[F_LIST];
-        for (i = 0; i < pixels; i++) {
-            const uint32_t *a = pixel_bits(x, value_of(x, pair[0]), i);
-            const uint32_t *b = pixel_bits(x, value_of(x, pair[2]), i);
+    for (i = from; i < until; i++) {
+        if (step->kind == QSNN_KIND_LOGIC) {
+            const qsnn_logic *op = (const qsnn_logic *)(const void *)step;
+            const uint32_t *a = pixel_bits(x, src, i);
+            const uint32_t *b = pixel_bits(x, value_at(x, op->second), i);
             uint32_t *to = pixel_bits(x, dst, i);
-            for (k = 0; k < words_of(dst); k++)
-                to[k] = (op[F_FUNCTION] == LOGIC_AND ? a[k] : ~a[k]) & b[k];
+            for (k = 0; k < dst->words; k++)
+                to[k] = (op->function == QSNN_LOGIC_AND ? a[k] : ~a[k]) & b[k];
+            continue;
         }
-        break;
+        if (step->kind == QSNN_KIND_ADD) {
+            const qsnn_add *op = (const qsnn_add *)(const void *)step;
+            const int32_t *pair = x->ints + op->list;
+            for (k = 0; k < op->count; k++, pair += 2)
+                line_add(x, x->line, value_at(x, pair[0]), i, pair[1], k == 0);
+        } else {
+            line_add(x, x->line, src, i, 1, 1);
+            if (step->kind == QSNN_KIND_AFFINE)
+                line_affine(x, &((const qsnn_affine *)(const void *)step)->scale, x->line);
+        }
+        finish(x, step, x->line, i);
     }
-    case OP_POOL:
-        run_pool(x, op);
-        break;
-    default: /* OP_NEURON */
-        for (i = 0; i < pixels; i++) {
-            line_add(x, x->line, value_of(x, op[F_SOURCE]), i, 1, 1);
-            finish(x, op, x->line, i);
-        }
+}
+
+/* Rows of a value that worker `worker` of `workers` computes. */
+static share share_of(const qsnn_value *v, int32_t worker, int32_t workers) {
+    share rows;
+    rows.first = (int32_t)((int64_t)v->height * worker / workers);
+    rows.end = (int32_t)((int64_t)v->height * (worker + 1) / workers);
+    return rows;
+}
+
+static void run_step(const context *x, const void *record, int32_t worker, int32_t workers) {
+    const qsnn_step *step = (const qsnn_step *)record;
+    const qsnn_value *dst = value_at(x, step->target);
+    const share rows = share_of(dst, worker, workers);
+    if (rows.first == rows.end) return;
+    switch (step->kind) {
+    case QSNN_KIND_EVENTS: conv_events(x, (const qsnn_events *)record, rows); break;
+    case QSNN_KIND_CODES: conv_codes(x, (const qsnn_codes *)record, rows); break;
+    case QSNN_KIND_GROUPS: conv_groups(x, (const qsnn_groups *)record, rows); break;
+    case QSNN_KIND_ROWS: conv_rows(x, (const qsnn_rows *)record, rows); break;
+    case QSNN_KIND_POOL: run_pool(x, (const qsnn_pool *)record, rows); break;
+    default: run_pixels(x, step, rows.first * dst->width, rows.end * dst->width);
     }
 }
 
 /* ---- entry points ----------------------------------------------------------------------------- */
 
+static const qsnn_header *header_of(const uint32_t *image) {
+    return (const qsnn_header *)(const void *)image;
+}
+
 void qsnn_reset(const uint32_t *image, uint32_t *state) {
-    const int32_t *ints = (const int32_t *)image;
-    int32_t i, p, k;
-    for (i = 0; i < ints[QSNN_H_NEURON_COUNT]; i++) {
-        const int32_t *n = ints + ints[QSNN_H_NEURONS] + i * N_SIZE;
-        const int32_t *v = ints + ints[QSNN_H_VALUES] + n[N_SPIKES] * V_SIZE;
-        int32_t words = words_of(v), pixel, pixels = v[V_HEIGHT] * v[V_WIDTH];
-        uint32_t *at = state + n[N_STATE];
-        if (n[N_BITS] == 32) {
-            for (k = 0; k < pixels * v[V_CHANNELS]; k++) at[k] = (uint32_t)n[N_INITIAL];
-            continue;
+    const qsnn_header *h = header_of(image);
+    int32_t i, p, k, pixel;
+    context x;
+    memset(&x, 0, sizeof x);
+    x.ints = (const int32_t *)image;
+    for (i = 0; i < h->neuron_count; i++) {
+        const qsnn_neuron *n = neuron_at(&x, x.ints[h->neurons + i]);
+        const qsnn_value *v = value_at(&x, n->spikes);
+        for (pixel = 0; pixel < v->pixels; pixel++) {
+            uint32_t *at = state + n->state + pixel * n->state_pitch;
+            if (n->bits == 32)
+                for (k = 0; k < v->channels; k++) at[k] = (uint32_t)n->initial;
+            else
+                for (p = 0; p < n->state_bits; p++)
+                    for (k = 0; k < v->words; k++)
+                        *at++ = n->initial >> p & 1 ? 0xffffffffu : 0u;
         }
-        for (pixel = 0; pixel < pixels; pixel++)
-            for (p = 0; p < n[N_STATE_BITS]; p++)
-                for (k = 0; k < words; k++) *at++ = n[N_INITIAL] >> p & 1 ? 0xffffffffu : 0u;
+    }
+}
+
+/* [C, H, W] to pixels, and back. */
+static void take_input(const context *x, const qsnn_value *v, const int32_t *input, share rows) {
+    int32_t c, pixel;
+    for (c = 0; c < v->channels; c++, input += v->pixels)
+        for (pixel = rows.first * v->width; pixel < rows.end * v->width; pixel++)
+            pixel_ints(x, v, pixel)[c] = input[pixel];
+}
+static void give_output(const context *x, const qsnn_value *v, int32_t *output, share rows) {
+    int32_t c, pixel;
+    for (pixel = rows.first * v->width; pixel < rows.end * v->width; pixel++) {
+        const int32_t *from = pixel_ints(x, v, pixel);
+        if (v->planes) {
+            line_add(x, x->line, v, pixel, 1, 1);
+            from = x->line;
+        }
+        for (c = 0; c < v->channels; c++) output[c * v->pixels + pixel] = from[c];
+    }
+}
+
+void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
+                   int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
+                   int32_t workers, void (*wait)(void *), void *waiting) {
+    const qsnn_header *h = header_of(image);
+    const qsnn_value *v;
+    int32_t t, i;
+    context x;
+    x.image = image;
+    x.ints = (const int32_t *)image;
+    x.state = state;
+    x.arena = arena;
+    x.workspace = arena + h->workspace + (size_t)worker * (size_t)h->workspace_words;
+    x.line = (int32_t *)(x.workspace + h->line);
+    x.other = (int32_t *)(x.workspace + h->other);
+    for (t = 0; t < steps; t++) {
+        v = value_at(&x, h->input);
+        take_input(&x, v, input, share_of(v, worker, workers));
+        input += input_stride;
+        if (workers > 1) wait(waiting);
+        for (i = 0; i < h->step_count; i++) {
+            run_step(&x, x.ints + x.ints[h->steps + i], worker, workers);
+            if (workers > 1) wait(waiting);
+        }
+        for (i = 0; i < h->output_count; i++) {
+            v = value_at(&x, x.ints[h->outputs + i]);
+            give_output(&x, v, output, share_of(v, worker, workers));
+            output += v->pixels * v->channels;
+        }
     }
 }
 
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output) {
-    context x;
-    int32_t t, i, c, pixel;
-    x.image = image;
-    x.ints = (const int32_t *)image;
-    x.state = state;
-    x.arena = arena;
-    x.line = (int32_t *)(arena + image[QSNN_H_SCRATCH]);
-    x.other = x.line + image[QSNN_H_LINE_WORDS];
-    x.scratch = (uint32_t *)(x.other + image[QSNN_H_LINE_WORDS]);
-    for (t = 0; t < steps; t++) {
-        const int32_t *v = value_of(&x, 0);
-        const int32_t pixels = v[V_HEIGHT] * v[V_WIDTH];
-        for (c = 0; c < v[V_CHANNELS]; c++)
-            for (pixel = 0; pixel < pixels; pixel++)
-                pixel_ints(&x, v, pixel)[c] = input[c * pixels + pixel];
-        input += input_stride;
-        for (i = 0; i < x.ints[QSNN_H_OP_COUNT]; i++)
-            run_op(&x, x.ints + x.ints[QSNN_H_OPS] + i * F_SIZE);
-        for (i = 0; i < x.ints[QSNN_H_OUTPUT_COUNT]; i++) {
-            const int32_t *o = value_of(&x, x.ints[x.ints[QSNN_H_OUTPUTS] + i]);
-            const int32_t n = o[V_HEIGHT] * o[V_WIDTH];
-            for (pixel = 0; pixel < n; pixel++) {
-                const int32_t *from = pixel_ints(&x, o, pixel);
-                if (o[V_PLANES]) {
-                    line_add(&x, x.line, o, pixel, 1, 1);
-                    from = x.line;
-                }
-                for (c = 0; c < o[V_CHANNELS]; c++) output[c * n + pixel] = from[c];
-            }
-            output += n * o[V_CHANNELS];
-        }
-    }
+    qsnn_run_part(image, state, arena, input, steps, input_stride, output, 0, 1, 0, 0);
 }

@@ -1,48 +1,35 @@
 /* qsnn: runs integer programs of quantized spiking neural networks.
  *
  * A program is a constant array of 32-bit words (an "image", written by qsnn_ext.deploy) and needs
- * two work areas whose sizes it states. Nothing is allocated; nothing is kept between calls but
- * `state`. Everything is int32 arithmetic, so every build gives the same bits.
+ * two work areas whose sizes its header states. Nothing is allocated; nothing is kept between calls
+ * but `state`. Everything is integer arithmetic, so every build gives the same bits, on machines of
+ * either byte order; signed numbers must be two's complement and >> of a negative one arithmetic.
  *
- * One image may be used from many threads at once, each with its own state and arena.
- */
+ * `state` is filled by qsnn_reset. `arena` need not be initialised: nothing is read from it that was
+ * not written before, but for padding whose value never reaches an answer or a state.
+ *
+ * One image may be used from many threads at once, each with its own state and arena. */
 #ifndef QSNN_H
 #define QSNN_H
 
 #include <stdint.h>
-
-#define QSNN_MAGIC 0x4e4e5351 /* "QSNN" */
-#define QSNN_VERSION 1
-
-/* The first words of an image. All offsets count words from the start of the image. */
-enum {
-    QSNN_H_MAGIC,
-    QSNN_H_VERSION,
-    QSNN_H_IMAGE_WORDS,
-    QSNN_H_STATE_WORDS,   /* membranes of one sample */
-    QSNN_H_ARENA_WORDS,   /* activations and scratch of one running sample */
-    QSNN_H_INPUT_WORDS,   /* input codes of one time step, [C, H, W] */
-    QSNN_H_OUTPUT_WORDS,  /* answers of one time step, each [C, H, W] */
-    QSNN_H_VALUES,        /* offset of the value table */
-    QSNN_H_VALUE_COUNT,
-    QSNN_H_OPS,           /* offset of the operation table */
-    QSNN_H_OP_COUNT,
-    QSNN_H_NEURONS,       /* offset of the neuron table */
-    QSNN_H_NEURON_COUNT,
-    QSNN_H_OUTPUTS,       /* offset of the list of output values */
-    QSNN_H_OUTPUT_COUNT,
-    QSNN_H_SCRATCH,       /* start of the scratch area inside the arena */
-    QSNN_H_LINE_WORDS,    /* size of one line in it */
-    QSNN_H_SIZE
-};
+#include "qsnn_records.h"
 
 /* Puts all membranes of one sample into their initial state. */
 void qsnn_reset(const uint32_t *image, uint32_t *state);
 
 /* Runs `steps` time steps of one sample. `input_stride` is the distance in words between the
  * inputs of two steps; 0 shows the same input at every step. `output` receives the answers of
- * every step one after the other. */
+ * every step one after the other. Input codes must lie in the program's range. */
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output);
+
+/* The same, by several workers at the same time on one sample: each calls this with all arguments
+ * alike but `worker`, 0 to workers - 1, and does its share of the rows of every layer. `wait` is
+ * called with `waiting` after every layer and must return once all workers have called it. The arena
+ * needs (workers - 1) * workspace_words (of the header) more. The bits are the same. */
+void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
+                   int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
+                   int32_t workers, void (*wait)(void *), void *waiting);
 
 #endif

@@ -228,7 +228,7 @@ typedef uint32_t vb;
 #define vb_or(a, b) ((a) | (b))
 #define vb_xor(a, b) ((a) ^ (b))
 #define vb_not(a) (~(a))
-#define vb_spread_bit(a, p) (0u - (((a) >> (p)) & 1u))
+#define vb_spread_bit(a, p) wrap_sub(0u, ((a) >> (p)) & 1u)
 static inline vb vb_lanes(const int32_t *values, const int words) {
     (void)words;
     return (uint32_t)values[0];

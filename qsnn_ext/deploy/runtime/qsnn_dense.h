@@ -22,7 +22,7 @@ static inline int32_t ones_of(const uint32_t *bits, int32_t words) {
         uint32_t a = bits[w];
         a = a - ((a >> 1) & 0x55555555u);
         a = (a & 0x33333333u) + ((a >> 2) & 0x33333333u);
-        sum += (int32_t)((((a + (a >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24);
+        sum += (int32_t)(wrap_mul((a + (a >> 4)) & 0x0f0f0f0fu, 0x01010101u) >> 24);
 #endif
     }
     return sum;
@@ -44,38 +44,38 @@ static inline void append_bits(uint32_t *to, int32_t at, const uint32_t *from, i
     }
 }
 
-/* The inputs of one group and plane under the kernel, side by side in (row, column, channel) order. */
-static void patch_of(const context *x, const int32_t *op, int32_t oy, int32_t ox, int32_t group,
-                     int32_t plane, uint32_t *patch) {
-    const int32_t *src = value_of(x, op[F_SOURCE]);
-    const int32_t cin = src[V_CHANNELS] / op[F_GROUPS], kw = op[F_KW], words = words_of(src);
+/* `cin` inputs of one plane under the kernel, from channel `first` on, side by side in (row, column,
+ * channel) order, in `words` words. */
+static void patch_of(const context *x, const qsnn_value *src, const qsnn_window *k, int32_t oy,
+                     int32_t ox, int32_t first, int32_t cin, int32_t plane, int32_t words,
+                     uint32_t *patch) {
     int32_t ky, kx;
-    memset(patch, 0, (size_t)op[F_DENSE_ROWS] * 4);
-    for (ky = 0; ky < op[F_KH]; ky++) {
-        const int32_t iy = oy * op[F_SH] - op[F_TOP] + ky * op[F_DH];
-        if (iy < 0 || iy >= src[V_HEIGHT]) continue;
-        for (kx = 0; kx < kw; kx++) {
-            const int32_t ix = ox * op[F_SW] - op[F_LEFT] + kx * op[F_DW];
-            if (ix < 0 || ix >= src[V_WIDTH]) continue;
-            append_bits(patch, (ky * kw + kx) * cin,
-                        pixel_bits(x, src, iy * src[V_WIDTH] + ix) + plane * words, group * cin,
-                        cin);
+    memset(patch, 0, (size_t)words * 4);
+    for (ky = 0; ky < k->kh; ky++) {
+        const int32_t iy = oy * k->sh - k->top + ky * k->dh;
+        if (iy < 0 || iy >= src->height) continue;
+        for (kx = 0; kx < k->kw; kx++) {
+            const int32_t ix = ox * k->sw - k->left + kx * k->dw;
+            if (ix < 0 || ix >= src->width) continue;
+            append_bits(patch, (ky * k->kw + kx) * cin,
+                        pixel_bits(x, src, iy * src->width + ix) + plane * src->words, first, cin);
         }
     }
 }
 
 /* Whether AND and popcount is the faster way to count, given how many inputs are active. Its cost
  * is that of all inputs; an active input costs one vector (joined: per `kw` rows) of additions. */
-static int dense_pays(const context *x, const int32_t *op, int joined) {
-    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t pixels = src[V_HEIGHT] * src[V_WIDTH], columns = joined ? op[F_KW] : 1;
-    const int64_t vectors = (op[F_ROW_WORDS] * columns + VB_WORDS - 1) / VB_WORDS;
+static int dense_pays(const context *x, const qsnn_events *op, int joined) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const int32_t columns = joined ? op->window.kw : 1;
+    const int64_t vectors = (dst->words * columns + VB_WORDS - 1) / VB_WORDS;
     int64_t events, dense;
-    if (!op[F_DENSE] || op[F_METHOD] == METHOD_EVENTS) return 0;
-    if (op[F_METHOD] == METHOD_DENSE) return 1;
-    events = vectors * op[F_KH] * op[F_KW] * ones_of(pixel_bits(x, src, 0), pixels * src[V_STRIDE]);
-    dense = (int64_t)op[F_DENSE_ROWS] * ((dst[V_CHANNELS] + LANES - 1) / LANES) * src[V_PLANES];
-    return 4 * events > DENSE_COST * dense * pixels * columns;
+    if (!op->dense || op->method == QSNN_METHOD_EVENTS) return 0;
+    if (op->method == QSNN_METHOD_DENSE) return 1;
+    events = vectors * op->window.kh * op->window.kw *
+             ones_of(pixel_bits(x, src, 0), src->pixels * src->stride);
+    dense = (int64_t)op->dense_rows * ((dst->channels + LANES - 1) / LANES) * src->planes;
+    return 4 * events > DENSE_COST * dense * src->pixels * columns;
 }
 
 /* Bit planes of the low `depth` bits of `words` * 32 numbers. */
@@ -94,31 +94,29 @@ static void line_planes(const int32_t *line, int32_t words, int depth, uint32_t 
 }
 
 /* Convolution in groups of bits with single-bit weights. */
-static void conv_groups(const context *x, const int32_t *op) {
-    const int32_t *src = value_of(x, op[F_SOURCE]), *dst = value_of(x, op[F_TARGET]);
-    const int32_t groups = op[F_GROUPS], cout = dst[V_CHANNELS] / groups, n = op[F_DENSE_ROWS];
-    const int32_t columns = (cout + 15) / 16 * 16;
-    const uint32_t *weight = x->image + op[F_DENSE];
-    uint32_t *patch = x->scratch;
-    int32_t *count = (int32_t *)(patch + n);
+static void conv_groups(const context *x, const qsnn_groups *op, share rows) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const int32_t n = op->dense_rows;
+    uint32_t *patch = x->workspace + op->patch;
+    int32_t *count = (int32_t *)(x->workspace + op->counts);
     int32_t oy, ox, g, p, c;
-    for (oy = 0; oy < dst[V_HEIGHT]; oy++) {
-        for (ox = 0; ox < dst[V_WIDTH]; ox++) {
-            for (g = 0; g < groups; g++) {
-                int32_t *line = x->line + g * cout;
-                for (c = 0; c < cout; c++) line[c] = 0;
-                for (p = 0; p < src[V_PLANES]; p++) {
+    for (oy = rows.first; oy < rows.end; oy++) {
+        for (ox = 0; ox < dst->width; ox++) {
+            for (g = 0; g < op->groups; g++) {
+                const uint32_t *weight = x->image + op->dense + g * op->dense_pitch;
+                int32_t *line = x->line + g * op->cout;
+                for (c = 0; c < op->cout; c++) line[c] = 0;
+                for (p = 0; p < src->planes; p++) {
                     int32_t active;
-                    patch_of(x, op, oy, ox, g, p, patch);
+                    patch_of(x, src, &op->window, oy, ox, g * op->cin, op->cin, p, n, patch);
                     active = ones_of(patch, n);
                     if (!active) continue;
-                    count_dense(weight + (size_t)g * (size_t)n * (size_t)columns, patch, n,
-                                columns, count);
-                    for (c = 0; c < cout; c++) line[c] += (2 * count[c] - active) * (1 << p);
+                    count_dense(weight, patch, n, op->columns, count);
+                    for (c = 0; c < op->cout; c++) line[c] += (2 * count[c] - active) * (1 << p);
                 }
             }
-            line_affine(x, op, x->line, words_of(dst));
-            finish(x, op, x->line, oy * dst[V_WIDTH] + ox);
+            line_affine(x, &op->scale, x->line);
+            finish(x, &op->step, x->line, oy * dst->width + ox);
         }
     }
 }

@@ -28,9 +28,9 @@ static uint32_t list_bits(const uint32_t *bits, int32_t words, uint32_t step, ui
 #else
     for (w = 0; w < words; w++) {
         uint32_t rest = bits[w];
-        const uint32_t start = base + (uint32_t)w * 32u * step;
+        const uint32_t start = wrap_add(base, wrap_mul((uint32_t)w * 32u, step));
         while (rest) {
-            list[n++] = start + (uint32_t)lowest_bit(rest) * step;
+            list[n++] = wrap_add(start, wrap_mul((uint32_t)lowest_bit(rest), step));
             rest &= rest - 1u;
         }
     }
@@ -288,14 +288,13 @@ static inline void compare(const vb *x, vb odd, int depth, const uint32_t *at, s
  *
  * `x` holds counts of positive products; `pixel` is the first of the strip, `sums` its numbers
  * centre - active. `repeat`: words of a pixel if several make up a vector, otherwise 0. */
-static inline void fire_strip(const context *x, const int32_t *op, const strip *s, int32_t pixel,
+static inline void fire_strip(const context *x, const qsnn_events *op, const strip *s, int32_t pixel,
                               vb *count, int have, const int32_t *sums, const int repeat) {
-    const int32_t *n = x->ints + x->ints[QSNN_H_NEURONS] + op[F_NEURON] * N_SIZE;
-    const int32_t words = s->words, depth = op[F_DEPTH];
-    const size_t block = (size_t)(depth + 1) * 9u * (size_t)words;
-    const uint32_t *at = x->image + op[F_FIRING];
-    uint32_t *state = x->state + n[N_STATE] + pixel * 2 * words;
-    vb low, high, odd, carry = vb_zero(), answer[9], k, spike, least0, least1;
+    const qsnn_neuron *n = neuron_at(x, op->step.neuron);
+    const int32_t words = s->words, depth = op->depth;
+    const uint32_t *at = x->image + op->firing, *after = x->image + op->after;
+    uint32_t *state = x->state + n->state + pixel * n->state_pitch;
+    vb low, high, odd, carry = vb_zero(), answer[QUESTIONS], k, spike, least0, least1;
     int p;
     /* dot + centre = 2 * (count + (centre - active) / 2) + odd */
     k = vb_lanes(sums, repeat);
@@ -311,10 +310,10 @@ static inline void fire_strip(const context *x, const int32_t *op, const strip *
     spike = vb_choose(high, answer[6], vb_choose(low, answer[3], answer[0]));
     least0 = vb_choose(high, answer[7], vb_choose(low, answer[4], answer[1]));
     least1 = vb_choose(high, answer[8], vb_choose(low, answer[5], answer[2]));
-    at += block;
-    if (op[F_ADD] >= 0) {
-        const int32_t *v = value_of(x, op[F_ADD]);
+    if (op->step.add) {
+        const qsnn_value *v = value_at(x, op->step.add);
         const vb other = strip_load(s, pixel_bits(x, v, pixel), words);
+        at += op->firing_block;
         compare(count, odd, depth, at + s->first, (size_t)words, repeat, answer);
         spike = vb_choose(other, vb_choose(high, answer[6], vb_choose(low, answer[3], answer[0])),
                           spike);
@@ -322,25 +321,27 @@ static inline void fire_strip(const context *x, const int32_t *op, const strip *
                            least0);
         least1 = vb_choose(other, vb_choose(high, answer[8], vb_choose(low, answer[5], answer[2])),
                            least1);
-        at += block;
     }
-    strip_store(s, pixel_bits(x, value_of(x, n[N_SPIKES]), pixel), words, spike);
+    strip_store(s, pixel_bits(x, value_at(x, n->spikes), pixel), words, spike);
     high = vb_not(least0); /* codes -1, 0, 1 in two's complement: 11, 00, 01 */
     low = vb_or_not(least1, least0);
-    if (n[N_RESET] == RESET_HARD) { /* the level of the reset value, per channel */
-        low = vb_choose(spike, vb_repeat(at + s->first, repeat), low);
-        high = vb_choose(spike, vb_repeat(at + words + s->first, repeat), high);
+    if (n->reset == QSNN_RESET_HARD) { /* the level of the reset value, per channel */
+        low = vb_choose(spike, vb_repeat(after + s->first, repeat), low);
+        high = vb_choose(spike, vb_repeat(after + words + s->first, repeat), high);
     }
     state_store(s, state, low, high, repeat);
 }
 
 /* What follows counting, for one row of output pixels, a strip after the other: sums of the counts
  * of planes and kernel columns, then the neuron on bits, or plain numbers for whatever comes next. */
-static void finish_row(const context *x, const int32_t *op, int32_t oy, const uint32_t *counts,
-                       size_t plane, int32_t operands, const int *depth, const int32_t *sums) {
-    const int32_t out = value_of(x, op[F_TARGET])[V_WIDTH], words = op[F_ROW_WORDS];
-    const int32_t planes = value_of(x, op[F_SOURCE])[V_PLANES], dw = op[F_DW];
-    const int deepest = op[F_DEPTH] < 5 ? 5 : op[F_DEPTH];
+static void finish_row(const context *x, const qsnn_events *op, int32_t oy, int32_t operands,
+                       const int *depth) {
+    const qsnn_value *dst = value_at(x, op->step.target);
+    const int32_t out = dst->width, words = dst->words, dw = op->window.dw;
+    const int32_t planes = value_at(x, op->step.source)->planes, deepest = op->deepest;
+    const uint32_t *counts = x->workspace + op->counts;
+    const int32_t *sums = (const int32_t *)(x->workspace + op->sums);
+    const size_t plane = (size_t)op->counts_pitch;
     int32_t ox, p, k;
     strip s;
     s.words = words;
@@ -359,8 +360,8 @@ static void finish_row(const context *x, const int32_t *op, int32_t oy, const ui
                         count, have,
                         counts + (size_t)((p * operands + k) * deepest) * plane +
                             (ox + k * dw) * words + s.first,
-                        plane, depth[p], p, op[F_DEPTH]);
-            if (op[F_FIRING]) {
+                        plane, depth[p], p, op->depth);
+            if (op->firing) {
                 switch (words) {
 #if VB_WORDS > 1
                 case 1: fire_strip(x, op, &s, pixel, count, have, sums + ox, 1); break;
@@ -385,10 +386,10 @@ static void finish_row(const context *x, const int32_t *op, int32_t oy, const ui
                 for (q = 0; q < have; q++) vb_store(unpacked + q * VB_WORDS, count[q]);
                 for (g = 0; g < s.pixels; g++) {
                     line_counts(x->line + s.first * 32, unpacked + g * words, VB_WORDS, have,
-                                s.used, op[F_CENTRE] - sums[ox + g]);
+                                s.used, op->centre - sums[ox + g]);
                     if (s.first + VB_WORDS < words) continue;
-                    line_affine(x, op, x->line, words);
-                    finish(x, op, x->line, pixel + g);
+                    line_affine(x, &op->scale, x->line);
+                    finish(x, &op->step, x->line, pixel + g);
                 }
             }
         }

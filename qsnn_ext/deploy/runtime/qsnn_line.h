@@ -13,21 +13,21 @@ static void line_add_bits(int32_t *line, const uint32_t *bits, int32_t planes, i
             vi sum = first ? vi_set(0) : vi_load(at);
             for (p = 0; p < planes; p++)
                 sum = vi_add_if(sum, vm_from(bits[p * words + w] >> g),
-                                vi_set((int32_t)((uint32_t)factor << p)));
+                                vi_set((int32_t)wrap_mul((uint32_t)factor, 1u << p)));
             vi_store(at, sum);
         }
     }
 }
 
-static void line_add(const context *x, int32_t *line, const int32_t *v, int32_t pixel,
+static void line_add(const context *x, int32_t *line, const qsnn_value *v, int32_t pixel,
                      int32_t factor, int first) {
-    int32_t words = words_of(v), c;
-    if (v[V_PLANES]) {
-        line_add_bits(line, pixel_bits(x, v, pixel), v[V_PLANES], words, factor, first);
+    int32_t c;
+    if (v->planes) {
+        line_add_bits(line, pixel_bits(x, v, pixel), v->planes, v->words, factor, first);
     } else {
         const int32_t *from = pixel_ints(x, v, pixel);
         vi f = vi_set(factor);
-        for (c = 0; c < words * 32; c += LANES) {
+        for (c = 0; c < v->words * 32; c += LANES) {
             vi a = vi_load(from + c);
             if (factor != 1) a = vi_mul(a, f);
             vi_store(line + c, first ? a : vi_add(vi_load(line + c), a));
@@ -35,16 +35,16 @@ static void line_add(const context *x, int32_t *line, const int32_t *v, int32_t 
     }
 }
 
-static void line_store(const context *x, const int32_t *line, const int32_t *v, int32_t pixel) {
-    int32_t words = words_of(v), w, g, p;
-    if (v[V_PLANES] == 0) {
+static void line_store(const context *x, const int32_t *line, const qsnn_value *v, int32_t pixel) {
+    int32_t words = v->words, w, g, p;
+    if (v->planes == 0) {
         memcpy(pixel_ints(x, v, pixel), line, (size_t)words * 32 * 4);
         return;
     }
     for (w = 0; w < words; w++) {
-        uint32_t mask = w == words - 1 ? last_mask(v[V_CHANNELS]) : 0xffffffffu;
+        uint32_t mask = w == words - 1 ? last_mask(v->channels) : 0xffffffffu;
         uint32_t *to = pixel_bits(x, v, pixel) + w;
-        for (p = 0; p < v[V_PLANES]; p++) {
+        for (p = 0; p < v->planes; p++) {
             uint32_t bits = 0;
             vi one = vi_set((int32_t)(1u << p));
             for (g = 0; g < 32; g += LANES)
@@ -55,23 +55,24 @@ static void line_store(const context *x, const int32_t *line, const int32_t *v, 
 }
 
 /* line = ((line * multiplier + half) >> shift) + bias, per channel. */
-static void line_affine(const context *x, const int32_t *op, int32_t *line, int32_t words) {
-    const int32_t *m = x->ints + op[F_MULTIPLIER];
-    const int32_t *s = x->ints + op[F_SHIFT];
-    const int32_t *b = x->ints + op[F_BIAS];
-    int32_t c, n = words * 32;
-    if (op[F_PRODUCT32]) { /* the products are proven to fit int32 */
-        for (c = 0; c < n; c += LANES) {
-            vi shift = vi_load(s + c);
-            vi half = vi_load(s + n + c); /* 1 << (shift - 1) */
-            vi y = vi_add(vi_mul(vi_load(line + c), vi_load(m + c)), half);
+static void line_affine(const context *x, const qsnn_scale *scale, int32_t *line) {
+    const int32_t *m = x->ints + scale->multiplier;
+    const int32_t *s = x->ints + scale->shift;
+    const int32_t *b = x->ints + scale->bias;
+    const int32_t n = scale->channels;
+    int32_t c = 0;
+    if (scale->product32) { /* the products are proven to fit int32 */
+        const vi one = vi_set(1);
+        for (; c + LANES <= n; c += LANES) {
+            const vi shift = vi_load(s + c);
+            const vi half = vi_sll(one, vi_sub(shift, one));
+            const vi y = vi_add(vi_mul(vi_load(line + c), vi_load(m + c)), half);
             vi_store(line + c, vi_add(vi_sra(y, shift), vi_load(b + c)));
         }
-    } else {
-        for (c = 0; c < n; c++) {
-            int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (s[c] - 1));
-            line[c] = (int32_t)(y >> s[c]) + b[c];
-        }
+    }
+    for (; c < n; c++) {
+        int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (s[c] - 1));
+        line[c] = (int32_t)(y >> s[c]) + b[c];
     }
 }
 

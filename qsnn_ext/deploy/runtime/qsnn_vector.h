@@ -7,6 +7,23 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Arithmetic that is meant to wrap, modulo 2^32. Sums of offsets do, and so do lanes of padding;
+ * everything else is proven not to. */
+#if defined(__clang__)
+#define QSNN_WRAPS __attribute__((no_sanitize("unsigned-integer-overflow")))
+#else
+#define QSNN_WRAPS
+#endif
+QSNN_WRAPS static inline uint32_t wrap_add(uint32_t a, uint32_t b) { return a + b; }
+QSNN_WRAPS static inline uint32_t wrap_sub(uint32_t a, uint32_t b) { return a - b; }
+QSNN_WRAPS static inline uint32_t wrap_mul(uint32_t a, uint32_t b) { return a * b; }
+
+/* Where byte i of an array of words is: images hold the first byte lowest in a word. */
+static inline int32_t byte_place(int32_t i) {
+    const uint32_t one = 1;
+    return *(const uint8_t *)(const void *)&one ? i : i ^ 3;
+}
+
 #if defined(__i386__) && !defined(__SSE2__) && !defined(QSNN_PLAIN)
 #define QSNN_PLAIN /* vectors would be passed in memory, against the convention of calls */
 #endif
@@ -25,6 +42,7 @@ static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 static inline vi vi_sra(vi a, vi b) { return _mm512_srav_epi32(a, b); }
+static inline vi vi_sll(vi a, vi b) { return _mm512_sllv_epi32(a, b); }
 static inline vi vi_min(vi a, vi b) { return _mm512_min_epi32(a, b); }
 static inline vm vm_ge(vi a, vi b) { return _mm512_cmpge_epi32_mask(a, b); }
 static inline vm vm_test(vi a, vi b) { return _mm512_test_epi32_mask(a, b); }
@@ -32,8 +50,8 @@ static inline vm vm_from(uint32_t bits) { return (vm)bits; }
 static inline uint32_t vm_bits(vm m) { return (uint32_t)m; }
 static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_mov_epi32(b, m, a); }
 static inline vi vi_add_if(vi a, vm m, vi b) { return _mm512_mask_add_epi32(a, m, a, b); }
-static inline vi vi_load_i8(const int8_t *p) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+static inline vi vi_load_i8(const int8_t *p, int32_t i) { /* LANES bytes from the i-th on */
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + i)));
 }
 static inline vi vi_lookup(const int32_t *table, vi index) {
     return _mm512_i32gather_epi32(index, (const void *)table, 4);
@@ -56,6 +74,7 @@ static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 static inline vi vi_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
 static inline vi vi_sra(vi a, vi b) { return _mm256_srav_epi32(a, b); }
+static inline vi vi_sll(vi a, vi b) { return _mm256_sllv_epi32(a, b); }
 static inline vi vi_min(vi a, vi b) { return _mm256_min_epi32(a, b); }
 static inline vm vm_ge(vi a, vi b) {
     return _mm256_xor_si256(_mm256_cmpgt_epi32(b, a), _mm256_set1_epi32(-1));
@@ -73,8 +92,8 @@ static inline uint32_t vm_bits(vm m) {
 }
 static inline vi vi_select(vm m, vi a, vi b) { return _mm256_blendv_epi8(b, a, m); }
 static inline vi vi_add_if(vi a, vm m, vi b) { return _mm256_add_epi32(a, _mm256_and_si256(m, b)); }
-static inline vi vi_load_i8(const int8_t *p) {
-    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+static inline vi vi_load_i8(const int8_t *p, int32_t i) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + i)));
 }
 static inline vi vi_lookup(const int32_t *table, vi index) {
     return _mm256_i32gather_epi32((const int *)table, index, 4);
@@ -89,14 +108,16 @@ static inline vi vi_lookup_small(vi table, vi index) {
 
 #define LANES 4
 typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint32_t vu __attribute__((vector_size(16))); /* whose overflow is defined */
 typedef vi vm; /* every lane 0 or -1 */
 static inline vi vi_load(const int32_t *p) { vi a; memcpy(&a, p, sizeof a); return a; }
 static inline void vi_store(int32_t *p, vi a) { memcpy(p, &a, sizeof a); }
 static inline vi vi_set(int32_t a) { vi v = {a, a, a, a}; return v; }
-static inline vi vi_add(vi a, vi b) { return a + b; }
-static inline vi vi_sub(vi a, vi b) { return a - b; }
-static inline vi vi_mul(vi a, vi b) { return a * b; }
+static inline vi vi_add(vi a, vi b) { return (vi)((vu)a + (vu)b); }
+static inline vi vi_sub(vi a, vi b) { return (vi)((vu)a - (vu)b); }
+static inline vi vi_mul(vi a, vi b) { return (vi)((vu)a * (vu)b); }
 static inline vi vi_sra(vi a, vi b) { return a >> b; }
+static inline vi vi_sll(vi a, vi b) { return (vi)((vu)a << (vu)b); }
 static inline vm vm_ge(vi a, vi b) { return (vm)(a >= b); }
 static inline vm vm_test(vi a, vi b) { vi zero = {0, 0, 0, 0}; return (vm)((a & b) != zero); }
 static inline vm vm_from(uint32_t bits) {
@@ -108,14 +129,18 @@ static inline uint32_t vm_bits(vm m) {
 }
 static inline vi vi_select(vm m, vi a, vi b) { return (a & m) | (b & ~m); }
 static inline vi vi_min(vi a, vi b) { return vi_select((vm)(a < b), a, b); }
-static inline vi vi_add_if(vi a, vm m, vi b) { return a + (b & m); }
-static inline vi vi_load_i8(const int8_t *p) { vi v = {p[0], p[1], p[2], p[3]}; return v; }
+static inline vi vi_add_if(vi a, vm m, vi b) { return vi_add(a, b & m); }
+static inline vi vi_load_i8(const int8_t *p, int32_t i) {
+    vi v = {p[byte_place(i)], p[byte_place(i + 1)], p[byte_place(i + 2)], p[byte_place(i + 3)]};
+    return v;
+}
 static inline vi vi_lookup(const int32_t *table, vi i) {
     vi v = {table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
     return v;
 }
 static inline vi vi_madd(vi a, vi b) {
-    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+    const vi low_a = (vi)((vu)a << 16) >> 16, low_b = (vi)((vu)b << 16) >> 16;
+    return vi_add(vi_mul(low_a, low_b), vi_mul(a >> 16, b >> 16));
 }
 #define SMALL_TABLE 0
 
@@ -127,21 +152,23 @@ typedef int32_t vm;
 static inline vi vi_load(const int32_t *p) { return *p; }
 static inline void vi_store(int32_t *p, vi a) { *p = a; }
 static inline vi vi_set(int32_t a) { return a; }
-static inline vi vi_add(vi a, vi b) { return a + b; }
-static inline vi vi_sub(vi a, vi b) { return a - b; }
-static inline vi vi_mul(vi a, vi b) { return a * b; }
+static inline vi vi_add(vi a, vi b) { return (vi)wrap_add((uint32_t)a, (uint32_t)b); }
+static inline vi vi_sub(vi a, vi b) { return (vi)wrap_sub((uint32_t)a, (uint32_t)b); }
+static inline vi vi_mul(vi a, vi b) { return (vi)wrap_mul((uint32_t)a, (uint32_t)b); }
 static inline vi vi_sra(vi a, vi b) { return a >> b; }
+static inline vi vi_sll(vi a, vi b) { return (vi)((uint32_t)a << b); }
 static inline vi vi_min(vi a, vi b) { return a < b ? a : b; }
 static inline vm vm_ge(vi a, vi b) { return a >= b; }
 static inline vm vm_test(vi a, vi b) { return (a & b) != 0; }
 static inline vm vm_from(uint32_t bits) { return (vm)(bits & 1u); }
 static inline uint32_t vm_bits(vm m) { return (uint32_t)m; }
 static inline vi vi_select(vm m, vi a, vi b) { return m ? a : b; }
-static inline vi vi_add_if(vi a, vm m, vi b) { return m ? a + b : a; }
-static inline vi vi_load_i8(const int8_t *p) { return *p; }
+static inline vi vi_add_if(vi a, vm m, vi b) { return m ? vi_add(a, b) : a; }
+static inline vi vi_load_i8(const int8_t *p, int32_t i) { return p[byte_place(i)]; }
 static inline vi vi_lookup(const int32_t *table, vi i) { return table[i]; }
 static inline vi vi_madd(vi a, vi b) {
-    return (vi)(int16_t)(a & 0xffff) * (int16_t)(b & 0xffff) + (a >> 16) * (b >> 16);
+    const vi low_a = ((a & 0xffff) ^ 0x8000) - 0x8000, low_b = ((b & 0xffff) ^ 0x8000) - 0x8000;
+    return vi_add(low_a * low_b, (a >> 16) * (b >> 16));
 }
 #define SMALL_TABLE 0
 
