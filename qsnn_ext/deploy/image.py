@@ -69,8 +69,8 @@ def assemble(layout: Layout) -> Image:
     image = np.zeros(layout.image_words, np.uint32)
 
     def put(area: Area, array: IntArray) -> None:
-        assert array.size == area.words, (area, array.shape)
-        assert array.dtype in (np.uint32, np.int32), array.dtype
+        assert array.size == area.words
+        assert array.dtype in (np.uint32, np.int32)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
         image[area.offset : area.offset + area.words] = flat
 

@@ -246,7 +246,7 @@ def encode(name: str, given: Mapping[str, Any]) -> list[int]:
         FormatError: If a number does not fit 32 bits.
     """
     fields = RECORDS[name][1]
-    assert set(given) == {f.split(":")[-1] for f, _ in fields}, (name, set(given))
+    assert set(given) == {f.split(":")[-1] for f, _ in fields}
     encoded: list[int] = []
     for field, _ in fields:
         kind, _, inner = field.rpartition(":")
