@@ -175,7 +175,8 @@ def symmetric_codes(x: Tensor, alpha: Tensor, bits: int) -> tuple[Tensor, Tensor
     ``codes = round_half_even(clip(x/alpha, -1, 1) * n)`` and ``scale = alpha/n`` with
     ``n = 2**(bits-1) - 1``; the quantized value is exactly ``codes * scale``. This is the one
     rounding function of the package. Where ``alpha <= 0`` (all membrane potentials at or below
-    zero) codes and scale are 0; NaN in ``x`` or ``alpha`` stays NaN.
+    zero) codes and scale are 0. NaN in ``x`` or ``alpha`` stays NaN, and infinity in ``x`` becomes
+    it: no level stands for either.
 
     Args:
         x: real tensor.
@@ -189,7 +190,7 @@ def symmetric_codes(x: Tensor, alpha: Tensor, bits: int) -> tuple[Tensor, Tensor
     empty = alpha <= 0
     # Dividing by infinity gives code 0 with one select, instead of a second one on the codes.
     ratio = x / torch.where(empty, torch.inf, alpha)
-    codes = torch.round(ratio.clamp(-1, 1) * n)
+    codes = torch.round(ratio.clamp(-1, 1) * n) + x * 0.0
     scale = torch.where(empty, 0, alpha / n)
     return codes, scale
 
@@ -232,6 +233,9 @@ def quantize_symmetric(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 def membrane_alpha(v: Tensor, scale: MembraneScale) -> Tensor:
     """The layer's scale ``alpha_u``: ``max(v)`` (the paper) or ``max|v|`` (the authors' code).
 
+    NaN and infinity are left out, so that one neuron that holds them does not take the others'
+    levels away.
+
     Args:
         v: membrane potentials, any shape; an empty tensor has alpha 0.
         scale: ``"max"`` or ``"absmax"``.
@@ -248,7 +252,8 @@ def membrane_alpha(v: Tensor, scale: MembraneScale) -> Tensor:
     v = v.detach()
     if v.numel() == 0:
         return v.new_zeros(())
-    return v.amax() if scale == "max" else v.abs().amax()
+    v = v if scale == "max" else v.abs()
+    return torch.where(torch.isfinite(v), v, -torch.inf if scale == "max" else 0.0).amax()
 
 
 def quantize_membrane(u: Tensor, bits: int, alpha: Tensor, squash: Squash | None = None) -> Tensor:

@@ -22,6 +22,9 @@ except ImportError as error:
     raise hosts.missing("snntorch", error) from error
 
 
+_RESETS: dict[str, F.Reset] = {"subtract": "soft", "zero": "hard", "none": "none"}
+
+
 class Triangle:
     """The paper's surrogate (Eq. 5) in snnTorch's convention: fires at ``u > theta``.
 
@@ -153,10 +156,10 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         Raises:
             InputTypeError: ``input_`` is not floating point, or ``mem`` beside ``init_hidden``.
         """
-        F.check_floating(input_, "QLeaky")
         if self.membrane is None:
             result: Tensor | tuple[Tensor, Tensor] = super().forward(input_, mem)
             return result
+        F.check_floating(input_, "QLeaky")
         if mem is not None:
             if self.init_hidden:
                 raise InputTypeError(
@@ -166,28 +169,45 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
 
-        fused = self._fused(input_)
-        if fused is not None:
-            spk, self.mem = fused
-            return spk if self.init_hidden and not self.output else (spk, self.mem)
+        if input_.dtype in (torch.float16, torch.bfloat16):
+            spk, self.mem = self._narrow_step(input_)
+        else:
+            spk, self.mem = self._fused(input_) or self._step(input_)
+        return spk if self.init_hidden and not self.output else (spk, self.mem)
 
-        self.reset = self._start_reset()
+    def _step(self, input_: Tensor) -> tuple[Tensor, Tensor]:
+        """The step in plain operations."""
+        assert self.membrane is not None
+        # Without the delay what fired has been reset already: a state above the threshold may just
+        # have been rounded there, and to reset it now would be a reset without a spike.
+        self.reset = self.mem_reset(self.mem) if self.reset_delay else torch.zeros_like(self.mem)
         u = self.state_function(input_)
         if self.order == "quantize_first":
-            u = self.membrane(u)
+            with kernels.uncounted():
+                u = self.membrane(u)
         spk = self.fire_inhibition(u.size(0), u) if self.inhibition else self.fire(u)
-        self.mem = self._delayed(u) if self.reset_delay else self._immediate(u, spk)
+        return spk, self._delayed(u) if self.reset_delay else self._immediate(u, spk)
 
-        alone = self.init_hidden and not self.output
-        returned: Tensor | tuple[Tensor, Tensor] = spk if alone else (spk, self.mem)
-        return returned
+    def _narrow_step(self, input_: Tensor) -> tuple[Tensor, Tensor]:
+        """The step of half-precision currents: in float32, and rounded to what Leaky returns."""
+        spikes = self.spike_grad(input_.new_zeros(0)).dtype  # the host's own are float32
+        self.mem = self.mem.float()
+        spk, mem = self._step(input_.float())
+        stored = mem.to(torch.promote_types(input_.dtype, spikes))
+        if stored.dtype != mem.dtype and self.reset_delay and self.reset_mechanism != "none":
+            with torch.no_grad():
+                below, above = _around(self.threshold.float(), stored.dtype)
+                sided = torch.where(mem > self.threshold, above.maximum(stored), stored)
+                sided = torch.where(mem <= self.threshold, below.minimum(sided), sided)
+            stored = F.straight_through(stored, sided)
+        return spk.to(spikes), stored
 
     def _fused(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
         """The step as one operation; ``None`` where there is none for this neuron."""
         assert self.membrane is not None
         if self.inhibition or self.mem.device != input_.device:
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or kernels.is_watched():
             return None  # plain operations fuse by themselves there
         if not self.reset_delay:
             return self._fused_immediate(input_)
@@ -196,13 +216,12 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.beta.numel() != 1 or self.threshold.numel() != 1:
             return None
         graded, params = self._constants(input_.dtype)
-        reset = {"subtract": "soft", "zero": "hard", "none": "none"}[self.reset_mechanism]
         result = kernels.run_delayed_step(
             input_,
             self.mem,
             self.membrane,
             params=params,
-            reset=reset,  # type: ignore[arg-type]
+            reset=_RESETS[self.reset_mechanism],
             surrogate=self.spike_grad,
             order=self.order,
         )
@@ -211,16 +230,12 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         return result[0] * self.graded_spikes_factor, result[1]
 
     def _fused_immediate(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The step with the reset in it: one step of the layer that SpikingJelly's neurons run.
-
-        Not with reset by subtraction, which the host starts a step with where the state is still
-        above the threshold.
-        """
+        """The step with the reset in it: one step of the layer that SpikingJelly's neurons run."""
         assert self.membrane is not None
         charge = {"decay": self.beta.clamp(0, 1), "gain": 1.0, "offset": 0.0}
         numbers = (charge["decay"], self.threshold)
         known = kernels.covers(input_, self.membrane, self.spike_grad, numbers)
-        if self.reset_mechanism == "subtract" or not known or self.mem.dtype != input_.dtype:
+        if not known or self.mem.dtype != input_.dtype:
             return None
         spk, mem = kernels.run_layer(
             input_.unsqueeze(0),
@@ -228,7 +243,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
             self.membrane,
             charge=charge,
             threshold=self.threshold,
-            reset="hard" if self.reset_mechanism == "zero" else "none",
+            reset=_RESETS[self.reset_mechanism],
             v_reset=0.0,
             detach_reset=False,
             surrogate=self.spike_grad,
@@ -239,13 +254,16 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
     def _constants(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
         """Whether spikes are graded, and the kernel's params; kept until one of them changes."""
         sources = (self.beta, self.threshold, self.graded_spikes_factor)
-        key = (dtype, *[(id(t), t._version, t.data_ptr()) for t in sources])
+        # Tensors made under inference_mode count no versions: what they are is read every time.
+        counted = not any(t.is_inference() for t in sources)
+        key = (dtype, *[(id(t), t._version, t.data_ptr()) for t in sources]) if counted else None
         kept = self.__dict__.get("_kernel_constants")
-        if kept is None or kept[0] != key:
-            beta, theta = self.beta.detach().clamp(0, 1), self.threshold.detach().to(dtype)
-            above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
-            params = torch.stack([t.to(dtype).reshape(()) for t in (beta, theta, above)])
-            graded = bool((self.graded_spikes_factor != 1).any())
+        if kept is None or kept[0] != key or key is None:
+            with torch.inference_mode(False):  # what is kept may take part in training later
+                beta, theta = self.beta.detach().clamp(0, 1), self.threshold.detach().to(dtype)
+                above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
+                params = torch.stack([t.to(dtype).reshape(()) for t in (beta, theta, above)])
+                graded = bool((self.graded_spikes_factor != 1).any())
             kept = self.__dict__["_kernel_constants"] = (key, graded, params)
         params = kept[2]
         if self.beta.requires_grad and torch.is_grad_enabled():
@@ -253,19 +271,9 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
             params = torch.cat([decay, params[1:]])
         return kept[1], params
 
-    def _start_reset(self) -> Tensor:
-        """Which neurons the step resets before it charges them, read from the stored state."""
-        if self.reset_mechanism == "zero" and not self.reset_delay:
-            # What fired is at zero already. A state above the threshold can only have been rounded
-            # there, and to reset it now would be a reset without a spike.
-            return torch.zeros_like(self.mem)
-        reset: Tensor = self.mem_reset(self.mem)
-        return reset
-
     def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
         """The membrane potential after a reset in the same step (``reset_delay=False``)."""
-        # As in Leaky: a reset already taken at the start of the step is not taken twice.
-        do_reset: Tensor = spk / self.graded_spikes_factor - self.reset
+        do_reset: Tensor = spk / self.graded_spikes_factor
         if self.reset_mechanism == "subtract":
             v = u - do_reset * self.threshold
         elif self.reset_mechanism == "zero":
@@ -273,7 +281,10 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         else:
             v = u
         assert self.membrane is not None
-        carried: Tensor = v if self.order == "quantize_first" else self.membrane(v)
+        if self.order == "quantize_first":
+            return v
+        with kernels.uncounted():
+            carried: Tensor = self.membrane(v)
         return carried
 
     def _delayed(self, u: Tensor) -> Tensor:
@@ -281,6 +292,11 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         assert self.membrane is not None
         if self.order == "quantize_first":
             return u
+        with kernels.uncounted():
+            return self._stored(u)
+
+    def _stored(self, u: Tensor) -> Tensor:
+        assert self.membrane is not None
         if self.reset_mechanism == "none":
             return self.membrane.quantize(u)[0]
         fired: Tensor = self.mem_reset(u)
@@ -299,14 +315,23 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         code = torch.floor(theta / torch.where(step > 0, step, 1))
         below = torch.where(code * step > theta, (code - 1) * step, code * step)
         above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
-        is_above = self.mem_reset(stored) > 0
         is_fired = fired > 0
-        stored = torch.where(is_fired & ~is_above, above, stored)
-        return torch.where(is_above & ~is_fired, torch.minimum(below, theta), stored)
+        # NaN is neither above nor below, and stays.
+        stored = torch.where(is_fired & (stored <= theta), above, stored)
+        return torch.where(~is_fired & (stored > theta), torch.minimum(below, theta), stored)
 
     def extra_repr(self) -> str:
         """Bits and step order, for ``print(model)``."""
         return f"bits={self.bits}, order={self.order!r}"
+
+
+def _around(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The numbers of half precision nearest to ``theta``: not above it, and above it."""
+    near = theta.to(dtype)
+    infinity = torch.full_like(near, torch.inf)
+    is_above = near.float() > theta
+    below = torch.where(is_above, torch.nextafter(near, -infinity), near)
+    return below, torch.where(is_above, near, torch.nextafter(near, infinity))
 
 
 def _check_state_quant(node: Any, membrane: MembraneQuantizer | None) -> None:

@@ -39,6 +39,9 @@ except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
 
 
+kernels.COUNTERS.add("spikingjelly.activation_based.op_counter")
+
+
 class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
     """The paper's surrogate: gradient ``max(0, beta - |u - theta|)`` (Eq. 5), for any ``beta``.
 
@@ -47,23 +50,27 @@ class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
     Args:
         beta: half-width and height of the triangle; positive.
         spiking: ``False`` returns the primitive function, as for every SpikingJelly surrogate.
+        strict: whether the threshold itself does not fire, as in the authors' code. ``None`` is
+            ``True`` in neurons built with ``preset="official"`` and ``False`` elsewhere.
 
     Raises:
         ConfigError: ``beta`` is not positive.
     """
 
-    def __init__(self, beta: float = 1.0, spiking: bool = True) -> None:
+    def __init__(
+        self, beta: float = 1.0, spiking: bool = True, strict: bool | None = None
+    ) -> None:
         if not beta > 0:
             raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
-        super().__init__(spiking=spiking, beta=beta)
+        super().__init__(spiking=spiking, beta=beta, strict=strict)
 
     @staticmethod
-    def spiking_function(x: Tensor, beta: float) -> Tensor:
-        """``1[x >= 0]`` with the triangular gradient."""
-        return F.triangle(x, beta)
+    def spiking_function(x: Tensor, beta: float, strict: bool | None = None) -> Tensor:
+        """``1[x >= 0]``, or ``1[x > 0]`` if strict, with the triangular gradient."""
+        return F.triangle(x, beta, bool(strict))
 
     @staticmethod
-    def primitive_function(x: Tensor, beta: float) -> Tensor:
+    def primitive_function(x: Tensor, beta: float, strict: bool | None = None) -> Tensor:
         """The integral of the triangle, from 0 to ``beta**2``."""
         clipped = x.clamp(-beta, beta)
         return beta * beta / 2 + beta * clipped - clipped * clipped.abs() / 2
@@ -115,6 +122,9 @@ class QuantizedNode:
         super().__init__(*args, **kwargs)
         self.membrane = membrane
         self.order = order
+        fire = self.surrogate_function
+        if preset == "official" and isinstance(fire, Triangle) and fire.strict is None:
+            self.surrogate_function = Triangle(fire.beta, fire.spiking, strict=True)
 
     @property
     def bits(self) -> int | None:
@@ -162,6 +172,9 @@ class QuantizedNode:
 
         A state still at zero stays the number, ``None`` here: kernels need not read zeros.
         """
+        if self.membrane is None:
+            result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
+            return result
         x = inputs[0]
         F.check_floating(x, type(self).__name__)
         if step_mode == "m":
@@ -170,9 +183,9 @@ class QuantizedNode:
                 raise InputError(f"{type(self).__name__} got a sequence of no time steps (T = 0).")
         else:
             F.check_rank(x, f"{type(self).__name__} in step mode 's'", 1, "[N, ...]")
-        if self.membrane is not None and isinstance(states[0], float) and states[0] == 0.0:
+        if isinstance(states[0], float) and states[0] == 0.0:
             return (None, *states[1:])
-        result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
+        result = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
         return result
 
     def single_step_functional_forward(

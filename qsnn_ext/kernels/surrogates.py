@@ -116,7 +116,7 @@ def recognise(surrogate: Any) -> Surrogate | None:
     if home == "qsnn_ext.snntorch" and name == "Triangle":
         return _numbers("triangle", [surrogate.beta], True)
     if home == "qsnn_ext.spikingjelly" and name == "Triangle" and surrogate.spiking:
-        return _numbers("triangle", [surrogate.beta], False)
+        return _numbers("triangle", [surrogate.beta], bool(surrogate.strict))
     if home == "spikingjelly.activation_based.surrogate" and name in _SPIKINGJELLY:
         if not surrogate.spiking:
             return None

@@ -161,19 +161,11 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
         delayed=bool(module.reset_delay), bits=bits, alpha=alpha, squash=squash,
         order=getattr(module, "order", "fire_first"),
     )  # fmt: skip
-    if not model.delayed and model.reset == "soft":
-        if bits == 32:
-            raise LoweringError(
-                f"{name}: a float membrane potential with reset_delay=False and subtraction can "
-                "be reset twice; use reset_delay=True"
-            )
-        theta = float(model.theta.min())
-        carried = alpha if model.order == "fire_first" else alpha - theta
-        if carried > theta:
-            raise LoweringError(
-                f"{name}: with reset_delay=False a carried level above the threshold is reset "
-                f"without a spike, and its largest level {carried:.3g} is; use reset_delay=True"
-            )
+    if not model.delayed and model.reset == "soft" and bits == 32:
+        raise LoweringError(
+            f"{name}: a float membrane potential with reset_delay=False and subtraction can "
+            "be reset twice; use reset_delay=True"
+        )
     return model
 
 
