@@ -57,9 +57,7 @@ class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
         ConfigError: ``beta`` is not positive.
     """
 
-    def __init__(
-        self, beta: float = 1.0, spiking: bool = True, strict: bool | None = None
-    ) -> None:
+    def __init__(self, beta: float = 1.0, spiking: bool = True, strict: bool | None = None) -> None:
         if not beta > 0:
             raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
         super().__init__(spiking=spiking, beta=beta, strict=strict)
