@@ -205,8 +205,8 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
     def _fused(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
         """The step as one operation; ``None`` where there is none for this neuron."""
         assert self.membrane is not None
-        if self.inhibition or self.mem.device != input_.device:
-            return None
+        if self.inhibition or self.mem.device != input_.device or input_.dtype != torch.float32:
+            return None  # what the host's surrogates return has a dtype of its own
         if torch.compiler.is_compiling() or kernels.is_watched():
             return None  # plain operations fuse by themselves there
         if not self.reset_delay:
@@ -293,7 +293,8 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
         if self.order == "quantize_first":
             return u
         with kernels.uncounted():
-            return self._stored(u)
+            stored: Tensor = self._stored(u)
+        return stored
 
     def _stored(self, u: Tensor) -> Tensor:
         assert self.membrane is not None
