@@ -274,6 +274,7 @@ class QLeaky(snn.Leaky):  # type: ignore[misc]
     def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
         """The membrane potential after a reset in the same step (``reset_delay=False``)."""
         do_reset: Tensor = spk / self.graded_spikes_factor
+        v: Tensor
         if self.reset_mechanism == "subtract":
             v = u - do_reset * self.threshold
         elif self.reset_mechanism == "zero":
