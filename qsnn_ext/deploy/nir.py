@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -65,9 +66,10 @@ def to_nir(program: Program) -> Any:
         edges.extend((s if isinstance(s, str) else writer[s], name) for s in sources)
         return name
 
+    keys = _keys(program)
     for op in program.ops:
         source, target = program.values[_source(op)], program.values[op.target]
-        key = op.name.replace(".", "_")
+        key = keys[op.name]
         if isinstance(op, Conv):
             weight = _conv_weight(op, source.shape[0])
             alpha = op.multiplier / 2.0 ** op.shift.astype(np.float64) * target.scale / source.scale
@@ -165,14 +167,46 @@ def from_nir(graph: Any) -> Program:
     except ValueError as error:
         raise FormatError("the qsnn program in the NIR graph is damaged") from error
     program = parse_program(content, "the NIR graph")
+    keys = _keys(program)
     for op in program.ops:
         if isinstance(op, Conv):
-            node = graph.nodes.get(op.name.replace(".", "_") + "_weight")
+            node = graph.nodes.get(keys[op.name] + "_weight")
             expected = _conv_weight(op, program.values[op.source].shape[0])
             found = None if node is None else np.asarray(node.weight)
             if found is None or not np.array_equal(found.reshape(-1), expected.reshape(-1)):
                 raise FormatError(f"the weights of {op.name} were changed in the NIR graph")
     return program
+
+
+#: What is appended to an operation's name in the names of its nodes.
+_PARTS = (
+    "",
+    "_weight",
+    "_scale",
+    "_bias",
+    "_sum",
+    "_mean",
+    "_total",
+    *(f"_in{k}" for k in range(16)),
+)
+
+
+def _keys(program: Program) -> dict[str, str]:
+    """Names of nodes: [A-Za-z0-9_] of an operation's name, and no two alike.
+
+    Nodes become groups and paths of an HDF5 file, and names of modules for those who read it.
+    """
+    taken = {"input", *(f"output{k or ''}" for k in range(16))}
+    keys: dict[str, str] = {}
+    for op in program.ops:
+        plain = key = re.sub("[^A-Za-z0-9_]", "_", op.name)
+        count = 1
+        while not taken.isdisjoint(key + part for part in _PARTS):
+            count += 1
+            key = f"{plain}_{count}"
+        taken.update(key + part for part in _PARTS)
+        keys[op.name] = key
+    return keys
 
 
 def _source(op: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ from qsnn_ext import footprint, models
 from qsnn_ext import layers as own_layers
 from qsnn_ext.deploy import DeployedModel, export_c, lower, pixel_table
 from qsnn_ext.deploy.export import resident_size
+from qsnn_ext.deploy.fileformat import dump_program, parse_program
 from qsnn_ext.deploy.program import Conv
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import InputError, InputTypeError
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from tests.deploy.networks import FramesLoop, PLIFNet, calibrate, make_dyadic, quantize
 from tests.deploy.random_programs import random_block, random_input, random_program
 
@@ -200,3 +202,68 @@ class TestPixelTable:
         done = subprocess.run([str(binary)], input=given, capture_output=True, check=True)
         expected = DeployedModel(program).integers(x[:1])[0].reshape(-1)
         np.testing.assert_array_equal(np.array(done.stdout.split(), int), expected)
+
+
+EVIL = [
+    "*/ int x; /*", "**//\n#error owned\n/*", "\n#include </etc/passwd>", "a\\\nb", "??/\n",
+    "é\u202e", "\ud83d", "\x1b[31m", '"; system("id"); "', "", "x" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_a_file_writes_no_code(text, tmp_path):
+    """Of what a file chooses only numbers and [A-Za-z0-9_] reach the compiler."""
+    program = random_program(3)
+    program.metadata = {"model": text, "note": text}
+    for k, value in enumerate(program.values):
+        program.values[k] = dataclasses.replace(value, name=f"{text[:400]}{k}")
+    for k, op in enumerate(program.ops):
+        op.name = f"{text[:400]}{k}"
+    plain = random_program(3)
+    export_c(parse_program(dump_program(program)), tmp_path / "evil", verbose=False)
+    export_c(plain, tmp_path / "plain", verbose=False)
+    for file in sorted((tmp_path / "plain").iterdir()):
+        ours = file.read_text()
+        theirs = (tmp_path / "evil" / file.name).read_text(encoding="ascii")
+        if file.name == "model.h":
+            first, ours = ours.split("\n", 1)
+            assert first == "/* model: written by qsnn_ext.deploy.export_c. */"
+            first, theirs = theirs.split("\n", 1)
+            assert re.fullmatch(r"/\* \w{1,64}: written by qsnn_ext\.deploy\.export_c\. \*/", first)
+        assert ours == theirs, file.name
+
+
+@pytest.mark.skipif(GCC is None, reason="needs a C compiler")
+def test_a_model_beside_another_runtime_does_not_compile(tmp_path):
+    export_c(random_program(3), tmp_path, verbose=False)
+    records = tmp_path / "qsnn_records.h"
+    records.write_text(records.read_text().replace("#define QSNN_LAYOUT ", "#define QSNN_LAYOUT 1"))
+    done = subprocess.run(
+        [GCC, "-std=c99", "-fsyntax-only", str(tmp_path / "model.c")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert "written by different versions" in done.stderr
+
+
+def test_windows_reads_bytes(tmp_path):
+    """There a stream of text ends at the byte 0x1A; the program switches before it reads."""
+    export_c(random_program(3), tmp_path, verbose=False)
+    main = (tmp_path / "main.c").read_text()
+    assert main.index("_setmode(0, _O_BINARY)") < main.index("fread(")
+    compiler = shutil.which("x86_64-w64-mingw32-gcc")
+    if compiler is None:
+        pytest.skip("x86_64-w64-mingw32-gcc is not installed")
+    sources = sorted(str(p) for p in tmp_path.glob("*.c"))
+    subprocess.run([compiler, *FLAGS, *sources, "-o", str(tmp_path / "net.exe")], check=True)
+
+
+def test_optimize_is_one_of_two(tmp_path):
+    with pytest.raises(ConfigError, match="optimize='small' must be"):
+        export_c(random_program(3), tmp_path, optimize="small")
+    program = random_block(1)
+    small = export_c(program, tmp_path, verbose=False)
+    fast = export_c(program, tmp_path, optimize="speed", verbose=False)
+    assert small.flash < fast.flash
+    assert small.weights == fast.weights

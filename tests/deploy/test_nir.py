@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from qsnn_ext import models
 from qsnn_ext.deploy import DeployedModel, from_nir, lower, to_nir
+from qsnn_ext.deploy.fileformat import dump_program, parse_program
+from qsnn_ext.deploy.program import Conv
 from qsnn_ext.errors import FormatError, LoweringError
 from tests.deploy.networks import calibrate
 from tests.deploy.random_programs import random_program
@@ -63,3 +66,23 @@ def test_what_nir_cannot_say_is_named():
 def test_foreign_graphs():
     with pytest.raises(FormatError, match="no qsnn program"):
         from_nir(nir.NIRGraph(nodes={}, edges=[], type_check=False))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.b", "a_b"), ("a", "a_weight"), ("input", "output"), ("/x", "../x"), ("\x1b", "\n")],
+)
+def test_names_of_nodes_are_plain_and_differ(program, names, tmp_path):
+    """``a.b`` and ``a_b`` were one node, and a slash a folder of the file."""
+    copied = parse_program(dump_program(program))
+    convs = [op for op in copied.ops if isinstance(op, Conv)]
+    for op, name in zip(convs[1:], names, strict=False):
+        op.name = name
+    graph = to_nir(copied)
+    assert all(re.fullmatch(r"[A-Za-z0-9_]+", name) for name in graph.nodes)
+    whole = to_nir(program)
+    assert len(graph.nodes) == len(whole.nodes)
+    assert len(graph.edges) == len(whole.edges)
+    nir.write(tmp_path / "net.nir", graph)
+    again = from_nir(nir.read(tmp_path / "net.nir", type_check=False))
+    assert dump_program(again) == dump_program(copied)

@@ -1,0 +1,102 @@
+"""The runtime alone, compiled for any machine and with any sanitizer, fed with images."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qsnn_ext.deploy.engine import _unpack_state
+from qsnn_ext.deploy.export import RUNTIME
+from qsnn_ext.deploy.image import Image
+from qsnn_ext.deploy.program import Program
+from qsnn_ext.deploy.reference import ReferenceSession
+
+STRICT = ["-std=c99", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all"]
+UNDEFINED = ["-fsanitize=address,undefined"]
+INTEGER = ["-fsanitize=address,undefined,integer"]
+PLAIN = ["-DQSNN_PLAIN"]
+NATIVE = ["-march=native"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compiler, its flags, and what runs the result."""
+
+    command: tuple[str, ...]
+    runner: tuple[str, ...] = ()
+    order: str = "<"
+
+
+TARGETS = {
+    "gcc": Target(("gcc", *UNDEFINED)),
+    "gcc native": Target(("gcc", *UNDEFINED, *NATIVE)),
+    "gcc plain": Target(("gcc", *UNDEFINED, *PLAIN)),
+    "clang integer": Target(("clang", *INTEGER)),
+    "clang integer native": Target(("clang", *INTEGER, *NATIVE)),
+    "clang integer plain": Target(("clang", *INTEGER, *PLAIN)),
+    "mips": Target(("mips-linux-gnu-gcc", "-static"), ("qemu-mips",), ">"),
+    "ppc": Target(("powerpc-linux-gnu-gcc", "-static"), ("qemu-ppc",), ">"),
+    "s390x": Target(("s390x-linux-gnu-gcc", "-static"), ("qemu-s390x",), ">"),
+    "s390x plain": Target(("s390x-linux-gnu-gcc", "-static", *PLAIN), ("qemu-s390x",), ">"),
+}
+
+
+def compiled(name: str, folder: Path) -> list[str]:
+    """Command that runs the harness on a target; skips the test where it cannot be built."""
+    target = TARGETS[name]
+    for tool in (target.command[0], *target.runner[:1]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    probe = folder / "probe.c"
+    probe.write_text("int main(void) { return 0; }\n")
+    binary = folder / "harness"
+    done = subprocess.run(
+        [*target.command, str(probe), "-o", str(binary)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"{name}: {(done.stderr.strip() or 'does not link').splitlines()[0]}")
+    sources = [str(Path(__file__).with_name("harness.c")), str(RUNTIME / "qsnn.c")]
+    command = [*target.command, *STRICT, "-I", str(RUNTIME), *sources, "-o", str(binary)]
+    subprocess.run(command, check=True)
+    return [*target.runner, str(binary)]
+
+
+def run(
+    command: list[str], name: str, images: list[Image], inputs: list[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Answers and state words of every image, given its input ``[T, C, H, W]``."""
+    order = TARGETS[name].order
+    given = bytearray()
+    for image, x in zip(images, inputs, strict=True):
+        for words in ([image.words.size], image.words, [len(x)], x.astype(np.int32)):
+            array = np.asarray(words)
+            kind = array.dtype if array.dtype != np.int64 else np.dtype(np.uint32)
+            given += array.astype(kind.newbyteorder(order)).tobytes()
+    done = subprocess.run(command, input=bytes(given), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
+    words = np.frombuffer(done.stdout, f"{order}u4").astype(np.uint32)
+    found, at = [], 0
+    for image, x in zip(images, inputs, strict=True):
+        answers = len(x) * int(image.words[4])  # header.output_words
+        end = at + answers + image.state_words
+        found.append((words[at : at + answers].view(np.int32), words[at + answers : end]))
+        at = end
+    assert at == words.size
+    return found
+
+
+def same_as_reference(
+    program: Program, image: Image, x: np.ndarray, answers: np.ndarray, state: np.ndarray
+) -> None:
+    """Compare what the harness gave with the NumPy reference."""
+    session = ReferenceSession(program)
+    expected = [a.reshape(-1) for t in range(len(x)) for a in session.step(x[None, t])]
+    np.testing.assert_array_equal(answers, np.concatenate(expected))
+    want = session.state()
+    for slot in image.slots:
+        np.testing.assert_array_equal(_unpack_state(state, slot), want[slot.name][0])
