@@ -5,18 +5,76 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts, trace
+from qsnn_ext.convert import conversion_report
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
 from qsnn_ext.quantizers import MembraneQuantizer
+from qsnn_ext.wrapping import unwrap
 
-#: A few inputs of each model calibrated in this process, for exporting it later.
-_examples: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+#: Attribute of a calibrated model that holds its :class:`InputSeen`.
+_ATTRIBUTE = "calibrated_input"
+#: How many different values of the inputs are kept.
+_LEVELS = 4096
+
+
+@dataclass(frozen=True)
+class InputSeen:
+    """What a model was called with while it was calibrated: for deployment, and no sample of it.
+
+    Attributes:
+        shape: of the first input.
+        values: different values of all inputs, ascending float64 on the CPU: the least, the
+            largest, and of more than 4096 an even choice.
+    """
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute value."""
+        return float(self.values.abs().max()) if self.values.numel() else 0.0
+
+
+def input_seen(model: nn.Module) -> InputSeen | None:
+    """What ``model`` was last calibrated with. Copies and pickles of a model have it too."""
+    seen = getattr(unwrap(model), _ATTRIBUTE, None)
+    return seen if isinstance(seen, InputSeen) else None
+
+
+class _InputWatch:
+    """A forward pre-hook of the model that collects what an :class:`InputSeen` holds."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] | None = None
+        self.values = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if x is None or x.numel() == 0 or x.is_complex():
+            return
+        if self.shape is None:
+            self.shape = tuple(x.shape)
+        flat = x.detach().reshape(-1)
+        some = torch.cat(
+            [flat[:: -(-flat.numel() // (1 << 16))], flat.min()[None], flat.max()[None]]
+        ).double().cpu()  # fmt: skip
+        values = torch.unique(torch.cat([self.values, some]))
+        if values.numel() > _LEVELS:
+            values = values[torch.linspace(0, values.numel() - 1, _LEVELS).round().long()]
+        self.values = values
+
+    def result(self) -> InputSeen | None:
+        """What was seen, unless the model itself was never called with a finite tensor."""
+        if self.shape is None or not bool(self.values.isfinite().all()):
+            return None
+        return InputSeen(self.shape, self.values)
 
 
 def calibrate(
@@ -31,7 +89,8 @@ def calibrate(
     The model runs over the batches with dynamic scales; then every membrane quantizer is switched
     to ``mode="frozen"`` with the chosen statistic of its scales. From then on a sample's result no
     longer depends on its batch mates. Training mode, membrane potentials, batch norm statistics
-    and random numbers are left as they are found.
+    and random numbers are left as they are found. Shape and range of the inputs are kept as the
+    model's attribute ``calibrated_input``, for :func:`qsnn_ext.deploy.lower`.
 
     Args:
         model: a model with quantized membrane potentials, of either host.
@@ -62,25 +121,27 @@ def calibrate(
         raise ConfigError(f"statistic={statistic!r} is unknown; 'mean', 'max' or 'percentile'.")
     if not 0 < percentile <= 100:
         raise ConfigError(f"percentile={percentile!r} must be above 0 and at most 100.")
+    model = unwrap(model)
     quantizers = {n: m for n, m in model.named_modules() if isinstance(m, MembraneQuantizer)}
     if not quantizers:
-        raise StateError(
-            f"{type(model).__name__} has no quantized membrane potential; call quantize_ first."
-        )
+        raise StateError(_nothing_quantized(model))
     seen: dict[str, list[Tensor]] = {name: [] for name in quantizers}
+    count = 0
     with trace.undisturbed(model):
         for name, quantizer in quantizers.items():
             quantizer.mode = "dynamic"
             quantizer.observer = _recorder(
                 quantizer, seen[name], percentile if statistic == "percentile" else None
             )
-        count = 0
-        example = None
-        for count, batch in enumerate(batches, start=1):
-            hosts.reset(model)
-            (forward or _run)(model, batch)
-            if count == 1 and forward is None:
-                example = _some(_input(batch))
+        watch = _InputWatch()
+        handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            for batch in batches:
+                count += 1
+                hosts.reset(model)
+                (forward or _run)(model, batch)
+        finally:
+            handle.remove()
     if count == 0:
         raise InputError("there is no batch to calibrate on.")
     scales = {name: torch.stack(values).double() for name, values in seen.items() if values}
@@ -94,30 +155,34 @@ def calibrate(
                 f"the membrane potentials of {_owner(name)} became NaN or infinite on the "
                 "calibration data; no scale was changed."
             )
-    for name, alpha in frozen.items():
-        quantizers[name].freeze(alpha)
-    if example is not None:
-        _examples[model] = example
+    with torch.inference_mode(False):  # a scale must stay a tensor that training may change
+        for name, alpha in frozen.items():
+            quantizers[name].freeze(alpha)
+    setattr(model, _ATTRIBUTE, watch.result())
     idle = [_owner(name) for name in quantizers if name not in frozen]
     if idle:
         warnings.warn(f"not calibrated because they did not run: {', '.join(idle)}", stacklevel=2)
     return {_owner(name): alpha for name, alpha in frozen.items()}
 
 
-def example_of(model: nn.Module) -> Tensor | None:
-    """A few inputs that ``model`` was last calibrated with in this process, if it was.
+def _nothing_quantized(model: nn.Module) -> str:
+    kind, report = type(model).__name__, conversion_report(model)
+    if report is None:
+        return f"{kind} has no quantized membrane potential; call quantize_ first."
+    neurons = [
+        f"{row.name} ({row.type}): {row.reason}"
+        for row in report.of("unsupported", "kept")
+        if _is_neuron(model, row.name)
+    ]
+    return (
+        f"{kind} has no quantized membrane potential: quantize_ ran and left "
+        f"{'; '.join(neurons) or 'no neuron to quantize'}."
+    )
 
-    They are kept beside the model, not in it: copies, pickles and checkpoints are without.
-    """
-    return _examples.get(model)
 
-
-def _some(x: Any) -> Tensor | None:
-    """At most 16 samples of ``[N, ...]`` or ``[T, N, ...]`` (3 and 5 axes), on the CPU."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        return None
-    axis = 1 if x.dim() in (3, 5) else 0
-    return x.detach().narrow(axis, 0, min(16, x.shape[axis])).cpu().clone()
+def _is_neuron(model: nn.Module, name: str) -> bool:
+    module = model if name in ("", "(model)") else model.get_submodule(name)
+    return any(host.is_neuron(module) for host in hosts.adapters())
 
 
 def _input(batch: Any) -> Any:

@@ -251,7 +251,7 @@ def summarize(
     sample: Any,
     *,
     energy: EnergyTable | None = None,
-    run: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Summary:
     """Bits, bytes, rates, entropies, operations and energy of every layer, by one forward pass.
 
@@ -269,7 +269,7 @@ def summarize(
         sample: its input: a tensor, a tuple or list of positional arguments, or a dictionary of
             keyword arguments.
         energy: costs of the operations.
-        run: ``run(model, sample)`` for models that are called in another way, for example
+        forward: ``forward(model, sample)`` for models that are called in another way, for example
             ``lambda model, x: [model(x_t) for x_t in x]`` for one call per time step.
 
     Raises:
@@ -282,7 +282,7 @@ def summarize(
     if not isinstance(energy, EnergyTable):
         raise InputTypeError(f"energy must be an EnergyTable, got {type(energy).__name__}.")
     modules = rows_of(model)
-    ran = _measure(model, modules, sample, run)
+    ran = _measure(model, modules, sample, forward)
     counter = LayerBytes()
     parameters = {name: counter.parameters(module) for name, module in modules.items()}
     signs = {name: _positive(module, parameters[name]) for name, module in modules.items()}
@@ -312,7 +312,7 @@ def _measure(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     sample: Any,
-    run: Callable[[nn.Module, Any], Any] | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
 ) -> dict[str, _Tally]:
     """Tallies of the layers that ran, in running order."""
     ran: dict[str, _Tally] = {}
@@ -343,7 +343,7 @@ def _measure(
             if quantizer is not None:
                 _listen(quantizer, tallies[name])
         with watching(model, watch):
-            call(model, sample, run)
+            call(model, sample, forward)
     return ran
 
 

@@ -16,6 +16,7 @@ from qsnn_ext import hosts
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.regularizers import FiringRateHook
+from qsnn_ext.wrapping import unwrap
 
 #: Attributes of every module. Of these only the buffers are state; hooks must stay where they are,
 #: because the handles that remove them point to their dictionaries.
@@ -26,7 +27,7 @@ _STORES = ("_buffers", "_memories")
 
 
 def check_model(model: Any, what: str) -> nn.Module:
-    """``model`` without the wrapper of ``torch.compile``.
+    """``model`` without its wrappers (:func:`~qsnn_ext.wrapping.unwrap`).
 
     Raises:
         InputTypeError: not a module.
@@ -34,11 +35,10 @@ def check_model(model: Any, what: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"{what} needs a module, got {type(model).__name__}.")
-    original = getattr(model, "_orig_mod", model)
+    original = unwrap(model)
     for name, parameter in original.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise InputError(f"{name} has no weights yet; run the model once, then {what}.")
-    assert isinstance(original, nn.Module)
     return original
 
 
@@ -66,10 +66,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run ``model`` as often as you like in here; afterwards nothing of it has changed.
 
     Meanwhile buffers and membrane potentials are copies, which start from their reset values, and
-    gradients are off. Kept as they were: parameters, buffers, batch-norm statistics, membrane
-    potentials, frozen scales, training mode, plain attributes, and the random generators of
-    torch, NumPy and Python. The firing-rate regularizers of the model do not see the pass; other
-    forward hooks run as in any pass.
+    gradients are off; so is inference mode, whose tensors a model could not keep. Kept as they
+    were: parameters, buffers, batch-norm statistics, membrane potentials, frozen scales, training
+    mode, plain attributes, and the random generators of torch, NumPy and Python. The firing-rate
+    regularizers of the model do not see the pass; other forward hooks run as in any pass.
     """
     modules = list(model.modules())
     saved = [(dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in modules]
@@ -90,7 +90,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for hook, _ in muted:
             hook.owner = None
         hosts.reset(model)
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(sorted(devices, key=str)),
+        ):
             yield
     finally:
         for module, (attributes, children, parameters) in zip(modules, saved, strict=True):
@@ -126,19 +130,21 @@ def put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
         del attributes[name]
 
 
-def call(model: nn.Module, sample: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-    """One pass: ``run(model, sample)``, or the model called with ``sample``.
+def call(
+    model: nn.Module, sample: Any, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> Any:
+    """One pass: ``forward(model, sample)``, or the model called with ``sample``.
 
     Args:
         model: what to run.
         sample: a tensor, a tuple or list of positional, or a dictionary of keyword arguments.
-        run: for models that are called in another way, such as once per time step.
+        forward: for models that are called in another way, such as once per time step.
 
     Returns:
         What the pass returned.
     """
-    if run is not None:
-        return run(model, sample)
+    if forward is not None:
+        return forward(model, sample)
     if isinstance(sample, (tuple, list)):
         return model(*sample)
     if isinstance(sample, dict):

@@ -141,6 +141,48 @@ def test_wrong_calls_say_what_is_wrong():
     assert node.membrane.mode == "dynamic"
 
 
+def test_what_quantize_left_is_said():
+    net = nn.Sequential(
+        nn.Linear(8, 8), snn.Synaptic(alpha=0.9, beta=0.8, init_hidden=True), nn.Linear(8, 2)
+    )
+    quantize_(net, "1w-2u")
+    with pytest.raises(StateError, match=r"quantize_ ran and left 1 \(Synaptic\): "):
+        calibrate(net, [torch.rand(4, 8)])
+
+
+def test_what_the_inputs_were_is_kept_and_no_sample():
+    node = one_neuron()
+    calibrate(node, [QUIET, LOUD])
+    assert node.calibrated_input.shape == QUIET.shape
+    assert node.calibrated_input.values.tolist() == pytest.approx([0.0, 0.5, 0.9])
+    assert node.calibrated_input.largest == pytest.approx(0.9)
+    big = torch.rand(1, 300, 300)
+    calibrate(node, [big])
+    seen = node.calibrated_input.values
+    assert seen.numel() <= 4096
+    assert (seen[0], seen[-1]) == (big.min().double(), big.max().double())
+    calibrate(node, [QUIET], forward=lambda m, x: m.forward(x))  # no call of the model itself
+    assert node.calibrated_input is None
+
+
+def test_under_inference_mode():
+    torch.manual_seed(0)
+    net = resnet19(width=0.1, bits="1w-2u").eval()
+    x = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        calibrate(net, [x])
+    net.train()(x).sum().backward()
+    calibrate(net, [x])
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_wrapped_models(wrap):
+    net = resnet19(width=0.1, bits="1w-2u").eval()
+    scales = calibrate(wrap(net), [torch.rand(2, 3, 16, 16)])
+    assert all(not name.startswith(("module", "_orig_mod")) for name in scales)
+    assert net.calibrated_input.shape == (2, 3, 16, 16)
+
+
 # --------------------------------------------------------------------------- batch norm
 
 

@@ -235,7 +235,7 @@ def test_single_step_loop_equals_multi_step_call():
     single.load_state_dict(multi.state_dict())
     x = (torch.rand(7, 3, 6) < 0.4).float()
     first = summarize(multi, x)
-    second = summarize(single, x, run=lambda model, x: [model(x_t) for x_t in x])
+    second = summarize(single, x, forward=lambda model, x: [model(x_t) for x_t in x])
     assert [row.calls for row in first.layers] == [1, 1]
     assert [row.calls for row in second.layers] == [7, 7]
     for one, other in zip(first.layers, second.layers, strict=True):
@@ -287,7 +287,7 @@ def sequential_style():
 
 def test_snntorch_hidden_states_and_loop_outside():
     model = sequential_style()
-    summary = summarize(model, torch.rand(5, 2, 4), run=lambda m, x: [m(x_t) for x_t in x])
+    summary = summarize(model, torch.rand(5, 2, 4), forward=lambda m, x: [m(x_t) for x_t in x])
     rows = by_name(summary)
     assert [row.calls for row in summary.layers] == [5] * 4
     assert rows["1"].membrane_bits == 2
@@ -526,7 +526,7 @@ def test_running_order_is_not_definition_order():
 
 def test_what_is_not_counted_is_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2))
-    summary = summarize(model, torch.rand(1, 4), run=lambda m, x: m[1](m[0](x), x))
+    summary = summarize(model, torch.rand(1, 4), forward=lambda m, x: m[1](m[0](x), x))
     assert summary.uncounted == ("1",)
     assert "not counted in: 1" in str(summary)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from qsnn_ext import hosts
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import StateError
+from qsnn_ext.errors import InputError, StateError
+from qsnn_ext.wrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Comparison:
         predictions: Share of samples with the same predicted class (mean over time steps).
         accuracy_model, accuracy_program: Share of right predictions, or NaN without labels.
         output_error: Largest absolute difference of the outputs.
+        at_the_ends: Share of input values whose codes are the least or the largest there is, and
+            may have been clipped to it.
     """
 
     layers: list[LayerAgreement]
@@ -56,6 +60,7 @@ class Comparison:
     accuracy_model: float
     accuracy_program: float
     output_error: float
+    at_the_ends: float = 0.0
 
     def __str__(self) -> str:
         lines = [f"{'layer':<40} {'agree':>9} {'rate':>7} {'program':>7} {'membrane':>9}"]
@@ -69,6 +74,8 @@ class Comparison:
             f"{self.accuracy_model:.4f} and {self.accuracy_program:.4f}, largest output "
             f"difference {self.output_error:.3g}"
         )
+        if self.at_the_ends:
+            lines.append(f"input codes at the ends of their range: {self.at_the_ends:.3%}")
         return "\n".join(lines)
 
 
@@ -99,7 +106,10 @@ class _Recorder:
 
 
 def _first(x: Any) -> Any:
-    return x[0] if isinstance(x, tuple) else x
+    """The first tensor of an answer."""
+    while isinstance(x, tuple | list | dict):
+        x = next(iter(x.values())) if isinstance(x, dict) else x[0]
+    return x
 
 
 def compare(
@@ -107,6 +117,7 @@ def compare(
     program: Program,
     batches: Iterable[Any],
     *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     quantize_input: bool = False,
 ) -> Comparison:
     """Run a model and its program on the same data.
@@ -115,6 +126,9 @@ def compare(
         model: The model the program was lowered from; run in evaluation mode, its states are reset.
         program: The program.
         batches: Inputs, or pairs of inputs and labels.
+        forward: ``forward(model, x)`` runs one batch over all its time steps and returns the
+            answer, or a list of the answers of all steps, for models that are called in another
+            way than ``model(x)``, such as once per time step.
         quantize_input: Give the model the rounded input of the program, to see what remains.
 
     Returns:
@@ -122,7 +136,9 @@ def compare(
 
     Raises:
         StateError: If there are no batches.
+        InputError: If the model and its program give answers of different shapes.
     """
+    model = unwrap(model)
     deployed = DeployedModel(program, "auto")
     names = {n.name for n in program.neurons}
     modes = {module: module.training for module in model.modules()}
@@ -130,28 +146,36 @@ def compare(
     recorder = _Recorder(model, names)
     counts: dict[str, np.ndarray[Any, Any]] = {}
     errors: dict[str, list[float]] = {}
-    same = right_model = right_program = samples = 0
+    same = right_model = right_program = samples = clipped = values = 0
     labelled = False
     worst = 0.0
-    device = next(model.parameters()).device
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
     try:
         for batch in batches:
             x, y = batch if isinstance(batch, tuple | list) else (batch, None)
             codes = deployed.codes(x)
+            clipped += int(np.isin(codes, program.input_range).sum())
+            values += codes.size
             if quantize_input:
-                rounded = torch.from_numpy(codes * program.input_scale).to(torch.float32)
-                x = rounded.reshape(x.shape)
+                x = torch.from_numpy(deployed.inputs(codes)).to(torch.float32)
             hosts.reset(model)
             with torch.no_grad():
-                expected = _first(model(x.to(device))).float().cpu().numpy()
+                shown = x.to(like.device, like.dtype)
+                result = forward(model, shown) if forward is not None else model(shown)
+            if forward is not None and isinstance(result, tuple | list):
+                result = torch.stack([_first(step) for step in result])
+            expected = _first(result).double().cpu().numpy()
             recorded = recorder.take()
             got = np.asarray(_first(deployed(x)))
+            if got.shape != expected.shape:
+                raise InputError(
+                    f"the model answers with shape {expected.shape}, its program with {got.shape}; "
+                    "a model that is called in another way than model(x) needs forward="
+                )
             worst = max(worst, float(np.abs(expected - got).max()))
             states = _layers(program, codes, recorded, counts)
             _membranes(model, program, states, errors)
-            time = got.ndim - (2 if deployed.output_ranks[0] == 1 else 4)
-            a, b = (v.mean(axis=0) if time > 0 else v for v in (expected, got))
-            a, b = (v.reshape(v.shape[0], -1).argmax(axis=1) for v in (a, b))
+            a, b = (_predicted(v, codes.shape[-4]) for v in (expected, got))
             same += int((a == b).sum())
             samples += len(a)
             if y is not None:
@@ -176,8 +200,16 @@ def compare(
     nan = float("nan")
     return Comparison(
         layers, samples, same / samples, right_model / samples if labelled else nan,
-        right_program / samples if labelled else nan, worst,
+        right_program / samples if labelled else nan, worst, clipped / values,
     )  # fmt: skip
+
+
+def _predicted(answer: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
+    """The class of every sample, from an answer ``[N, ...]``, ``[T, N, ...]`` or of classes."""
+    if (answer.ndim > 1 and answer.shape[0] != batch) or answer.ndim in (3, 5):
+        answer = answer.mean(axis=1 if answer.shape[0] == batch != answer.shape[1] else 0)
+    flat = answer.reshape(batch, -1)
+    return flat[:, 0] if flat.shape[1] == 1 else flat.argmax(axis=1)
 
 
 def _steps(program: Program, codes: IntArray) -> list[IntArray]:
@@ -201,7 +233,7 @@ def _layers(
     for name, spikes in ours.items():
         if name not in recorded:
             continue
-        mine = np.stack(spikes)
+        mine = np.stack([as_the_model(program, name, s) for s in spikes])
         theirs = np.concatenate([t.reshape(-1).numpy(force=True) for t in recorded[name]])
         flat = mine.reshape(-1)
         if theirs.size != flat.size:
@@ -227,9 +259,26 @@ def _membranes(
             continue
         word = states[n.name].astype(np.int64) & (2**n.bits - 1)
         code = np.where(word >= 2 ** (n.bits - 1), word - 2**n.bits, word)
+        code = as_the_model(program, n.name, code)
         value = code * (max(float(quantizer.alpha), 0.0) / n.levels)
         theirs = potential.detach().cpu().numpy()
         if theirs.size == value.size:
             errors.setdefault(n.name, []).append(
                 float(np.abs(value.reshape(-1) - theirs.reshape(-1)).mean())
             )
+
+
+def as_the_model(program: Program, neuron: str, x: IntArray) -> IntArray:
+    """A neuron's values ``[N, C, H, W]`` in the order in which the model holds them, flat.
+
+    A model may keep its tensors in another order than a program (tokens before channels, say);
+    ``metadata["views"]`` then holds the loops over the program's elements, outermost first.
+    """
+    views = json.loads(program.metadata.get("views", "{}"))
+    if neuron not in views:
+        return x.reshape(x.shape[0], -1)
+    place = np.zeros(1, np.int64)
+    for size, stride in views[neuron]:
+        place = np.add.outer(place, np.arange(size) * stride).reshape(-1)
+    flat: IntArray = x.reshape(x.shape[0], -1)[:, place]
+    return flat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qsnn_ext.deploy import checks
+from qsnn_ext.deploy.answers import apply, build
 from qsnn_ext.deploy.engine import (
     MAX_THREADS,
     Backend,
@@ -24,7 +26,7 @@ from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import check_memory
 from qsnn_ext.errors import InputError, InputTypeError
 
-Answer = Any  # array, or tuple of arrays, as the model returned
+Answer = Any  # array, or arrays in the form that the model returned them in
 
 
 class DeployedModel:
@@ -70,6 +72,9 @@ class DeployedModel:
         shape = program.values[0].shape
         self.input_shape = {1: shape[:1], 2: shape[::2], 3: shape}[program.input_rank]
         self.output_ranks = program.output_ranks
+        self._batch_first = program.metadata.get("time") == "batch_first"
+        self._prologue = program.prologue
+        self._answer = program.answer
 
     def session(self, batch: int = 1) -> Session:
         """A run of its own, one time step at a time: step, reset, state, restore.
@@ -88,7 +93,11 @@ class DeployedModel:
         """Integer input codes ``[..., C, H, W]`` of real inputs: the last float there is.
 
         Args:
-            x: Array or tensor ``[..., *input_shape]``; integers are taken to be codes already.
+            x: Array or tensor ``[..., *input_shape]``; integers are taken to be codes already. Of
+                a program whose model takes ``[N, T, ...]`` the codes are ``[T, N, ...]``.
+
+        Warns:
+            UserWarning: Values beyond the range of the codes, which are clipped; says how many.
 
         Raises:
             InputError: If the shape is wrong or a value is not finite.
@@ -100,12 +109,20 @@ class DeployedModel:
             raise InputError(
                 f"input of shape {x.shape}; this program takes [..., {self.input_shape}]"
             )
+        if self._batch_first and x.ndim == rank + 2:
+            x = x.swapaxes(0, 1)
         lo, hi = self.program.input_range
         if np.issubdtype(x.dtype, np.floating):
             if not np.isfinite(x).all():
                 raise InputError("the input contains NaN or infinity")
+            x = x.astype(np.float64)
+            if self._prologue is not None:
+                behind = (-1,) + (1,) * (rank - 1)
+                gain, bias = (c if c.size == 1 else c.reshape(behind) for c in self._prologue)
+                x = x * gain + bias
             with np.errstate(over="ignore"):  # a code saturates, whatever is too large
-                x = np.rint(x.astype(np.float64) / self.program.input_scale)
+                x = np.rint(x / self.program.input_scale)
+            self._say_clipped(x)
         elif not np.issubdtype(x.dtype, np.integer):
             raise InputTypeError(f"input of type {x.dtype}; it must be real numbers or integers")
         clipped = np.clip(x, lo, hi).astype(np.int32)
@@ -114,11 +131,39 @@ class DeployedModel:
         )
         return codes
 
+    def inputs(self, codes: IntArray) -> npt.NDArray[np.float64]:
+        """The real inputs that ``codes`` stand for: :meth:`codes` backwards, but for the rounding.
+
+        Args:
+            codes: ``[..., C, H, W]``.
+        """
+        lead = codes.shape[: codes.ndim - 3]
+        x: npt.NDArray[np.float64] = codes.astype(np.float64) * self.program.input_scale
+        if self._prologue is not None:
+            gain, bias = (c.reshape(-1, 1, 1) for c in self._prologue)
+            x = (x - bias) / gain
+        x = x.reshape(*lead, *self.input_shape)
+        return x.swapaxes(0, 1) if self._batch_first and len(lead) == 2 else x
+
+    def _say_clipped(self, codes: npt.NDArray[np.float64]) -> None:
+        lo, hi = self.program.input_range
+        outside = int(((codes < lo) | (codes > hi)).sum())
+        if outside:
+            scale = self.program.input_scale
+            warnings.warn(
+                f"{outside} of {codes.size} input values ({outside / codes.size:.3g} of them) lie "
+                f"beyond the range of the input codes, {lo * scale:.4g} to {hi * scale:.4g}, and "
+                "are clipped to it; lower the model with representative inputs, or calibrate it on "
+                "them before",
+                stacklevel=3,
+            )
+
     def integers(self, x: Any) -> list[IntArray]:
         """Integer answers ``[T, N, C, H, W]`` of every output, before any scale.
 
         Args:
-            x: ``[N, ...]``, shown ``program.timesteps`` times, or ``[T, N, ...]``.
+            x: ``[N, ...]``, shown ``program.timesteps`` times, or ``[T, N, ...]``, or
+                ``[N, T, ...]`` if the model takes that.
 
         Raises:
             InputError: If the shape is wrong, a value is not finite, or there are no samples.
@@ -147,12 +192,17 @@ class DeployedModel:
         """Answer as the model did.
 
         Args:
-            x: ``[N, ...]`` (shown at every step) or ``[T, N, ...]``; real numbers or input codes.
+            x: ``[N, ...]`` (shown at every step) or ``[T, N, ...]`` (``[N, T, ...]`` if the model
+                takes that); real numbers or input codes.
 
         Returns:
             float32 array ``[T, N, ...]``; ``[N, ...]`` if the program sums or averages over time or
-            is a single step. A tuple of them if the model returned several. The values are
-            integers times the scale of the output.
+            is a single step. Several of them in the form that the model returned them in, tuple or
+            dictionary. The values are integers times the scale of the output, after whatever the
+            model does to its answer last (:mod:`qsnn_ext.deploy.answers`).
+
+        Raises:
+            FormatError: If a file's steps for the answer do not fit it.
         """
         p = self.program
         x = checks.as_array(x)
@@ -169,9 +219,14 @@ class DeployedModel:
                 value = value[0]
             c, h, w = value.shape[-3:]
             shape = {1: (c * h * w,), 2: (c, h * w), 3: (c, h, w)}.get(rank, (c, h, w))
-            answers.append((value.reshape(*value.shape[:-3], *shape) * scale).astype(np.float32))
-        several = len(answers) > 1 or p.metadata.get("structure") == "tuple"
-        return tuple(answers) if several else answers[0]
+            answers.append(value.reshape(*value.shape[:-3], *shape) * scale)
+        chains, form = self._answer
+        for place, chain in enumerate(chains):
+            # A model called once per step does to a sequence what it does to each step.
+            apart = chain and single and not flat and p.reduction == "none"
+            x = answers[place]
+            answers[place] = np.stack([apply(v, chain) for v in x]) if apart else apply(x, chain)
+        return build(form, [a if a.dtype.kind == "i" else a.astype(np.float32) for a in answers])
 
 
 def load(

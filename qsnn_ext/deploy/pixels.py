@@ -43,5 +43,9 @@ def pixel_table(
         constants.append(array.reshape(-1, 1))
     level = np.arange(256, dtype=np.float32) / np.float32(255)
     real = np.broadcast_to((level - constants[0]) / constants[1], (channels, 256))
-    codes = np.rint(real.astype(np.float64) / program.input_scale)
+    shown = real.astype(np.float64)
+    if program.prologue is not None:
+        gain, bias = program.prologue
+        shown = shown * gain.reshape(-1, 1) + bias.reshape(-1, 1)
+    codes = np.rint(shown / program.input_scale)
     return np.clip(codes, *program.input_range).astype(np.int16)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from qsnn_ext.deploy import answers
 from qsnn_ext.errors import FormatError
 
 IntArray: TypeAlias = npt.NDArray[Any]
@@ -250,9 +251,12 @@ class Program:
         metadata: Text (str -> str). These keys have a meaning, all others are for people:
             ``input_rank`` and ``output_ranks``, axes per sample and time step of the input and of
             every answer (``"1"`` to ``"3"``, separated by commas); ``time`` (``"step"``, the model
-            takes and gives one step; ``"repeat"``, one input for all steps; ``"sequence"``) and
-            ``structure`` (``"tensor"`` or ``"tuple"``), the form of the model's answer; ``model``,
-            the name of its class.
+            takes and gives one step; ``"repeat"``, one input for all steps; ``"sequence"``, or
+            ``"batch_first"`` if the model takes ``[N, T, ...]``); ``structure`` (``"tensor"`` or
+            ``"tuple"``) and ``answer`` (:func:`qsnn_ext.deploy.answers.parse`), what the host makes
+            of the outputs; ``input_gain`` and ``input_bias``, what it does to the input before
+            that becomes codes (``x * gain + bias``, one number or one per channel, separated by
+            commas); ``model``, the name of its class.
     """
 
     values: list[Value]
@@ -279,6 +283,32 @@ class Program:
         """Axes of every answer per sample and time step, 1 to 3: ``metadata["output_ranks"]``."""
         ranks = self.metadata.get("output_ranks", "")
         return [int(r) for r in ranks.split(",")] if ranks else [3] * len(self.outputs)
+
+    @property
+    def answer(self) -> tuple[list[list[Any]], Any]:
+        """Steps of every answer and the form of the result: ``metadata["answer"]``."""
+        text, count = self.metadata.get("answer"), len(self.outputs)
+        if text is not None:
+            return answers.parse(text, count)
+        several = count > 1 or self.metadata.get("structure") == "tuple"
+        return [[] for _ in self.outputs], {"tuple": list(range(count))} if several else 0
+
+    @property
+    def prologue(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Gain and bias of the input before it becomes codes, float64 ``[1]`` or ``[C]``."""
+        if "input_gain" not in self.metadata and "input_bias" not in self.metadata:
+            return None
+        found = []
+        for key, default in (("input_gain", "1"), ("input_bias", "0")):
+            try:
+                numbers = [float(n) for n in self.metadata.get(key, default).split(",")]
+            except ValueError:
+                numbers = []
+            array = np.array(numbers, np.float64)
+            if array.size not in (1, self.values[0].shape[0]) or not np.isfinite(array).all():
+                raise _fail("metadata", f"{key} must be one finite number or one per channel")
+            found.append(array)
+        return found[0], found[1]
 
     @property
     def input_bits(self) -> int:
@@ -372,6 +402,7 @@ class _Validator:
         parts = ranks.split(",") if ranks else ["3"] * len(p.outputs)
         if len(parts) != len(p.outputs) or not set(parts) <= {"1", "2", "3"}:
             raise _fail("metadata", f"impossible ranks {ranks[:40]!r} of {len(p.outputs)} outputs")
+        _ = p.answer, p.prologue  # malformed ones raise
 
     # -- small checks ------------------------------------------------------------------------
 

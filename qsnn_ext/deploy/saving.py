@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qsnn_ext.calibration import example_of
+from qsnn_ext.calibration import input_seen
 from qsnn_ext.deploy.fileformat import save_program
 from qsnn_ext.deploy.lowering import lower
 from qsnn_ext.deploy.program import Program
 from qsnn_ext.errors import LoweringError
+from qsnn_ext.wrapping import unwrap
 
 
 def save(
@@ -27,7 +29,7 @@ def save(
         path: Where to write.
         sample: Representative input, as for :func:`~qsnn_ext.deploy.lower`. Without it the model's
             ``example_input_array`` (the name Lightning gives it) is used if it has one, else
-            inputs it was calibrated with in this process.
+            the shape that :func:`~qsnn_ext.calibrate` has seen.
         options: Further arguments of :func:`~qsnn_ext.deploy.lower`.
 
     Returns:
@@ -40,9 +42,10 @@ def save(
         program = model
     else:
         if sample is None:
-            sample = getattr(model, "example_input_array", None)
-        if sample is None:
-            sample = example_of(model)
+            sample = getattr(unwrap(model), "example_input_array", None)
+        seen = input_seen(model)
+        if sample is None and seen is not None:
+            sample = torch.zeros(seen.shape)  # the range is known
         if not isinstance(sample, Tensor):
             raise LoweringError(
                 f"{type(model).__name__}: shape and range of its input are unknown; pass a batch "

@@ -101,18 +101,24 @@ def test_save_knows_what_the_model_was_calibrated_with(tmp_path, frames):
     said = deploy.save(model, tmp_path / "said.qsnn", x[:, :16] if frames else x[:16])
     assert (tmp_path / "known.qsnn").read_bytes() == (tmp_path / "said.qsnn").read_bytes()
     assert known.input_scale == said.input_scale
+    deploy.save(copy.deepcopy(model), tmp_path / "copy.qsnn")  # copies know it too
+    assert (tmp_path / "known.qsnn").read_bytes() == (tmp_path / "copy.qsnn").read_bytes()
+    model.calibrated_input = None
     with pytest.raises(LoweringError, match="unknown"):
-        deploy.save(copy.deepcopy(model), tmp_path / "copy.qsnn")  # the inputs stay with the model
+        deploy.save(model, tmp_path / "unknown.qsnn")
     model.example_input_array = torch.zeros(1, 2, 16, 16)
     with pytest.raises(InputError, match="all zero"):
         deploy.save(model, tmp_path / "lightning.qsnn")
 
 
-def test_other_ways_to_run_a_batch_leave_no_input_behind(tmp_path):
+def test_save_knows_what_a_model_was_called_with_in_other_ways(tmp_path):
     x = torch.rand(4, 2, 16, 16)
     model = models.vggsnn(width=0.1, T=3, bits="1w-2u").eval()
     qsnn_ext.calibrate(model, [{"image": x}], forward=lambda m, batch: m(batch["image"]))
-    with pytest.raises(LoweringError, match="unknown"):
+    known = deploy.save(model, tmp_path / "known.qsnn")
+    assert known.input_scale == deploy.lower(model, x).input_scale
+    qsnn_ext.calibrate(model, [x], forward=lambda m, batch: m.forward(batch))
+    with pytest.raises(LoweringError, match="unknown"):  # the model itself was never called
         deploy.save(model, tmp_path / "x.qsnn")
 
 

@@ -7,15 +7,28 @@ potential; all of that is checked here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qsnn_ext.deploy.lowering.axes import labels
+from qsnn_ext import hosts
+from qsnn_ext.deploy.lowering.axes import (
+    along,
+    has_time,
+    is_natural,
+    labels,
+    loops,
+    sizes,
+    whole,
+)
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Membrane, NeuronUse
-from qsnn_ext.deploy.lowering.neurons import read_neuron
-from qsnn_ext.deploy.lowering.settle import NEURON_BITS, settle
+from qsnn_ext.deploy.lowering.layers import affine
+from qsnn_ext.deploy.lowering.neurons import NeuronModel, fits_unit, read_neuron
+from qsnn_ext.deploy.lowering.pooling import once_per_step
+from qsnn_ext.deploy.lowering.settle import NEURON_BITS, READOUT_BITS, settle
 
 
 def runs_over_time(module: nn.Module) -> bool:
@@ -23,9 +36,24 @@ def runs_over_time(module: nn.Module) -> bool:
     return type(module).__name__ == "OverTime"
 
 
+def kept_states(module: nn.Module) -> dict[str, Tensor]:
+    """The membrane potentials that a neuron keeps, which a model may read: attribute -> tensor."""
+    found = {name: getattr(module, name, None) for name in _STATES} if is_neuron(module) else {}
+    return {name: state for name, state in found.items() if isinstance(state, Tensor)}
+
+
+#: Attributes in which the hosts' neurons keep their membrane potential.
+_STATES = ("v", "v_seq", "mem")
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether a module is a neuron of a host, or one wrapped to run over time."""
+    return hosts.adapter_of(module) is not None or runs_over_time(module)
+
+
 def lower_neuron(
     draft: Draft, module: nn.Module, x: Array, membrane: Any
-) -> Array | tuple[Array, Membrane]:
+) -> tuple[Array, Membrane, bool]:
     """One call of a neuron.
 
     Args:
@@ -35,12 +63,28 @@ def lower_neuron(
         membrane: What the call passes as the membrane potential, or None.
 
     Returns:
-        Spikes, or spikes and membrane potential where the host returns both.
+        Spikes, membrane potential after the call, and whether the host returns both.
     """
-    over_time = runs_over_time(module) or any("T" in labels(axis) for axis in x.axes)
     inner: Any = module.neuron if runs_over_time(module) else module
+    over_time = runs_over_time(module) or getattr(inner, "step_mode", "s") == "m"
+    once_per_step(draft, x)
+    if over_time and not (x.axes and labels(x.axes[0]) == {"T"}):
+        raise draft.fail(
+            "it runs over its first axis, which is not time here",
+            "put time in front, [T, N, ...], or say where it is with time_first=",
+        )
+    if not over_time and has_time(x):
+        raise draft.fail(
+            "it takes all time steps for one, as it is in single-step mode",
+            "set its step mode to 'm', call it once per step, or say that the input has no time "
+            "axis with time_first=False",
+        )
     model = read_neuron(draft.where, inner)
-    x = settle(draft, x, NEURON_BITS, model.largest / model.gain)
+    _per_channel(draft, model, inner, x)
+    bits = READOUT_BITS if model.silent else NEURON_BITS
+    if x.gain is None and not fits_unit(model, x.scale):
+        x = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
+    x = whole(draft, settle(draft, x, bits, model.largest / model.gain))
     key = (id(inner), x.index)
     if membrane is None and any(k[0] == id(inner) and k != key for k in draft.neurons):
         raise draft.fail(
@@ -50,7 +94,8 @@ def lower_neuron(
     if key not in draft.neurons:
         name = draft.unique(draft.where)
         spikes = draft.value(f"{name}.spikes", draft.shape(x), 1, 1.0, 1)
-        draft.neurons[key] = NeuronUse(name, model, x.index, spikes, x.scale, over_time)
+        view = None if is_natural(draft, x) else loops(draft, x)
+        draft.neurons[key] = NeuronUse(name, model, x.index, spikes, x.scale, over_time, view=view)
         draft.ops.append(draft.neurons[key])
     use = draft.neurons[key]
     step = use.calls
@@ -60,17 +105,34 @@ def lower_neuron(
             "it is called more than once on a whole sequence",
             "give each place a neuron of its own",
         )
-    if x.steps is not None and x.steps != frozenset([step]):
+    expected = None if over_time else frozenset([step])
+    if x.steps is not None and x.steps != expected:
         raise draft.fail(
             f"its call number {step} sees the input of step {sorted(x.steps)}",
             "feed the time steps in order, each once",
         )
     _check_membrane(draft, key, step, membrane)
-    draft.steps = max(draft.steps, step + 1)
-    spiked = Array(use.spikes, x.axes, 1.0, steps=None if over_time else frozenset([step]))
-    if over_time or not _returns_membrane(inner):
-        return spiked
-    return spiked, Membrane(key, step, x.axes)
+    last = x.axes[0][0].size - 1 if over_time else step
+    draft.steps = max(draft.steps, last + 1)
+    spiked = Array(use.spikes, x.axes, 1.0, steps=expected)
+    after = Membrane(key, last, x.axes[1:] if over_time else x.axes)
+    return spiked, after, not over_time and _returns_membrane(inner)
+
+
+def _per_channel(draft: Draft, model: NeuronModel, module: Any, x: Array) -> None:
+    """Leak and threshold that are tensors, in the order of the value's channels."""
+    for what, name in (("leak", "decay"), ("threshold", "theta")):
+        host = getattr(module, {"decay": "beta", "theta": "threshold"}[name], None)
+        if isinstance(host, Tensor) and host.numel() > 1:
+            values = getattr(model, name).reshape(host.shape)
+            try:
+                setattr(model, name, along(draft, x, values, f"{what}s"))
+            except ValueError:
+                raise draft.fail(
+                    f"its {what} has {host.numel()} entries of shape {tuple(host.shape)}, which do "
+                    f"not broadcast to {sizes(x)}",
+                    "give it 1, or one per channel",
+                ) from None
 
 
 def read_membrane(draft: Draft, m: Membrane) -> Array:
@@ -80,7 +142,8 @@ def read_membrane(draft: Draft, m: Membrane) -> Array:
     if use.membrane is None:
         shape = draft.values[use.source].shape
         use.membrane = draft.value(f"{use.name}.membrane", shape, 0, unit, 2**31 - 2)
-    return Array(use.membrane, m.axes, unit, steps=frozenset([m.step]))
+    steps = None if m.whole else frozenset([m.step])
+    return Array(use.membrane, m.axes, unit, steps=steps)
 
 
 def _check_membrane(draft: Draft, key: tuple[int, int], step: int, membrane: Any) -> None:

@@ -10,14 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from qsnn_ext.deploy.lowering.neurons import NeuronModel, Real
+from qsnn_ext.deploy.lowering.tracing import error_at
 from qsnn_ext.deploy.program import IntArray, Op, Value
 from qsnn_ext.errors import LoweringError
 
-Atom: TypeAlias = tuple[str, int]  # (label, size); T and N are time and batch, the rest C, H, W
-Axis: TypeAlias = tuple[Atom, ...]  # several atoms: axes flattened into one
+
+class Atom(NamedTuple):
+    """A loop over time (T), the batch (N), or over channels, height or width (C, H, W) of a value.
+
+    Args:
+        label: Of the axis it runs over.
+        size: How many steps it makes.
+        stride: How far along that axis each step goes; 0 repeats, below 0 runs backwards.
+    """
+
+    label: str
+    size: int
+    stride: int = 1
+
+
+Axis: TypeAlias = tuple[Atom, ...]  # several atoms: axes flattened into one; none: of size 1
 Axes: TypeAlias = tuple[Axis, ...]
 Shape: TypeAlias = tuple[int, int, int]  # [C, H, W]
 
@@ -51,7 +66,7 @@ class Array:
 
     Args:
         base: Index of the value, or a convolution not yet written.
-        axes: Its axes, time and batch in front.
+        axes: Its axes as the model sees them.
         scale: Real value of one unit of the value.
         gain, bias: Per-channel real factors not yet applied (weight scales and batch norms), or
             None.
@@ -59,6 +74,9 @@ class Array:
         steps: Time steps it stands for: None for all (or a single-step model).
         reduction: Whether time has been summed over.
         factor: What the sum over time is multiplied with.
+        start: Channel, row and column at which its loops start.
+        raw: Whether it is the input.
+        done: How many steps of the prologue it has been through.
     """
 
     base: int | PendingConv
@@ -70,6 +88,9 @@ class Array:
     steps: frozenset[int] | None = None
     reduction: Literal["none", "sum"] = "none"
     factor: float = 1.0
+    start: Shape = (0, 0, 0)
+    raw: bool = False
+    done: int = 0
 
     @property
     def index(self) -> int:
@@ -87,11 +108,45 @@ class Complement:
 
 @dataclass(frozen=True)
 class Membrane:
-    """The membrane potential a neuron returned: of which neuron, after which of its calls."""
+    """The membrane potential a neuron returned: of which neuron, after which step.
+
+    ``whole``: those after all steps, with time among the axes.
+    """
 
     neuron: tuple[int, int]
     step: int
     axes: Axes
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model computes of an answer, outside the program: see :mod:`epilogue`.
+
+    Args:
+        array: The answer of the program.
+        steps: What is done to it, in order.
+        shape: Of the result.
+    """
+
+    array: Array
+    steps: tuple[tuple[Any, ...], ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A tensor of constants that outputs of time steps are written into.
+
+    Args:
+        dim: Its axis of time.
+        length: Of that axis.
+        items: Step -> what was written there.
+    """
+
+    dim: int
+    length: int
+    items: dict[int, Any]
 
 
 @dataclass(frozen=True)
@@ -113,6 +168,7 @@ class NeuronUse:
     multi_step: bool  # called once, on the whole sequence
     calls: int = 0
     membrane: int | None = None
+    view: list[list[int]] | None = None  # loops over the value as the model nests them
 
 
 class Draft:
@@ -125,19 +181,30 @@ class Draft:
             whether their membrane potentials are read.
         neurons: Neuron and current -> its calls. Keys are ``(id of the module, value)``.
         convolutions: Layer and input -> the convolution.
-        steps: Time steps the model is known to run.
         where: Path of what is being lowered, for names and errors.
+        line: Where that stands in the model's code.
+        prologue: What the host does to the input before it becomes codes: steps ``x * gain +
+            bias`` of one entry or one per channel.
+        rank: Axes of one sample of the input.
+        steps: Time steps the model is known to run.
+        reached: How many events have been lowered.
+        left: Layer -> why ``quantize_`` left it in floating point.
         room: Bits of input codes that the first layer has room for, once it found too many.
     """
 
-    def __init__(self, shape: Shape, scale: float, largest: int) -> None:
+    def __init__(self, shape: Shape, rank: int, scale: float, largest: int) -> None:
         self.values: list[Value] = []
         self.largest: list[int] = []
         self.ops: list[Op | NeuronUse] = []
         self.neurons: dict[tuple[int, int], NeuronUse] = {}
         self.convolutions: dict[tuple[Any, ...], PendingConv] = {}
+        self.rank = rank
         self.steps = 1
         self.where = "the model"
+        self.line = ""
+        self.prologue: list[tuple[Real, Real]] = []
+        self.reached = 0
+        self.left: dict[str, str] = {}
         self.room: int | None = None
         self._written: dict[tuple[Any, ...], int] = {}
         self._names: dict[str, int] = {}
@@ -145,21 +212,31 @@ class Draft:
 
     def fail(self, why: str, remedy: str) -> LoweringError:
         """The error for what is being lowered: where, why, and what to do about it."""
-        return LoweringError(f"{self.where}: {why}; {remedy}")
+        return error_at(self.where, self.line, why, remedy)
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
         """Let errors and names be about another module than the one being visited."""
-        before, self.where = self.where, where
+        before = self.where, self.line
+        if where != self.where:
+            self.where, self.line = where, ""
         try:
             yield
         finally:
-            self.where = before
+            self.where, self.line = before
 
     def shape(self, array: Array) -> Shape:
         """``[C, H, W]`` of the value behind an array."""
         base = array.base
         return base.shape if isinstance(base, PendingConv) else self.values[base].shape
+
+    def check_input(self, a: Array) -> None:
+        """Refuse a reader of the input that takes it before what the host does to it."""
+        if a.raw and a.done != len(self.prologue):
+            raise self.fail(
+                "it reads the input without what another part of the model does to it first",
+                "normalise the input once, for all that read it",
+            )
 
     def unique(self, name: str) -> str:
         """A name that no operation has yet."""

@@ -7,7 +7,6 @@ biases, and those of batch norms, stay real numbers until something reads the re
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,21 @@ import torch
 from torch import nn
 
 from qsnn_ext.deploy.lowering.axes import (
+    along,
+    arrange,
+    full,
+    is_whole,
     lead_axes,
+    natural,
     per_sample_axes,
-    rank_per_sample,
-    spatial_axes,
+    permute,
+    rest_axes,
+    size_of,
+    sizes,
 )
 from qsnn_ext.deploy.lowering.draft import Array, Draft, Geometry, PendingConv, Shape
 from qsnn_ext.deploy.lowering.neurons import Real
-from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, settle
 from qsnn_ext.deploy.program import IntArray, output_size, words
 
 
@@ -53,69 +59,104 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
     else:
         p = (0, module.padding[0]) if one else module.padding
         padding = (int(p[0]), int(p[1]), int(p[0]), int(p[1]))
-    spatial_axes(draft, x)
-    rank = rank_per_sample(draft, x)
+    geometry = Geometry(tuple(stride), padding, tuple(dilation), module.groups)
+    rank = len(rest_axes(draft, x))
     if rank != (2 if one else 3):
         raise draft.fail(
             f"its input has {rank} axes besides batch and time",
             f"give it {'[C, L]' if one else '[C, H, W]'} per sample",
         )
-    geometry = Geometry(tuple(stride), padding, tuple(dilation), module.groups)
+    x = natural(draft, _convolvable(draft, x, codes))
+    pointwise = kernel == (1, 1) and geometry == Geometry(groups=module.groups)
+    if one and draft.shape(x)[1] > 1 and not pointwise:
+        x = arrange(draft, x)  # rows that were flattened become one
     y = _convolve(draft, module, x, codes, alpha, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
 
 
 def lower_linear(draft: Draft, module: Any, x: Array) -> Array:
-    """``nn.Linear``: a flattened ``[C, H, W]`` is read by a kernel that covers it."""
-    rest = spatial_axes(draft, x)
-    c, h, w = draft.shape(x)
-    if len(rest) != 1 and math.prod(n for axis in rest[:-1] for _, n in axis) != 1:
-        raise draft.fail(
-            "a linear layer must see all features of a sample in one axis",
-            "put a Flatten before it",
-        )
+    """``nn.Linear``: a kernel of one pixel over channels, or one that covers all it flattens."""
     codes, alpha = _weight_codes(draft, module)
-    codes = codes.reshape(codes.shape[0], c, h, w)
-    y = _convolve(draft, module, x, codes, alpha, Geometry())
-    return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), 1))
+    lead, rest = lead_axes(draft, x), rest_axes(draft, x)
+    x = _convolvable(draft, x, codes[:, :, None, None])
+    if all(size_of(axis) == 1 for axis in rest[:-1]):
+        x = natural(draft, x)
+        codes = codes.reshape(codes.shape[0], *draft.shape(x))
+        y = _convolve(draft, module, x, codes, alpha, Geometry())
+        return replace(y, axes=(*lead, *rest[:-1], full("C", codes.shape[0])))
+    if not (is_whole(draft, x) and rest[-1] == full("C", draft.shape(x)[0])):
+        x = arrange(draft, permute(x, [*range(len(lead)), -1, *range(len(lead), len(x.axes) - 1)]))
+        x = permute(x, [*range(len(lead)), *range(len(lead) + 1, len(x.axes)), len(lead)])
+    y = _convolve(draft, module, x, codes[:, :, None, None], alpha, Geometry())
+    return replace(y, axes=(*x.axes[:-1], full("C", codes.shape[0])))
 
 
 def lower_norm(draft: Draft, module: Any, x: Array) -> Array:
     """A batch norm with running statistics: a factor and an offset per channel."""
-    if module.running_mean is None or module.running_var is None:
+    multi_step = getattr(module, "step_mode", "s") == "m"
+    return lower_batch_norm(
+        draft, x, module.running_mean, module.running_var, module.weight, module.bias, module.eps,
+        dim=2 if multi_step else 1,
+    )  # fmt: skip
+
+
+def lower_batch_norm(
+    draft: Draft, x: Array, mean: Any, var: Any, weight: Any, bias: Any, eps: float, dim: int = 1
+) -> Array:
+    """Batch norm by fixed statistics over the axis ``dim``."""
+    if mean is None or var is None:
         raise draft.fail(
             "a batch norm without running statistics makes a sample depend on its batch",
             "build it with track_running_stats=True and train it",
         )
-    for what in ("running_mean", "running_var", "weight", "bias"):
-        value = getattr(module, what)
+    for what, value in (
+        ("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias),
+    ):  # fmt: skip
         if value is not None and not bool(torch.isfinite(value).all()):
             raise draft.fail(
                 f"its {what} contains NaN or infinity",
                 "train on or load a sound checkpoint; running statistics are also taken anew "
                 "by reset_running_stats() and a pass over data in training mode",
             )
-    if bool((module.running_var + module.eps <= 0).any()):
+    if bool((var + eps <= 0).any()):
         raise draft.fail(
             "its running_var is not positive", "load a sound checkpoint or train it anew"
         )
-    spatial_axes(draft, x)
-    gamma = np.ones(module.num_features) if module.weight is None else _real(module.weight)
-    beta = np.zeros(module.num_features) if module.bias is None else _real(module.bias)
-    factor = gamma / np.sqrt(_real(module.running_var) + module.eps)
-    shift = beta - _real(module.running_mean) * factor
-    channels = draft.shape(x)[0]
-    if factor.size != channels:
+    gamma = np.ones(var.numel()) if weight is None else real(weight)
+    beta = np.zeros(var.numel()) if bias is None else real(bias)
+    factor = gamma / np.sqrt(real(var) + eps)
+    shift = beta - real(mean) * factor
+    if dim >= len(x.axes) or size_of(x.axes[dim]) != factor.size:
         raise draft.fail(
-            f"it normalises {factor.size} features of a value of {channels} channels",
+            f"it normalises {factor.size} features of a tensor of shape {sizes(x)}",
             "give it as many features as its input has channels",
         )
+    behind = (1,) * (len(x.axes) - dim - 1)
+    return affine(draft, x, factor.reshape(-1, *behind), shift.reshape(-1, *behind))
+
+
+def affine(draft: Draft, x: Array, factor: Real, shift: Real) -> Array:
+    """``x * factor + shift``, both of a shape that broadcasts to that of ``x``.
+
+    Behind a sum over time the shift is shared out among the steps.
+    """
+    channels = draft.shape(x)[0]
+    f = along(draft, x, factor, "factors")
+    b = along(draft, x, shift, "summands")
+    if x.reduction == "sum":
+        b = b / (x.factor * steps_summed(draft, x))
     gain = x.gain if x.gain is not None else np.full(channels, x.scale)
     bias = x.bias if x.bias is not None else np.zeros(channels)
-    return replace(x, gain=gain * factor, bias=bias * factor + shift, origin=draft.where)
+    return replace(x, gain=gain * f, bias=bias * f + b, origin=draft.where)
 
 
-def _real(t: torch.Tensor) -> Real:
+def steps_summed(draft: Draft, x: Array) -> int:
+    """How many time steps a sum over time is of."""
+    return len(x.steps) if x.steps is not None else draft.steps
+
+
+def real(t: torch.Tensor) -> Real:
+    """A tensor as float64."""
     return np.asarray(t.detach().to(torch.float64).cpu().numpy())
 
 
@@ -123,20 +164,22 @@ def _weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
     """Integer codes and per-output-channel scale, from the quantizer that trained them."""
     quantizer = getattr(module, "quantizer", None)
     if quantizer is None:
+        left = draft.left.get(draft.where)
         raise draft.fail(
-            "its weights are floating point",
+            "its weights are floating point" + (f": quantize_ left it, as {left}" if left else ""),
+            "mend that and quantize the model anew" if left else
             f"quantize the {type(module).__name__} (for example quantize_(model, "
             '"1w-2u"), which keeps first and last layer at 8 bits)',
-        )
+        )  # fmt: skip
     if not bool(torch.isfinite(module.weight).all()):
         raise draft.fail(
             "its weights contain NaN or infinity", "train on or load a sound checkpoint"
         )
     codes, scale = quantizer.codes(module.weight)
-    alpha = _real(scale).reshape(-1)
+    alpha = real(scale).reshape(-1)
     folded = getattr(module, "output_scale", None)  # left by fold_batchnorm_
     if folded is not None:
-        alpha = alpha * _real(folded)
+        alpha = alpha * real(folded)
     codes = codes.detach().cpu().numpy()
     return codes, np.broadcast_to(alpha, (codes.shape[0],)).astype(np.float64)
 
@@ -145,21 +188,31 @@ def _convolve(
     draft: Draft, module: Any, x: Array, codes: IntArray, alpha: Real, geometry: Geometry
 ) -> Array:
     """A convolution with weight codes ``[C_out, C_in/groups, kh, kw]`` and scales ``[C_out]``."""
-    x = settle(draft, x)
-    if draft.values[x.index].planes == 0 and x.index != draft.input:
-        raise draft.fail(
-            "it follows another layer without a neuron in between, so its input is a "
-            "current, not spikes",
-            "merge the two layers or put a neuron between them",
-        )
+    draft.check_input(x)
+    x = _convolvable(draft, x, codes)
     key = ("layer", id(module), x.index, x.scale)
     if key not in draft.convolutions:
         binary = getattr(module.quantizer, "bits", 32) == 1
         draft.convolutions[key] = _pending(draft, x.index, codes, binary, geometry)
-    bias = np.zeros(codes.shape[0]) if module.bias is None else _real(module.bias)
+    bias = np.zeros(codes.shape[0]) if module.bias is None else real(module.bias)
+    if x.reduction == "sum":
+        bias = bias / (x.factor * steps_summed(draft, x))
     return replace(
         x, base=draft.convolutions[key], gain=alpha * x.scale, bias=bias, origin=draft.where
     )
+
+
+def _convolvable(draft: Draft, x: Array, codes: IntArray) -> Array:
+    """A settled input; a current has so few bits that sums of it fit 32."""
+    total = int(np.abs(codes.astype(np.int64)).sum(axis=(1, 2, 3)).max(initial=1))
+    room = 30 - max(total, 1).bit_length()
+    if x.gain is not None:
+        return settle(draft, x, min(room, CURRENT_BITS))
+    current = draft.values[x.index].planes == 0 and x.index != draft.input
+    if current and total * draft.largest[x.index] >= 2**31:
+        again = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
+        return settle(draft, again, room)
+    return x
 
 
 def _pending(

@@ -7,7 +7,7 @@ threshold and quantization become fixed point.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qsnn_ext.deploy.program import WIDE_LIMIT, Neuron
+from qsnn_ext.deploy.program import INT32_MAX, WIDE_LIMIT, Neuron
 from qsnn_ext.errors import LoweringError
 
 Real = npt.NDArray[np.float64]
@@ -36,6 +36,7 @@ class NeuronModel:
         alpha: Frozen membrane scale.
         squash: Whether tanh precedes the quantizer.
         order: Order of quantizing and firing.
+        silent: Whether its threshold is infinite: it only integrates.
     """
 
     decay: Real
@@ -51,6 +52,7 @@ class NeuronModel:
     alpha: float
     squash: bool
     order: Literal["fire_first", "quantize_first"]
+    silent: bool = False
 
     @property
     def largest(self) -> float:
@@ -92,8 +94,11 @@ def read_neuron(name: str, module: nn.Module) -> NeuronModel:
             "can be lowered are LIFNode, IFNode, ParametricLIFNode and Leaky, and their "
             "quantized versions"
         )
-    if model.theta.min() <= 0:
-        raise LoweringError(f"{name}: its threshold is not positive; set one above 0")
+    if bool(np.isposinf(model.theta).all()):
+        model.silent, model.reset, model.theta = True, "none", np.ones(1)
+        model.delayed, model.order = False, "fire_first"
+    if not (model.theta > 0).all() or not np.isfinite(model.theta).all():
+        raise LoweringError(f"{name}: its threshold is not a positive number; set one above 0")
     return model
 
 
@@ -169,6 +174,24 @@ def _read_leaky(name: str, module: Any) -> NeuronModel:
     return model
 
 
+def fits_unit(m: NeuronModel, unit: float) -> bool:
+    """Whether whole units of the current are fine enough for the neuron's constants."""
+    one = unit * m.gain
+    constants = [m.decay * m.v_reset + m.offset, np.array([m.v_reset])]
+    if m.reset == "soft":
+        constants.append(m.theta)
+    if m.bits == 32:
+        if (m.decay != 1).any():
+            return False
+    else:
+        n = 2 ** (m.bits - 1) - 1
+        constants.append((m.decay[:, None] * np.arange(-n, n + 1) * m.alpha / n).reshape(-1))
+        if m.delayed:
+            constants += [m.decay * m.theta, m.theta]
+    units = np.concatenate([np.asarray(c, np.float64).reshape(-1) for c in constants]) / one
+    return bool(np.abs(units - np.rint(units)).max() < 1e-6)
+
+
 def _int32(name: str, what: str, values: Any) -> npt.NDArray[np.int32]:
     values = np.atleast_1d(np.asarray(values, np.float64))
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) >= 2**30:
@@ -220,6 +243,10 @@ def integer_neuron(
                 "channel)"
             )
     one = unit * m.gain  # membrane potential that one unit of current adds
+    if m.silent:
+        still = replace(m, silent=False)
+        op = integer_neuron(name, still, source, target, unit, channels, membrane, reading_unit)
+        return replace(op, threshold=np.array([INT32_MAX], np.int32))
     if m.bits == 32:
         return _wide(name, m, source, target, one, membrane, reading_unit)
     n = 2 ** (m.bits - 1) - 1

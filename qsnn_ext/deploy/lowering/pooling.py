@@ -12,13 +12,17 @@ import numpy as np
 from torch import nn
 
 from qsnn_ext.deploy.lowering.axes import (
+    arrange,
+    full,
     labels,
     lead_axes,
+    natural,
     per_sample_axes,
-    rank_per_sample,
-    spatial_axes,
+    rest_axes,
+    size_of,
+    whole,
 )
-from qsnn_ext.deploy.lowering.draft import Array, Draft, Geometry, PendingConv, Shape
+from qsnn_ext.deploy.lowering.draft import Array, Axis, Draft, Geometry, PendingConv, Shape
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.program import Pool, output_size
 
@@ -27,10 +31,13 @@ _ONE_DIMENSIONAL = (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d)
 
 def lower_pool(draft: Draft, module: Any, x: Array) -> Array:
     """Any pooling layer of torch that has windows of equal size here."""
-    _, h, w = draft.shape(x)
     one = isinstance(module, _ONE_DIMENSIONAL)
     if getattr(module, "return_indices", False):
         raise draft.fail("return_indices cannot be lowered", "pool without it")
+    x = natural(draft, settle(draft, x))
+    if one and draft.shape(x)[1] > 1 and "C" not in labels(x.axes[-1]):
+        x = arrange(draft, x)  # rows that were flattened become one
+    _, h, w = draft.shape(x)
     over_features = one and (h, w) == (1, 1) and "C" in labels(x.axes[-1])
     if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
         size = module.output_size
@@ -70,12 +77,22 @@ def lower_pool(draft: Draft, module: Any, x: Array) -> Array:
                     "ceil_mode adds a partial window here",
                     "turn it off and pad the input instead",
                 )
-    spatial_axes(draft, x)
+    if function == "max":
+        once_per_step(draft, x)
     return _window(draft, x, function, kernel, stride, padding)
 
 
-def lower_mean(draft: Draft, a: Array, dims: Any, total: bool) -> Array:
-    """``a.mean(dims)``, or ``a.sum(dims)`` if ``total``: over time, or over height and width."""
+def once_per_step(draft: Draft, x: Array) -> None:
+    """Refuse what must happen at every step, behind a sum over time."""
+    if x.reduction != "none":
+        raise draft.fail(
+            "it follows a sum over time, so it would run once per sequence",
+            "sum or average over time last",
+        )
+
+
+def lower_mean(draft: Draft, a: Array, dims: Any, total: bool, keepdim: bool = False) -> Array:
+    """``a.mean(dims)``, or ``a.sum(dims)`` if ``total``: over time, pixels or channels."""
     if dims is None:
         raise draft.fail(
             "a mean over everything cannot be lowered",
@@ -83,31 +100,109 @@ def lower_mean(draft: Draft, a: Array, dims: Any, total: bool) -> Array:
         )
     listed = [dims] if isinstance(dims, int) else list(dims)
     chosen = sorted(d % len(a.axes) for d in listed)
-    over = {label for d in chosen for label in labels(a.axes[d])}
-    if over == {"T"} and chosen == [0]:
-        steps = a.axes[0][0][1]
-        draft.steps = max(draft.steps, steps)
-        return replace(
-            settle(draft, a), axes=a.axes[1:], reduction="sum",
-            factor=1.0 if total else 1.0 / steps, steps=frozenset(range(steps)),
-        )  # fmt: skip
-    if over <= {"H", "W"}:
-        _, h, w = draft.shape(a)
-        kernel = (h if "H" in over else 1, w if "W" in over else 1)
-        pooled = _window(draft, a, "sum", kernel, kernel, (0, 0, 0, 0))
-        if total:
-            pooled = replace(pooled, scale=pooled.scale * kernel[0] * kernel[1])
-        now = dict(zip("CHW", draft.shape(pooled), strict=True))
-        axes = tuple(
-            tuple((k, now.get(k, n)) for k, n in axis)
-            for d, axis in enumerate(a.axes)
-            if d not in chosen
+    over = {d: labels(a.axes[d]) for d in chosen}
+    if any("N" in found for found in over.values()):
+        raise draft.fail(
+            "a mean over the batch makes a sample depend on its batch",
+            "average over time, height, width or channels",
         )
-        return replace(pooled, axes=axes)
-    raise draft.fail(
-        "a mean over channels or the batch cannot be lowered",
-        "average over time, height or width; a VotingLayer averages features",
-    )
+    a = settle(draft, a)
+    pixels = [d for d in chosen if over[d] and over[d] <= {"H", "W"}]
+    if pixels:
+        a = _over_pixels(draft, a, pixels, total)
+    for d in chosen:
+        if over[d] == {"C"}:
+            a = _over_channels(draft, a, d, total)
+        elif over[d] == {"T"}:
+            a = _over_time(draft, a, d, total)
+        elif over[d] and d not in pixels:
+            raise draft.fail(
+                "it averages an axis that joins time or channels with others",
+                "average before joining them",
+            )
+    axes = [() if d in chosen else axis for d, axis in enumerate(a.axes)]
+    if not keepdim:
+        axes = [axis for d, axis in enumerate(axes) if d not in chosen]
+    return replace(a, axes=tuple(axes))
+
+
+def _over_time(draft: Draft, a: Array, dim: int, total: bool) -> Array:
+    steps = size_of(a.axes[dim])
+    known = a.steps if a.steps is not None else frozenset(range(steps))
+    draft.steps = max(draft.steps, *(step + 1 for step in known))
+    return replace(a, reduction="sum", factor=1.0 if total else 1.0 / steps, steps=known)
+
+
+def _over_pixels(draft: Draft, a: Array, dims: list[int], total: bool) -> Array:
+    """A sum over height, width, or both, each as a whole; their axes are left with size 1."""
+    _, h, w = draft.shape(a)
+    found = {atom.label: atom for d in dims for atom in a.axes[d]}
+    count = sum(len(a.axes[d]) for d in dims)
+    sizes = {"H": h, "W": w}
+    at_once = all(found[k].size == sizes[k] and found[k].stride == 1 for k in found)
+    if not at_once or len(found) != count or a.start != (0, 0, 0):
+        a = arrange(draft, a)
+        _, h, w = draft.shape(a)
+        found = {atom.label: atom for d in dims for atom in a.axes[d]}
+        if "C" in found:
+            raise draft.fail("this mean cannot be lowered", "average height and width only")
+    kernel = (h if "H" in found else 1, w if "W" in found else 1)
+    before = a.axes
+    pooled = _window(draft, a, "sum", kernel, kernel, (0, 0, 0, 0))
+    if total:
+        pooled = replace(pooled, scale=pooled.scale * kernel[0] * kernel[1])
+    return replace(pooled, axes=tuple(() if d in dims else axis for d, axis in enumerate(before)))
+
+
+def _over_channels(draft: Draft, a: Array, dim: int, total: bool) -> Array:
+    """A sum over an axis that channels were split into, or over all of them."""
+    a = whole(draft, a)
+    c, h, w = draft.shape(a)
+    axis = a.axes[dim]
+    if len(axis) > 1 or axis[0].stride < 0:
+        raise draft.fail("this mean cannot be lowered", "average the axes of a plain reshape")
+    n, stride = axis[0].size, axis[0].stride
+    source, outputs = a.index, c // n
+    if draft.values[source].planes == 0 and source != draft.input:
+        raise draft.fail("averaging channels needs spikes as its input", "put a neuron before it")
+    key = ("channels", source, n, stride)
+    if key not in draft.convolutions:
+        if stride == 1:
+            weight, groups = np.ones((outputs, n, 1), np.int8), outputs
+        else:
+            channel, target = np.arange(c), np.arange(outputs)
+            kept = channel // (n * stride) * stride + channel % stride
+            weight, groups = (kept[:, None] == target).astype(np.int8)[None], 1
+        draft.convolutions[key] = PendingConv(
+            draft.where, source, weight, (1, 1), Geometry(groups=groups), (outputs, h, w),
+            n * draft.largest[source],
+        )  # fmt: skip
+    unit = a.scale if total else a.scale / n
+    axes: list[Axis] = []
+    for d, other in enumerate(a.axes):
+        atoms = tuple(
+            atom._replace(stride=atom.stride // n)
+            if atom.label == "C" and atom.stride >= n * stride
+            else atom
+            for atom in other
+        )
+        axes.append(() if d == dim else atoms)
+    return replace(
+        a, base=draft.convolutions[key], gain=np.full(outputs, unit), bias=np.zeros(outputs),
+        axes=tuple(axes), origin=draft.where,
+    )  # fmt: skip
+
+
+def repeat_pixels(draft: Draft, a: Array, factors: list[int]) -> Array:
+    """Every pixel ``factors`` times along the axes of the tensor."""
+    kernel = (factors[-2] if len(factors) > 2 else 1, factors[-1])
+    a = natural(draft, settle(draft, a))
+    if any(f != 1 for f in factors[:-2]) or len(rest_axes(draft, a)) < 2:
+        raise draft.fail("it repeats channels or samples", "interpolate height and width only")
+    if len(rest_axes(draft, a)) == 2:
+        a = arrange(draft, a) if draft.shape(a)[1] > 1 else a
+        kernel = (1, kernel[1])
+    return _window(draft, a, "repeat", kernel, (1, 1), (0, 0, 0, 0))
 
 
 def _pair(value: Any, one: bool, across: int) -> tuple[int, int]:
@@ -120,7 +215,8 @@ def _pair(value: Any, one: bool, across: int) -> tuple[int, int]:
 
 def _adaptive(draft: Draft, x: Array, out: tuple[int, int], maximum: bool) -> Array:
     _, h, w = draft.shape(x)
-    spatial_axes(draft, x)
+    if maximum:
+        once_per_step(draft, x)
     if h % out[0] == 0 and w % out[1] == 0:
         kernel = (h // out[0], w // out[1])
         return _window(draft, x, "max" if maximum else "sum", kernel, kernel, (0, 0, 0, 0))
@@ -171,7 +267,7 @@ def _window(
         (shape, planes, scale, high),
         lambda name, target: Pool(name, source, target, function, kernel, stride, padding),
     )  # fmt: skip
-    axes = per_sample_axes(lead_axes(draft, x), shape, rank_per_sample(draft, x))
+    axes = per_sample_axes(lead_axes(draft, x), shape, len(rest_axes(draft, x)))
     return replace(x, base=base, scale=scale, axes=axes)
 
 
@@ -198,5 +294,5 @@ def _vote(draft: Draft, module: Any, x: Array) -> Array:
         )  # fmt: skip
     return replace(
         x, base=draft.convolutions[key], gain=np.full(groups, x.scale / k), bias=np.zeros(groups),
-        axes=(*x.axes[:-1], (("C", groups), ("H", 1), ("W", 1))), origin=draft.where,
+        axes=(*x.axes[:-1], full("C", groups)), origin=draft.where,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from qsnn_ext.deploy.program import MAX_SHIFT, Affine, Conv, IntArray
 # A current is scaled so that its largest possible value has about this many bits.
 CURRENT_BITS = 26  # room to be added to currents of other units
 NEURON_BITS = 28  # into a neuron, where nothing but the membrane potential is added
+READOUT_BITS = 20  # into a neuron that only integrates, and may do so for a thousand steps
 
 
 def settle(draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0) -> Array:

@@ -1,0 +1,589 @@
+"""Functions and methods of torch that lowering knows, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add, lower_multiply
+from qsnn_ext.deploy.lowering.axes import (
+    along,
+    expand,
+    has_time,
+    labels,
+    permute,
+    regroup,
+    select,
+    sizes,
+    stack,
+)
+from qsnn_ext.deploy.lowering.draft import (
+    Answer,
+    Array,
+    Constant,
+    Draft,
+    Filling,
+    Membrane,
+)
+from qsnn_ext.deploy.lowering.layers import lower_batch_norm, real
+from qsnn_ext.deploy.lowering.neurons import Real
+from qsnn_ext.deploy.lowering.operands import as_array, as_tensor
+from qsnn_ext.deploy.lowering.pooling import lower_mean, lower_pool, repeat_pixels
+from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.tracing import Event
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function.
+
+    Attributes:
+        event: Where it stands on the tape.
+        name: Of the function, without underscores.
+        args, kwargs: Its operands as far as they are known.
+    """
+
+    event: Event
+    name: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    def get(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of its results."""
+        return list(self.event.shapes.values())
+
+    def array(self, draft: Draft) -> Array:
+        """Its first operand, a tensor of the program."""
+        return as_array(
+            draft, self.args[0], f"{self.name!r} cannot be lowered for what it is applied to",
+            "apply it to one tensor that depends on the model's input",
+        )  # fmt: skip
+
+
+FUNCTIONS: dict[str, Callable[[Draft, Call], Any]] = {}
+
+
+def _named(*names: str) -> Callable[[Callable[[Draft, Call], Any]], Callable[[Draft, Call], Any]]:
+    def register(function: Callable[[Draft, Call], Any]) -> Callable[[Draft, Call], Any]:
+        FUNCTIONS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+# --------------------------------------------------------------------------- arithmetic
+
+
+def _operands(draft: Draft, call: Call) -> tuple[Any, Any]:
+    a, b = (call.args[0], call.args[1])
+    return as_tensor(draft, a), as_tensor(draft, b)
+
+
+def _affine_of_input(draft: Draft, a: Any, factor: Any, shift: Any) -> Array | None:
+    """``x * factor + shift`` of the model's input is the host's work, before codes are made."""
+    if not isinstance(a, Array) or not a.raw:
+        return None
+    factors, shifts = real(torch.as_tensor(factor)), real(torch.as_tensor(shift))
+    if not factors.all():
+        return None  # a blank
+    step = along(draft, a, factors, "factors"), along(draft, a, shifts, "summands")
+    if a.done == len(draft.prologue):
+        raise InputArithmeticError(step)
+    same = all(np.array_equal(x, y) for x, y in zip(step, draft.prologue[a.done], strict=True))
+    if not same:
+        raise draft.fail(
+            "it normalises the input in another way than another part of the model",
+            "normalise the input once, for all that read it",
+        )
+    return replace(a, done=a.done + 1)
+
+
+class InputArithmeticError(Exception):
+    """The walk has met arithmetic on the input: it begins anew with that left to the host."""
+
+    def __init__(self, step: tuple[Real, Real]) -> None:
+        super().__init__()
+        self.step = step
+
+
+def _value(c: Any) -> Any:
+    return c.value if isinstance(c, Constant) else c
+
+
+@_named("add", "iadd", "radd")
+def _add(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host_affine(draft, call)
+    a, b = _operands(draft, call)
+    alpha = call.kwargs.get("alpha", 1)
+    if alpha != 1:
+        b = lower_multiply(draft, b, Constant(alpha)) if isinstance(b, Array) else Constant(
+            torch.as_tensor(_value(b)) * alpha
+        )  # fmt: skip
+    for x, c in ((a, b), (b, a)):
+        if isinstance(c, Constant):
+            found = _affine_of_input(draft, x, 1.0, c.value)
+            if found is not None:
+                return found
+    return lower_add(draft, a, b)
+
+
+@_named("sub", "isub", "subtract")
+def _sub(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host_affine(draft, call)
+    a, b = _operands(draft, call)
+    if call.kwargs.get("alpha", 1) != 1:
+        raise draft.fail("a scaled subtraction cannot be lowered", "subtract without alpha")
+    return _difference(draft, call, a, b)
+
+
+@_named("rsub")
+def _rsub(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host_affine(draft, call)
+    b, a = _operands(draft, call)
+    return _difference(draft, call, a, b)
+
+
+def _difference(draft: Draft, call: Call, a: Any, b: Any) -> Any:
+    if isinstance(b, Constant):
+        found = _affine_of_input(draft, a, 1.0, -torch.as_tensor(b.value))
+        if found is not None:
+            return found
+    if isinstance(a, Constant):
+        found = _affine_of_input(draft, b, -1.0, a.value)
+        if found is not None:
+            return found
+    return lower_add(draft, a, b, sign=-1)
+
+
+@_named("mul", "imul", "rmul", "multiply", "logical_and", "and", "bitwise_and", "iand")
+def _mul(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host_affine(draft, call)
+    a, b = _operands(draft, call)
+    for x, c in ((a, b), (b, a)):
+        if isinstance(c, Constant):
+            found = _affine_of_input(draft, x, c.value, 0.0)
+            if found is not None:
+                return found
+    return lower_multiply(draft, a, b)
+
+
+@_named("div", "idiv", "truediv", "itruediv", "true_divide", "divide")
+def _div(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host_affine(draft, call)
+    a, b = _operands(draft, call)
+    if not isinstance(b, Constant) or call.kwargs.get("rounding_mode") is not None:
+        raise draft.fail("dividing by a tensor cannot be lowered", "divide by a number")
+    divisor = torch.as_tensor(b.value).double()
+    if bool((divisor == 0).any()):
+        raise draft.fail("it divides by zero", "divide by a number that is not 0")
+    found = _affine_of_input(draft, a, 1 / divisor, 0.0)
+    return found if found is not None else lower_multiply(draft, a, Constant(1 / divisor))
+
+
+@_named("neg", "negative")
+def _neg(draft: Draft, call: Call) -> Any:
+    if _answers(call):
+        return _host(call.args[0], ("scale", -1.0), call)
+    a = call.array(draft)
+    found = _affine_of_input(draft, a, -1.0, 0.0)
+    return found if found is not None else lower_multiply(draft, a, Constant(-1.0))
+
+
+@_named("zero")
+def _zero(draft: Draft, call: Call) -> Any:
+    return Constant(torch.zeros(call.shapes[0]))
+
+
+@_named("copy")
+def _copy(draft: Draft, call: Call) -> Any:
+    source = as_array(
+        draft, call.args[1], "it overwrites a tensor with what does not depend on the input",
+        "use a tensor of its own",
+    )  # fmt: skip
+    if tuple(sizes(source)) != call.shapes[0]:
+        raise draft.fail("it copies into a tensor of another shape", "copy between equal shapes")
+    return source
+
+
+# --------------------------------------------------------------------------- shapes and time
+
+
+@_named(
+    "contiguous", "clone", "detach", "float", "half", "double", "bfloat16", "to", "type_as", "cpu",
+    "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+    "feature_alpha_dropout", "requires_grad", "alias", "lift_fresh", "pos", "positive",
+)  # fmt: skip
+def _same(draft: Draft, call: Call) -> Any:
+    if isinstance(call.args[0], Membrane | Answer | Filling):
+        return call.args[0]
+    return as_tensor(draft, call.args[0])
+
+
+@_named("relu", "abs", "absolute")
+def _not_negative(draft: Draft, call: Call) -> Any:
+    a = settle(draft, call.array(draft))
+    if draft.values[a.index].planes == 0:
+        raise draft.fail(
+            f"the operation {call.name!r} on a current has no integer form",
+            "use a neuron, or apply it to spikes",
+        )
+    return a
+
+
+@_named("bool", "int", "long", "round", "floor", "byte")
+def _spikes(draft: Draft, call: Call) -> Any:
+    a = call.array(draft)
+    if not is_spikes(draft, settle(draft, a)):
+        raise draft.fail(
+            f"the operation {call.name!r} has no integer form on what is no spike",
+            "apply it to spikes only",
+        )
+    return a
+
+
+@_named(
+    "flatten", "view", "reshape", "unsqueeze", "squeeze", "unflatten", "view_as", "reshape_as",
+    "ravel", "unsafe_view",
+)  # fmt: skip
+def _reshape(draft: Draft, call: Call) -> Any:
+    a = call.args[0]
+    if isinstance(a, Answer):
+        return _host(a, ("shape", 0, list(call.shapes[0])), call)
+    return regroup(draft, call.array(draft), call.shapes[0])
+
+
+@_named("permute")
+def _permute(draft: Draft, call: Call) -> Any:
+    order = call.args[1:] or call.kwargs.get("dims", ())
+    if len(order) == 1 and isinstance(order[0], tuple | list):
+        order = order[0]
+    return _reorder(draft, call, list(order))
+
+
+@_named("transpose", "swapaxes", "swapdims")
+def _transpose(draft: Draft, call: Call) -> Any:
+    order = list(range(len(call.shapes[0])))
+    i = call.get(1, "dim0", call.kwargs.get("axis0"))
+    j = call.get(2, "dim1", call.kwargs.get("axis1"))
+    order[i], order[j] = order[j], order[i]
+    return _reorder(draft, call, order)
+
+
+@_named("t", "mT")
+def _last_two(draft: Draft, call: Call) -> Any:
+    order = list(range(len(call.shapes[0])))
+    if len(order) > 1:
+        order[-1], order[-2] = order[-2], order[-1]
+    return _reorder(draft, call, order)
+
+
+@_named("movedim", "moveaxis")
+def _movedim(draft: Draft, call: Call) -> Any:
+    places = torch.arange(len(call.shapes[0]))
+    blank = torch.empty([2 + int(i) for i in places])
+    moved = blank.movedim(call.get(1, "source"), call.get(2, "destination"))
+    return _reorder(draft, call, [n - 2 for n in moved.shape])
+
+
+def _reorder(draft: Draft, call: Call, order: list[int]) -> Any:
+    a = call.args[0]
+    order = [i % len(order) for i in order]
+    if isinstance(a, Answer):
+        return _host(a, ("permute", order), call)
+    if isinstance(a, Membrane):
+        a = as_tensor(draft, a)
+    return permute(call.array(draft), order)
+
+
+@_named("expand", "repeat", "expand_as", "broadcast_to", "tile")
+def _expand(draft: Draft, call: Call) -> Any:
+    return expand(draft, call.array(draft), call.shapes[0])
+
+
+@_named("getitem")
+def _getitem(draft: Draft, call: Call) -> Any:
+    return _index(draft, call, call.args[0], call.args[1])
+
+
+def _index(draft: Draft, call: Call, a: Any, index: Any) -> Any:
+    if isinstance(a, Constant):
+        return Constant(torch.as_tensor(a.value)[index])
+    if isinstance(a, Filling):
+        parts = index if isinstance(index, tuple) else (index,)
+        place = parts[a.dim] if len(parts) > a.dim else None
+        rest = [p for i, p in enumerate(parts) if i != a.dim]
+        at = place % a.length if isinstance(place, int) else -1
+        if at in a.items and all(p == slice(None) for p in rest):
+            return a.items[at]
+    if isinstance(a, Answer):
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(p is None or isinstance(p, int | slice) for p in parts):
+            plain = [
+                "new" if p is None else [p.start, p.stop, p.step] if isinstance(p, slice) else p
+                for p in parts
+            ]
+            return _host(a, ("index", plain), call)
+    array = as_array(draft, a, "indexing cannot be lowered for it", "index tensors only")
+    return select(draft, array, index)
+
+
+@_named("select")
+def _select(draft: Draft, call: Call) -> Any:
+    dim, index = call.get(1, "dim"), call.get(2, "index")
+    return _index(draft, call, call.args[0], _at(call.array(draft), dim, index))
+
+
+@_named("narrow")
+def _narrow(draft: Draft, call: Call) -> Any:
+    dim, start, length = call.get(1, "dim"), call.get(2, "start"), call.get(3, "length")
+    a = call.array(draft)
+    return select(draft, a, _at(a, dim, slice(start, start + length)))
+
+
+def _at(a: Array, dim: int, part: Any) -> tuple[Any, ...]:
+    return (*(slice(None) for _ in range(dim % len(a.axes))), part)
+
+
+@_named("unbind")
+def _unbind(draft: Draft, call: Call) -> Any:
+    a = as_tensor(draft, call.args[0])
+    dim = call.get(1, "dim", 0)
+    if isinstance(a, Constant):
+        return tuple(Constant(t) for t in torch.as_tensor(a.value).unbind(dim))
+    array = call.array(draft)
+    return tuple(select(draft, array, _at(array, dim, t)) for t in range(len(call.shapes)))
+
+
+@_named("chunk", "split", "split_with_sizes", "tensor_split")
+def _split(draft: Draft, call: Call) -> Any:
+    a = call.array(draft)
+    dim = call.get(2, "dim", 0)
+    parts, start = [], 0
+    for shape in call.shapes:
+        n = shape[dim]
+        parts.append(select(draft, a, _at(a, dim, slice(start, start + n))))
+        start += n
+    return tuple(parts)
+
+
+@_named("setitem")
+def _setitem(draft: Draft, call: Call) -> Any:
+    base, index, item = call.args[:3]
+    parts = index if isinstance(index, tuple) else (index,)
+    dims = [i for i, p in enumerate(parts) if isinstance(p, int)]
+    others = all(p == slice(None) or p is Ellipsis for p in parts if not isinstance(p, int))
+    if len(dims) != 1 or not others or Ellipsis in parts[: dims[0]]:
+        raise draft.fail(
+            "this assignment to a part of a tensor cannot be lowered",
+            "assign whole time steps, out[t] = y, or collect them in a list and stack it",
+        )
+    dim, length = dims[0], call.shapes[0][dims[0]]
+    items: dict[int, Any] = {}
+    if isinstance(base, Filling) and base.dim == dim:
+        items = dict(base.items)
+    elif not isinstance(base, Constant):
+        raise draft.fail(
+            "it overwrites a part of a tensor of the network",
+            "collect what is computed in a list and stack it",
+        )
+    items[parts[dim] % length] = item
+    return Filling(dim, length, items)
+
+
+@_named("stack")
+def _stack(draft: Draft, call: Call) -> Any:
+    items = [as_tensor(draft, a) for a in call.args[0]]
+    return stack(draft, items, call.get(1, "dim", 0))
+
+
+@_named("cat", "concat", "concatenate")
+def _cat(draft: Draft, call: Call) -> Any:
+    items = [as_tensor(draft, a) for a in call.args[0]]
+    arrays = [a for a in items if isinstance(a, Array)]
+    dim = call.get(1, "dim", call.kwargs.get("axis", 0))
+    if len(arrays) == len(items):
+        dim %= len(arrays[0].axes)
+        if len(arrays) == 1:
+            return arrays[0]
+        if all(not a.axes[dim] and not has_time(a) for a in arrays):
+            dropped = [select(draft, a, _at(a, dim, 0)) for a in arrays]
+            if arrays[0].steps != arrays[1].steps:
+                return stack(draft, dropped, dim)
+        if "T" not in labels(arrays[0].axes[dim]):
+            return concatenate(draft, arrays, dim)
+    raise draft.fail(
+        "this concatenation cannot be lowered",
+        "join the outputs of time steps, or channels of the network's own tensors",
+    )
+
+
+def concatenate(draft: Draft, arrays: list[Array], dim: int) -> Array:
+    """Tensors side by side along an axis of a sample."""
+    raise draft.fail("this concatenation cannot be lowered", "add instead")
+
+
+# --------------------------------------------------------------------------- sums and windows
+
+
+@_named("mean", "sum")
+def _mean(draft: Draft, call: Call) -> Any:
+    dims = call.get(1, "dim", call.kwargs.get("axis"))
+    keep = bool(call.get(2, "keepdim", call.kwargs.get("keepdims", False)))
+    a = call.args[0]
+    if isinstance(a, Answer):
+        return _host(a, (call.name, _listed(dims), keep), call)
+    return lower_mean(draft, call.array(draft), dims, call.name == "sum", keep)
+
+
+def _listed(dims: Any) -> Any:
+    return tuple(dims) if isinstance(dims, list) else dims
+
+
+_POOL_FUNCTIONS: dict[str, Any] = {
+    "max_pool1d": nn.MaxPool1d, "max_pool2d": nn.MaxPool2d,
+    "avg_pool1d": nn.AvgPool1d, "avg_pool2d": nn.AvgPool2d,
+    "adaptive_avg_pool1d": nn.AdaptiveAvgPool1d, "adaptive_avg_pool2d": nn.AdaptiveAvgPool2d,
+    "adaptive_max_pool2d": nn.AdaptiveMaxPool2d,
+}  # fmt: skip
+
+
+@_named(*_POOL_FUNCTIONS, "boolean_dispatch", "fn")
+def _pool(draft: Draft, call: Call) -> Any:
+    kind = _POOL_FUNCTIONS.get(call.name)
+    if kind is None:
+        raise draft.fail("return_indices cannot be lowered", "pool without it")
+    return lower_pool(draft, kind(*call.args[1:], **call.kwargs), call.array(draft))
+
+
+@_named("batch_norm")
+def _batch_norm(draft: Draft, call: Call) -> Any:
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    mean, var, weight, bias, training, _, eps = (
+        _value(call.get(i + 1, name)) for i, name in enumerate(names)
+    )
+    if training and mean is not None:
+        raise draft.fail(
+            "a batch norm in training mode makes a sample depend on its batch", "call model.eval()"
+        )
+    a = call.array(draft)
+    return lower_batch_norm(draft, a, mean, var, weight, bias, 1e-5 if eps is None else eps)
+
+
+@_named("interpolate", "upsample", "upsample_nearest")
+def _interpolate(draft: Draft, call: Call) -> Any:
+    a = call.array(draft)
+    mode = call.get(3, "mode", "nearest")
+    if mode not in ("nearest", "nearest-exact"):
+        raise draft.fail(
+            f"interpolation of mode {mode!r} makes values between spikes", "use mode='nearest'"
+        )
+    before, after = sizes(a), call.shapes[0]
+    factors = []
+    for place, (n, wanted) in enumerate(zip(before, after, strict=True)):
+        if wanted % n == 0:
+            factors.append(wanted // n)
+        elif n % wanted == 0 and mode == "nearest":
+            factors.append(1)
+            a = select(draft, a, _at(a, place, slice(None, None, n // wanted)))
+        else:
+            raise draft.fail(
+                f"interpolation from {n} to {wanted} pixels repeats them unevenly",
+                "use a whole factor",
+            )
+    return repeat_pixels(draft, a, factors)
+
+
+# --------------------------------------------------------------------------- after the program
+
+
+def _answers(call: Call) -> bool:
+    """Whether an operand has already left the program."""
+    return any(isinstance(a, Answer) for a in call.args[:2])
+
+
+def _host(a: Any, step: tuple[Any, ...], call: Call) -> Answer:
+    before = a.steps if isinstance(a, Answer) else ()
+    array = a.array if isinstance(a, Answer) else a
+    return Answer(array, (*before, step), call.shapes[0])
+
+
+def _host_affine(draft: Draft, call: Call) -> Answer:
+    """A number, or a tensor of few, added to or multiplied with an answer."""
+    a, b = call.args[0], call.args[1]
+    if not isinstance(a, Answer):
+        a, b = b, a
+    swapped = a is not call.args[0]
+    value = _value(b)
+    if not isinstance(value, int | float | torch.Tensor):
+        raise draft.fail("this operation on the answer cannot be carried along", "do it outside")
+    by = torch.as_tensor(value).double()
+    if call.name in ("div", "idiv", "truediv", "itruediv", "true_divide", "divide"):
+        if swapped:
+            raise draft.fail("dividing by the answer cannot be carried along", "do it outside")
+        return _host(a, ("scale", (1 / by).tolist()), call)
+    if call.name in ("mul", "imul", "rmul", "multiply"):
+        return _host(a, ("scale", by.tolist()), call)
+    if call.name in ("sub", "isub", "subtract", "rsub"):
+        if swapped != (call.name == "rsub"):
+            a = _host(a, ("scale", -1.0), call)
+        else:
+            by = -by
+    return _host(a, ("shift", by.tolist()), call)
+
+
+@_named("softmax", "log_softmax", "sigmoid")
+def _activation(draft: Draft, call: Call) -> Any:
+    if call.name == "sigmoid":
+        return _host(_final(draft, call), ("sigmoid",), call)
+    dim = call.get(1, "dim")
+    if dim is None:
+        raise draft.fail(f"{call.name} without a dim cannot be lowered", "name the axis")
+    return _host(_final(draft, call), (call.name, dim), call)
+
+
+@_named("argmax", "argmin")
+def _arg(draft: Draft, call: Call) -> Any:
+    dim, keep = call.get(1, "dim"), bool(call.get(2, "keepdim", False))
+    if dim is None:
+        raise draft.fail(f"{call.name} over the whole batch cannot be lowered", "name the axis")
+    return _host(_final(draft, call), (call.name, dim, keep), call)
+
+
+@_named("max", "min")
+def _extreme(draft: Draft, call: Call) -> Any:
+    dim, keep = call.get(1, "dim"), bool(call.get(2, "keepdim", False))
+    if not isinstance(dim, int):
+        raise draft.fail(
+            f"{call.name} over everything or of two tensors cannot be lowered", "name the axis"
+        )
+    a = _final(draft, call)
+    values = _host(a, (call.name, dim, keep), call)
+    return values, _host(a, (f"arg{call.name}", dim, keep), call)
+
+
+@_named("amax", "amin")
+def _amax(draft: Draft, call: Call) -> Any:
+    dim, keep = call.get(1, "dim"), bool(call.get(2, "keepdim", False))
+    if not isinstance(dim, int):
+        raise draft.fail(f"{call.name} over several axes cannot be lowered", "name one axis")
+    return _host(_final(draft, call), (call.name[1:], dim, keep), call)
+
+
+def _final(draft: Draft, call: Call) -> Any:
+    a = call.args[0]
+    return a if isinstance(a, Answer) else settle(draft, call.array(draft))
