@@ -9,7 +9,7 @@ ENGINE := qsnn_ext/deploy/_qsnn.so
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test lint format types docs clean
+.PHONY: help demo demo-web test lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -30,6 +30,9 @@ $(ENGINE): $(wildcard qsnn_ext/deploy/runtime/*) | $(READY)
 demo: $(READY) $(ENGINE) ## train full-precision and quantized networks on handwritten digits, under five minutes
 	$(BIN)/python -m recipes.demo
 
+demo-web: $(READY) ## build the demo page of the documentation and open it, or print its address
+	$(BIN)/python docs/demo/build.py --open
+
 test: $(READY) $(ENGINE) ## run the test suite
 	$(PYTEST) -n auto -q
 
@@ -45,6 +48,7 @@ types: $(READY) ## mypy --strict on the package
 	$(BIN)/mypy
 
 docs: $(READY) ## build the documentation into site/, strictly
+	$(BIN)/python docs/demo/build.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove the virtual environment and all caches

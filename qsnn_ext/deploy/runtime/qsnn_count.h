@@ -96,7 +96,7 @@ COUNT_ROWS(count_256, __m256i, LOAD256, STORE256, _mm256_setzero_si256(), _mm256
 COUNT_ROWS(count_128, __m128i, LOAD128, STORE128, _mm_setzero_si128(), _mm_xor_si128,
            _mm_and_si128, XOR3_128, MAJ_128)
 
-#elif defined(__GNUC__) && !defined(QSNN_PLAIN)
+#elif defined(QSNN_VECTORS)
 
 typedef uint32_t v128 __attribute__((vector_size(16)));
 static inline v128 load_v128(const void *p) { v128 a; memcpy(&a, p, 16); return a; }
@@ -193,7 +193,7 @@ static inline vb vb_repeat(const uint32_t *p, const int words) {
     return vb_load(p);
 }
 
-#elif defined(__GNUC__) && !defined(QSNN_PLAIN)
+#elif defined(QSNN_VECTORS)
 
 #define VB_WORDS 4
 typedef v128 vb;

@@ -129,7 +129,7 @@ static void count_rows(const uint8_t *rows, uint32_t *offsets, uint32_t n, uint3
         const int32_t left = row_words - w;
         if (left > 4) { count_256(at, offsets, n, depth, to, pitch); w += 8; }
         else { count_128(at, offsets, n, depth, to, pitch); w += 4; }
-#elif defined(__GNUC__) && !defined(QSNN_PLAIN)
+#elif defined(QSNN_VECTORS)
         count_128(at, offsets, n, depth, to, pitch); w += 4;
 #else
         count_32(at, offsets, n, depth, to, pitch); w += 1;

@@ -1,5 +1,5 @@
-/* The few vector operations the runtime is written in, for AVX-512, AVX2, any compiler with vector
- * extensions (SSE2, NEON, ...) and plain C99. `vi` holds LANES int32, `vm` a truth value for each.
+/* The few vector operations the runtime is written in, for AVX-512, AVX2, cores with vectors of 128
+ * bits (SSE2, NEON, Helium, AltiVec, RISC-V V, wasm) and plain C99. `vi` holds LANES int32, `vm` a truth value for each.
  * Which one is used is decided by the flags the file is compiled with. */
 #ifndef QSNN_VECTOR_H
 #define QSNN_VECTOR_H
@@ -24,8 +24,13 @@ static inline int32_t byte_place(int32_t i) {
     return *(const uint8_t *)(const void *)&one ? i : i ^ 3;
 }
 
-#if defined(__i386__) && !defined(__SSE2__) && !defined(QSNN_PLAIN)
-#define QSNN_PLAIN /* vectors would be passed in memory, against the convention of calls */
+/* Vectors where the core has a unit for them; elsewhere a compiler would spell them out, in twice
+ * the code and time of plain words. QSNN_PLAIN asks for plain words everywhere. */
+#if defined(__GNUC__) && !defined(QSNN_PLAIN) &&                                                   \
+    (defined(__SSE2__) || defined(__ARM_NEON) || defined(__ARM_FEATURE_MVE) ||                     \
+     defined(__ALTIVEC__) || defined(__VSX__) || defined(__VX__) || defined(__riscv_vector) ||      \
+     defined(__mips_msa) || defined(__loongarch_sx) || defined(__wasm_simd128__))
+#define QSNN_VECTORS
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -104,7 +109,7 @@ static inline vi vi_lookup_small(vi table, vi index) {
     return _mm256_permutevar8x32_epi32(table, index);
 }
 
-#elif defined(__GNUC__) && !defined(QSNN_PLAIN) /* 128-bit vectors on whatever there is */
+#elif defined(QSNN_VECTORS) /* 128-bit vectors on whatever there is */
 
 #define LANES 4
 typedef int32_t vi __attribute__((vector_size(16)));

@@ -1,0 +1,173 @@
+"""The JavaScript module reads .qsnn files and gives the integers Python gives, in both builds."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qsnn_ext.deploy import DeployedModel, load
+from qsnn_ext.deploy.fileformat import dump_program, save_program
+from qsnn_ext.deploy.program import Conv
+from qsnn_ext.deploy.reference import ReferenceSession
+from tests.deploy.random_programs import random_block, random_input, random_program
+from tests.js.conftest import JS
+
+MODELS = JS.parent / "recipes" / "results" / "devices"
+STEPS = 3
+
+
+def membranes(program, state):
+    """State words without the last spike, as signed codes."""
+    found = {}
+    for n in program.neurons:
+        word = state[n.name][0].astype(np.int64)
+        if n.bits < 32:
+            code = word & (2**n.bits - 1)
+            word = np.where(code >= 2 ** (n.bits - 1), code - 2**n.bits, code)
+        found[n.name] = word.reshape(-1).tolist()
+    return found
+
+
+def test_same_integers_as_python(node, tmp_path):
+    programs = [random_program(seed) for seed in range(120)]
+    programs += [random_block(seed) for seed in range(20)]
+    kinds = {(type(op).__name__, getattr(op, "binary", None)) for p in programs for op in p.ops}
+    assert len(kinds) == 7, kinds
+    assert any(op.groups > 1 for p in programs for op in p.ops if isinstance(op, Conv))
+    tasks, inputs = [], []
+    for k, program in enumerate(programs):
+        save_program(program, tmp_path / f"{k}.qsnn")
+        x = random_input(program, np.random.default_rng(k), 1, STEPS)
+        inputs.append(x)
+        codes = [x[0, t].reshape(-1).tolist() for t in range(STEPS)]
+        tasks.append({"program": f"{k}.qsnn", "codes": codes})
+    for program, x, got in zip(programs, inputs, node(tasks), strict=True):
+        session = ReferenceSession(program)
+        expected = [a.reshape(-1) for t in range(STEPS) for a in session.step(x[:, t])]
+        assert got["outputs"] == np.concatenate(expected).tolist()
+        state = membranes(program, session.state())
+        assert {layer["name"]: layer["membranes"] for layer in got["layers"]} == state
+
+
+def test_spikes_of_a_layer_are_those_that_python_counts(node, tmp_path):
+    """A program whose answers are its spikes."""
+    program = load(MODELS / "digits.qsnn").program
+    program.outputs = tuple(n.target for n in program.neurons)
+    program.metadata.pop("output_ranks", None)
+    save_program(program, tmp_path / "spikes.qsnn")
+    x = random_input(program, np.random.default_rng(0), 1, STEPS)
+    codes = [x[0, t].reshape(-1).tolist() for t in range(STEPS)]
+    (got,) = node([{"program": "spikes.qsnn", "codes": codes}])
+    session = ReferenceSession(program)
+    for t in range(STEPS):
+        last = session.step(x[:, t])
+    for layer, spikes in zip(got["layers"], last, strict=True):
+        assert layer["spikes"] == spikes.reshape(-1).tolist(), layer["name"]
+    assert sum(sum(layer["spikes"]) for layer in got["layers"]) > 0
+
+
+@pytest.mark.parametrize("name", ["digits", "events"])
+def test_networks_of_the_demo(node, tmp_path, name):
+    net = load(MODELS / f"{name}.qsnn", backend="numpy")
+    rng = np.random.default_rng(5)
+    codes = random_input(net.program, rng, 1, net.program.timesteps)
+    (tmp_path / "net.qsnn").write_bytes((MODELS / f"{name}.qsnn").read_bytes())
+    steps = [codes[0, t].reshape(-1).tolist() for t in range(net.program.timesteps)]
+    (got,) = node([{"program": "net.qsnn", "codes": steps}])
+    assert got["outputs"] == net.integers(codes.swapaxes(0, 1))[0].reshape(-1).tolist()
+    assert tuple(got["inputShape"]) == net.input_shape
+    assert got["timesteps"] == net.program.timesteps
+
+
+def test_same_codes_of_real_inputs(node, tmp_path):
+    program = load(MODELS / "digits.qsnn").program
+    rng = np.random.default_rng(3)
+    halves = (rng.integers(-50, 50, 100) + 0.5) * program.input_scale
+    x = np.concatenate([rng.normal(0, 2, 1 * 16 * 16 - 104), halves, [0.0, -0.0, 1e9, -1e9]])
+    save_program(program, tmp_path / "net.qsnn")
+    (got,) = node([{"program": "net.qsnn", "real": x.tolist()}])
+    assert got["codes"] == DeployedModel(program).codes(x.reshape(1, 16, 16)).reshape(-1).tolist()
+
+
+def test_damaged_files_are_refused(node, tmp_path):
+    """Every change of a byte; and files that are whole but hold no valid program."""
+    good = dump_program(random_program(3))
+    rng = np.random.default_rng(0)
+    broken = [b"", b"\0" * 8, good[:100], good[:-1], good + b"\0"]
+    for at in rng.integers(0, len(good), 60):
+        changed = bytearray(good)
+        changed[at] ^= 1 << int(rng.integers(0, 8))
+        broken.append(bytes(changed))
+    for k, content in enumerate(broken):
+        (tmp_path / f"{k}.qsnn").write_bytes(content)
+    answers = node([{"program": f"{k}.qsnn"} for k in range(len(broken))])
+    length = 8 + int.from_bytes(good[:8], "little")
+    for content, answer in zip(broken, answers, strict=True):
+        # Padding of the header is the only part of a file that no checksum covers.
+        same = len(content) == len(good) and content[:length].rstrip() == good[:length].rstrip()
+        assert "refused" in answer or (same and content[length:] == good[length:]), answer
+
+
+HOSTILE = {
+    "a source that is not there": lambda d: d["ops"][0].update(source=99),
+    "a negative source": lambda d: d["ops"][0].update(source=-1),
+    "written twice": lambda d: d["ops"][-1].update(target=d["ops"][0]["target"]),
+    "a huge value": lambda d: d["values"][1].__setitem__(1, [65536, 65536, 1]),
+    "a fraction of a pixel": lambda d: d["values"][1].__setitem__(1, [1.5, 1, 1]),
+    "too many bit planes": lambda d: d["values"][0].__setitem__(2, 17),
+    "an output that is not there": lambda d: d.update(outputs=[500]),
+    "no outputs": lambda d: d.update(outputs=[]),
+    "a range beyond 16 bits": lambda d: d.update(input_range=[-40000, 40000]),
+    "an unknown operation": lambda d: d["ops"][0].update(op="constructor"),
+    "one field too many": lambda d: d["ops"][0].update(extra=1),
+    "impossible ranks": lambda d: d["metadata"].update(output_ranks="9"),
+    "no time steps": lambda d: d.update(timesteps=0),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_invalid_programs_are_refused(node, tmp_path, name, monkeypatch):
+    """Files with a sound checksum, as someone would write them on purpose."""
+    from qsnn_ext.deploy import fileformat
+
+    program = random_program(3)
+    real = json.dumps
+
+    def dumps(d, **options):
+        if isinstance(d, dict) and "ops" in d:
+            HOSTILE[name](d)
+        return real(d, **options)
+
+    monkeypatch.setattr(fileformat.json, "dumps", dumps)
+    content = dump_program(program)
+    monkeypatch.undo()
+    (tmp_path / "bad.qsnn").write_bytes(content)
+    (answer,) = node([{"program": "bad.qsnn"}])
+    assert "refused" in answer
+    assert "checksum" not in answer["refused"]
+    with pytest.raises(Exception, match=r"."):
+        load(tmp_path / "bad.qsnn")
+
+
+def test_declarations_name_what_the_module_exports():
+    """index.d.ts and the sources have the same classes, methods and functions."""
+    declared = (JS / "index.d.ts").read_text()
+    model = (JS / "src" / "model.js").read_text()
+    for name in ("Model", "Session"):
+        body = re.search(rf"class {name} \{{(.*?)^\}}", declared, re.S | re.M)[1]
+        methods = set(re.findall(r"^  (\w+)\(", body, re.M))
+        source = re.search(rf"^export class {name} \{{(.*?)^\}}", model, re.S | re.M)[1]
+        written = set(re.findall(r"^  (\w+)\(.*\{$", source, re.M)) - {"constructor"}
+        assert methods == written, name
+    assert {"load", "compileEngine"} <= set(re.findall(r"export function (\w+)", declared))
+
+
+def test_the_package_is_complete(built):
+    package = json.loads((JS / "package.json").read_text())
+    for name in package["files"]:
+        assert (JS / name).exists(), name
+    for name, limit in (("qsnn.wasm", 60_000), ("qsnn-simd.wasm", 60_000)):
+        assert 10_000 < (JS / "dist" / name).stat().st_size < limit
