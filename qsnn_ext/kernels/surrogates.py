@@ -60,11 +60,11 @@ DERIVATIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "super_spike": lambda x, a, b: a / (x.abs() + 1.0).square(),
     "atan": _atan,
     "erf": lambda x, a, b: torch.exp(-(a * x).square()) * (a / math.sqrt(math.pi)),
-    "rect": lambda x, a, b: torch.where(x.abs() < 0.5 / a, a, 0.0),
+    "rect": lambda x, a, b: torch.where(x.abs() < 0.5 / a, torch.full_like(x, a), 0.0),
     "fast_sigmoid": lambda x, a, b: 1 / (a * x.abs() + 1.0).square(),
     "straight_through": lambda x, a, b: torch.ones_like(x),
-    "slope_above": lambda x, a, b: torch.where(x > 0, a, b),
-    "slope_from": lambda x, a, b: torch.where(x >= 0, a, b),
+    "slope_above": lambda x, a, b: torch.where(x > 0, torch.full_like(x, a), b),
+    "slope_from": lambda x, a, b: torch.where(x >= 0, torch.full_like(x, a), b),
     "rate_escape": lambda x, a, b: b * torch.exp(-a * (x - 1).abs()),
 }
 

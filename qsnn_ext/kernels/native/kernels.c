@@ -1,4 +1,4 @@
-/* The kernels for one instruction set, whose name SUFFIX is, for all dtypes. */
+/* The kernels for one instruction set, whose name is in QSNN_SUFFIX, for all dtypes. */
 #include "native.h"
 
 #include <math.h>
@@ -109,30 +109,30 @@ static inline uint16_t to_float16(float value) {
 
 /* ---- by dtype ------------------------------------------------------------------------------------ */
 
-void JOIN(qsnn_lif_forward_, SUFFIX)(const void *, const team *);
-void JOIN(qsnn_lif_forward_, SUFFIX)(const void *job, const team *by) {
+void JOIN(qsnn_lif_forward, QSNN_SUFFIX)(const void *, const team *);
+void JOIN(qsnn_lif_forward, QSNN_SUFFIX)(const void *job, const team *by) {
     static void (*const of[])(const lif_job *, const team *) = {
         forward_float32, forward_float64, forward_bfloat16, forward_float16};
     of[((const lif_job *)job)->dtype](job, by);
 }
 
-void JOIN(qsnn_lif_backward_, SUFFIX)(const void *, const team *);
-void JOIN(qsnn_lif_backward_, SUFFIX)(const void *job, const team *by) {
+void JOIN(qsnn_lif_backward, QSNN_SUFFIX)(const void *, const team *);
+void JOIN(qsnn_lif_backward, QSNN_SUFFIX)(const void *job, const team *by) {
     static void (*const of[])(const lif_job *, const team *) = {
         backward_float32, backward_float64, backward_bfloat16, backward_float16};
     of[((const lif_job *)job)->dtype](job, by);
 }
 
-void JOIN(qsnn_weight_forward_, SUFFIX)(const void *, const team *);
-void JOIN(qsnn_weight_forward_, SUFFIX)(const void *job, const team *by) {
+void JOIN(qsnn_weight_forward, QSNN_SUFFIX)(const void *, const team *);
+void JOIN(qsnn_weight_forward, QSNN_SUFFIX)(const void *job, const team *by) {
     if (((const weight_job *)job)->dtype == FLOAT64)
         weight_forward_in_double(job, by);
     else
         weight_forward_in_float(job, by);
 }
 
-void JOIN(qsnn_weight_backward_, SUFFIX)(const void *, const team *);
-void JOIN(qsnn_weight_backward_, SUFFIX)(const void *job, const team *by) {
+void JOIN(qsnn_weight_backward, QSNN_SUFFIX)(const void *, const team *);
+void JOIN(qsnn_weight_backward, QSNN_SUFFIX)(const void *job, const team *by) {
     if (((const weight_job *)job)->dtype == FLOAT64)
         weight_backward_in_double(job, by);
     else

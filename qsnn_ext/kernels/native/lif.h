@@ -375,6 +375,7 @@ static void NAME(backward)(const lif_job *j, const team *by) {
     const int before_rounded = j->levels && j->quantize_first;
     const int after_rounded = j->levels && !j->quantize_first;
     const int states = j->g_params || j->delayed; /* whether those before each step are needed */
+    const int stores_theta = j->delayed && j->reset != NONE; /* see `beside` */
     const STORE *x = j->x, *first = j->v;
     const REAL *alphas = j->alphas;
     double *sums = by->scratch; /* gradients of the parameters */
@@ -420,18 +421,19 @@ static void NAME(backward)(const lif_job *j, const team *by) {
             }
             if (known) {
                 if (after_rounded) {
+                    if (j->g_params && stores_theta) sums[3] += NAME(dot)(g, NULL, u, p.fire_at, n);
                     NAME(reset)(j, &p, u, w, n);
                     if (j->squash) NAME(squash)(w, n);
                     NAME(unround)(j, g, w, alphas[t], n);
                 }
-                if (j->g_params && j->reset == SOFT && !j->delayed)
+                if (j->g_params && j->reset == SOFT && (!j->delayed || after_rounded))
                     sums[3] -= NAME(dot)(g, NULL, u, p.fire_at, n);
                 NAME(unfire)(j, &p, g, f, u, d, n);
             } else {
                 for (i = 0; i < n; i++) g[i] = f[i] * d[i];
                 known = 1;
             }
-            if (j->g_params && !j->delayed) sums[3] -= NAME(dot)(f, d, NULL, 0, n);
+            if (j->g_params) sums[3] -= NAME(dot)(f, d, NULL, 0, n);
             if (before_rounded) NAME(unround)(j, g, w, alphas[t], n);
             if (j->g_params) {
                 if (v && j->delayed && j->reset == HARD) {
@@ -439,6 +441,8 @@ static void NAME(backward)(const lif_job *j, const team *by) {
                     sums[0] += NAME(dot)(g, w, NULL, 0, n);
                 } else if (v) {
                     sums[0] += NAME(dot)(g, v, NULL, 0, n);
+                    if (j->delayed && j->reset == SOFT)
+                        sums[3] -= NAME(dot)(g, NULL, v, p.fire_at, n);
                 }
                 if (!j->saved_charge)
                     sums[1] += NAME(dot)(g, NAME(read)(x + t * M + at, room, n), NULL, 0, n);
