@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Built when the package is installed, and again here when its sources have changed.
-ENGINE := qsnn_ext/deploy/_qsnn.so
+COMPILED := qsnn_ext/deploy/_qsnn.so qsnn_ext/kernels/_kernels.so
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -24,16 +24,16 @@ $(READY): pyproject.toml constraints.txt hatch_build.py
 		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(ENGINE): $(wildcard qsnn_ext/deploy/runtime/*) | $(READY)
+$(COMPILED) &: $(wildcard qsnn_ext/deploy/runtime/* qsnn_ext/kernels/native/*) | $(READY)
 	-$(BIN)/python hatch_build.py
 
-demo: $(READY) $(ENGINE) ## train full-precision and quantized networks on handwritten digits, under five minutes
+demo: $(READY) $(COMPILED) ## train full-precision and quantized networks on handwritten digits, under five minutes
 	$(BIN)/python -m recipes.demo
 
 demo-web: $(READY) ## build the demo page of the documentation and open it, or print its address
 	$(BIN)/python docs/demo/build.py --open
 
-test: $(READY) $(ENGINE) ## run the test suite
+test: $(READY) $(COMPILED) ## run the test suite
 	$(PYTEST) -n auto -q
 
 lint: $(READY) ## ruff: lint and formatting

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class _WeightJob(ctypes.Structure):
     ]  # fmt: skip
 
 
+_LAYOUT = ctypes.sizeof(_LIFJob) * 1000 + ctypes.sizeof(_WeightJob)
+
+
 class Library:
     """The compiled kernels, for the best instruction set this processor has.
 
@@ -82,8 +86,11 @@ class Library:
 
         Raises:
             OSError: there is none, or not for this machine.
+            AttributeError: it is of another version.
         """
         self._library = ctypes.CDLL(str(path))
+        if self._library.qsnn_native_layout() != _LAYOUT:
+            raise AttributeError("another layout of jobs")
         self.isa = max(isa for isa in range(3) if self._library.qsnn_native_supports(isa))
         self.threaded = self._use_threads_of_torch()
         # A forked process has the locks of its parent's threads but not the threads.
@@ -133,6 +140,13 @@ def library() -> Library | None:
     try:
         return Library(PATH)
     except OSError:
+        return None
+    except AttributeError as error:
+        warnings.warn(
+            f"{PATH.name} is of another version of qsnn_ext ({error}) and is not used; install the "
+            "package again, or run python hatch_build.py in its source tree.",
+            stacklevel=2,
+        )
         return None
 
 

@@ -54,6 +54,11 @@ static const kernel *build_of(int32_t isa) {
 
 int32_t qsnn_native_supports(int32_t isa) { return build_of(isa) != NULL; }
 
+/* Tells apart libraries whose jobs are laid out differently. */
+int32_t qsnn_native_layout(void) {
+    return (int32_t)(sizeof(lif_job) * 1000 + sizeof(weight_job));
+}
+
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 static void (*barrier)(void);
 static int (*thread_number)(void), (*thread_count)(void);

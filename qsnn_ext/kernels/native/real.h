@@ -24,7 +24,7 @@ static inline INT R(bits_of)(REAL value) {
 }
 
 static inline REAL R(magnitude)(REAL x) {
-    return R(of_bits)(R(bits_of)(x) & (INT)~((INT)1 << (8 * sizeof(REAL) - 1)));
+    return R(of_bits)(R(bits_of)(x) & (INT)~((UINT)1 << (8 * sizeof(REAL) - 1)));
 }
 
 /* The next number. */
@@ -82,7 +82,7 @@ static inline REAL R(tanh)(REAL x) {
 /* Largest of `x`, or of its magnitudes, and of `so_far`; NaN and infinity are left out. */
 static REAL R(largest)(const REAL *x, int64_t n, int64_t absolute, REAL so_far) {
     enum { LANES = 64 / sizeof(REAL) };
-    const INT mask = absolute ? (INT)~((INT)1 << (8 * sizeof(REAL) - 1)) : (INT)-1;
+    const INT mask = absolute ? (INT)~((UINT)1 << (8 * sizeof(REAL) - 1)) : (INT)-1;
     const REAL infinity = (REAL)INFINITY;
     REAL most[LANES];
     int64_t i;
