@@ -194,9 +194,9 @@ def _template(o: Any) -> _LIFJob:
         absmax=o.scale == "absmax",
         alpha_mode=_ALPHAS[o.alpha],
         momentum=o.momentum,
-        squash=o.squash,
+        squash=bool(o.squash),
         quantize_first=o.order == "quantize_first",
-        reset=_RESETS[o.reset],
+        reset=_RESETS[o.reset or "none"],
         v_reset=o.v_reset,
         detach=o.detach_reset,
         delayed=getattr(o, "delayed", False),
@@ -281,7 +281,7 @@ def lif_backward(
     job = _job(o, saved)
     state = saved.new_empty_strided(saved.shape[1:], saved.stride()[1:])
     g_x = torch.empty_like(saved)
-    g_params = torch.empty_like(params, memory_format=torch.contiguous_format)
+    g_params = torch.zeros_like(params, memory_format=torch.contiguous_format)
     g_spikes, g_v, v = _as(saved, g_spikes), _as(state, g_v), _as(state, v)
     params, alphas = params.contiguous(), alphas.contiguous()
     g_counts = None if g_counts is None else g_counts.float().contiguous()
