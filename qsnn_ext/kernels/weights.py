@@ -364,6 +364,10 @@ class PreparedWeight:
         options = _options(quantizer, differentiable)
         found = self._kept
         if found is not None and found.serves(weight, options):
+            node = found.value.grad_fn
+            if node is not None:
+                # A step of an optimizer that moved nothing counts as a write all the same.
+                node.version = weight._version  # type: ignore[attr-defined]
             return found.value
         found = self._kept = None  # its memory serves again
         # Kept from inference mode, the value would be of no use outside of it.

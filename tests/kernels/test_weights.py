@@ -309,6 +309,17 @@ def test_no_write_goes_unnoticed(write, layer_type, gradients):
         assert not torch.equal(after, before)
 
 
+def test_a_step_that_moves_nothing_hinders_no_backward():
+    """A layer behind silent neurons has no gradient; its optimizer writes the same values."""
+    layer = BinaryLinear(6, 5, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.zeros(2, 6)).square().sum().backward()
+        optimizer.step()
+    assert layer.weight.grad.count_nonzero() == 0
+
+
 def test_weights_written_between_two_calls_of_one_pass():
     """Test-time training and the like: an optimizer step inside a forward pass."""
 
