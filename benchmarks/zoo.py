@@ -1,32 +1,32 @@
-"""Quantize every model of SpikingJelly's zoo and train it for two steps; write ``docs/zoo.md``.
+"""Convert, train, save and deploy models that others wrote; measured for ``docs/zoo.md``.
 
-    python -m benchmarks.zoo            # all models, some minutes
-    python -m benchmarks.zoo vgg sew    # only models whose name contains one of the words
+    python -m benchmarks.zoo            # all models: writes results/zoo.json
+    python -m benchmarks.zoo vgg sew    # names that contain one of the words: only prints
 
-The page is brought up to date after each model; rows of models not tried this time stay.
-
-Inputs are small and batches hold two samples: what is shown is that conversion, forward, backward
-and optimizer work, not accuracy.
+Each model is examined in a process of its own, which is ended when it takes too long; what it had
+found by then stays. ``python docs/generate.py`` then writes the tables of the page. Inputs are
+small and batches hold two samples: what is shown is that the tools work, not accuracy.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
 import inspect
+import json
+import multiprocessing
 import pkgutil
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import snntorch as snn
 import torch
-from snntorch import utils
 from spikingjelly.activation_based import functional, model, neuron, surrogate
 from spikingjelly.activation_based.model import (
     sew_resnet,
@@ -36,55 +36,37 @@ from spikingjelly.activation_based.model import (
 )
 from torch import Tensor, nn
 
-from qsnn_ext import ConversionReport, quantize_
-from qsnn_ext.layers import QuantizedWeight
+from benchmarks import examine
+from benchmarks.structures import Built, structures
+from qsnn_ext.kernels import use_backend
 
-PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
+RESULTS = Path(__file__).parent / "results" / "zoo.json"
 CONFIG = "1w-2u"
+#: Seconds for one model, all stages.
+LIMIT = 400
 
 
-@dataclass
+@dataclass(frozen=True)
 class Entry:
-    """One model of the table.
+    """One model of the page.
 
     Attributes:
-        name: of the constructor.
-        family: module of the zoo, or ``snntorch``.
-        build: makes the float model.
-        sample: makes an input.
-        run: one training pass from reset states to an output.
+        name: of the constructor or structure.
+        family: module of SpikingJelly's zoo, or file of :mod:`benchmarks.structures`.
+        build: makes the float model with its input.
+        sample: makes another input.
+        like: the public model whose structure it has; empty for a constructor of a host.
+        scratch: its neurons that extend none of a host.
+        batches: inputs to calibrate and compare on.
     """
 
     name: str
     family: str
-    build: Callable[[], nn.Module]
-    sample: Callable[[], Tensor]
-    run: Callable[[nn.Module, Tensor], Tensor]
-
-
-@dataclass
-class Outcome:
-    """What became of one model."""
-
-    name: str
-    family: str
-    report: ConversionReport | None = None
-    error: str = ""
-    seconds: float = 0.0
-    checks: dict[str, bool] = field(default_factory=dict)
-
-    @property
-    def works(self) -> bool:
-        """Converted, trained for two steps, and every check held."""
-        return not self.error and all(self.checks.values())
-
-    def reasons(self) -> str:
-        """Why modules stayed in floating point, each reason once."""
-        assert self.report is not None
-        counts: dict[str, int] = {}
-        for row in self.report.of("unsupported"):
-            counts[row.reason] = counts.get(row.reason, 0) + 1
-        return "; ".join(f"{n} x {reason}" for reason, n in counts.items())
+    build: Callable[[], Built]
+    sample: Callable[[], Any]
+    like: str = ""
+    scratch: tuple[type[nn.Module], ...] = ()
+    batches: int = 8
 
 
 # --------------------------------------------------------------------------- SpikingJelly
@@ -114,15 +96,8 @@ _SETTINGS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
 ]  # fmt: skip
 
 
-def _train_pass(net: nn.Module, x: Tensor) -> Tensor:
-    functional.reset_net(net)
-    out: Tensor = net(x)
-    return out
-
-
 def _online_pass(net: nn.Module, x: Tensor) -> Tensor:
     """OTTT networks run step by step; in training they pass ``[spike, trace]`` pairs along."""
-    functional.reset_net(net)
     return torch.stack([net(step) for step in x])
 
 
@@ -138,266 +113,156 @@ def spikingjelly_entries() -> Iterator[Entry]:
             arguments, shape = next(
                 (kwargs, shape) for pattern, kwargs, shape in _SETTINGS if re.search(pattern, path)
             )
-            online = info.name == "spiking_vggws_ottt"
-            kind: Any = neuron.LIFNode
-            if info.name == "parametric_lif_net":
-                kind = neuron.ParametricLIFNode
-            elif online:
-                kind = neuron.OTTTLIFNode
-
-            def build(
-                constructor: Any = constructor,
-                kind: Any = kind,
-                arguments: dict[str, Any] = arguments,
-                online: bool = online,
-            ) -> nn.Module:
-                net: nn.Module = constructor(spiking_neuron=kind, **arguments, **_NEURON)
-                functional.set_step_mode(net, "s" if online else "m")
-                return net
-
-            yield Entry(
-                name=name,
-                family=info.name,
-                build=build,
-                # Centred, as standardised weights need it for spikes to reach the last layer.
-                sample=lambda shape=shape, draw=torch.randn if online else torch.rand: draw(shape),
-                run=_online_pass if online else _train_pass,
-            )
+            yield _constructor_entry(name, info.name, constructor, arguments, shape)
 
 
-# --------------------------------------------------------------------------- snnTorch
-
-
-class Explicit(nn.Module):
-    """A class that carries its membrane potentials by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(12, 16)
-        self.lif1 = snn.Leaky(beta=0.9, learn_beta=True)
-        self.fc2 = nn.Linear(16, 16)
-        self.lif2 = snn.Leaky(beta=0.8, reset_mechanism="zero")
-        self.fc3 = nn.Linear(16, 4)
-        self.readout = snn.Leaky(beta=0.95, reset_mechanism="none")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, N, 12]`` to ``[T, N, 4]``."""
-        mem1 = self.lif1.reset_mem()
-        mem2 = self.lif2.reset_mem()
-        mem3 = self.readout.reset_mem()
-        out = []
-        for step in x:
-            spk1, mem1 = self.lif1(self.fc1(step), mem1)
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-            _, mem3 = self.readout(self.fc3(spk2), mem3)
-            out.append(mem3)
-        return torch.stack(out)
-
-
-class ResetMem(nn.Module):
-    """``reset_mem()`` at the start, then calls without a membrane potential."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(12, 16)
-        self.lif1 = snn.Leaky(beta=0.9)
-        self.fc2 = nn.Linear(16, 4)
-        self.lif2 = snn.Leaky(beta=0.9, learn_threshold=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, N, 12]`` to ``[T, N, 4]``."""
-        self.lif1.reset_mem()
-        self.lif2.reset_mem()
-        out = []
-        for step in x:
-            spk1, _ = self.lif1(self.fc1(step))
-            spk2, _ = self.lif2(self.fc2(spk1))
-            out.append(spk2)
-        return torch.stack(out)
-
-
-class UsedTwice(nn.Module):
-    """One neuron called with two membrane potentials in a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(12, 16)
-        self.fc2 = nn.Linear(16, 16)
-        self.lif = snn.Leaky(beta=0.9)
-        self.fc3 = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, N, 12]`` to ``[T, N, 4]``."""
-        mem1 = mem2 = self.lif.reset_mem()
-        out = []
-        for step in x:
-            spk1, mem1 = self.lif(self.fc1(step), mem1)
-            spk2, mem2 = self.lif(self.fc2(spk1), mem2)
-            out.append(self.fc3(spk2))
-        return torch.stack(out)
-
-
-def sequential() -> nn.Sequential:
-    """``init_hidden`` neurons in a Sequential, the last with ``output=True``."""
-    return nn.Sequential(
-        nn.Linear(12, 16),
-        snn.Leaky(beta=0.9, init_hidden=True),
-        nn.Linear(16, 4),
-        snn.Leaky(beta=0.9, init_hidden=True, output=True),
+def _constructor_entry(
+    name: str, family: str, constructor: Any, arguments: dict[str, Any], shape: tuple[int, ...]
+) -> Entry:
+    online = family == "spiking_vggws_ottt"
+    kind = {"parametric_lif_net": neuron.ParametricLIFNode}.get(
+        family, neuron.OTTTLIFNode if online else neuron.LIFNode
     )
 
+    def sample() -> Tensor:
+        # Centred, as standardised weights need it for spikes to reach the last layer.
+        return torch.randn(shape) if online else torch.rand(shape)
 
-def nested() -> nn.Sequential:
-    """Sequentials within a Sequential, learnable beta."""
-    return nn.Sequential(
-        nn.Sequential(nn.Linear(12, 16), snn.Leaky(beta=0.9, init_hidden=True, learn_beta=True)),
-        nn.Sequential(nn.Linear(16, 16), nn.Sequential(snn.Leaky(beta=0.5, init_hidden=True))),
-        nn.Linear(16, 4),
-        snn.Leaky(beta=0.9, init_hidden=True, output=True),
-    )
+    def build() -> Built:
+        net: nn.Module = constructor(spiking_neuron=kind, **arguments, **_NEURON)
+        functional.set_step_mode(net, "s" if online else "m")
+        return Built(net, sample(), _online_pass if online else None)
 
-
-def _loop(net: nn.Module, x: Tensor) -> Tensor:
-    """A ``backprop``-style loop: reset once, one call a step, membrane potential of the last."""
-    utils.reset(net)
-    if isinstance(net[0], nn.Sequential):  # type: ignore[index]
-        # utils.reset looks at direct children only, then resets every neuron there is.
-        snn.Leaky.reset_hidden()
-        snn.Leaky.detach_hidden()
-    return torch.stack([net(step)[1] for step in x])
+    return Entry(name, family, build, sample, batches=1)
 
 
-def snntorch_entries() -> Iterator[Entry]:
-    """The five ways in which snnTorch models are written."""
-    styles: list[tuple[str, Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = [
-        ("Sequential with init_hidden, utils.reset", sequential, _loop),
-        ("class with explicit mem, read-out, learnable beta", Explicit, lambda net, x: net(x)),
-        ("reset_mem(), then calls without mem", ResetMem, lambda net, x: net(x)),
-        ("nested Sequentials, learnable beta", nested, _loop),
-        ("one neuron used twice per step", UsedTwice, lambda net, x: net(x)),
-    ]
-    for name, build, run in styles:
-        yield Entry(name, "snntorch", build, lambda: torch.rand(3, 2, 12) * 3, run)
+# --------------------------------------------------------------------------- structures
+
+
+def structure_entries(small: bool = False) -> Iterator[Entry]:
+    """The networks of :mod:`benchmarks.structures`, at the published width unless ``small``."""
+    for entry in structures().values():
+        yield Entry(
+            entry.name,
+            entry.family,
+            lambda build=entry.build: build(small),  # type: ignore[misc]
+            lambda build=entry.build: build(small).sample,  # type: ignore[misc]
+            entry.like,
+            entry.scratch,
+        )
+
+
+def entries() -> dict[str, Entry]:
+    """All models of the page by ``family.name``."""
+    found = (*spikingjelly_entries(), *structure_entries())
+    return {f"{e.family}.{e.name}": e for e in found}
 
 
 # --------------------------------------------------------------------------- one model
 
 
-def try_out(entry: Entry, config: Any = CONFIG) -> Outcome:
-    """Convert a model by a traced run, train it for two steps, and check what must hold."""
-    outcome = Outcome(entry.name, entry.family)
-    start = time.perf_counter()
-    try:
+def stages(entry: Entry) -> Iterator[examine.Findings]:
+    """What is found of a model, after each stage of the examination."""
+
+    def fresh() -> nn.Module:
         torch.manual_seed(0)
-        net, x = entry.build(), entry.sample()
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        keys = list(net.state_dict())
-        single_step = entry.run is not _train_pass and isinstance(net, nn.Sequential)
-        sample = x[0] if single_step or entry.run is _online_pass else x
-        outcome.report = quantize_(net, config, sample)
-        layers = {n: m for n, m in net.named_modules() if isinstance(m, QuantizedWeight)}
-        called: set[str] = set()
-        for name, module in layers.items():
-            module.register_forward_hook(lambda *_, name=name: called.add(name))  # type: ignore[attr-defined]
-        before = [_fingerprint(m) for m in layers.values()]
-        finite = True
-        for _ in range(2):
-            optimizer.zero_grad()
-            out = entry.run(net, x)
-            finite &= bool(torch.isfinite(out).all())
-            (out - 1).square().mean().backward()
-            optimizer.step()
-        gradients = [m.weight.grad for m in layers.values()]  # type: ignore[attr-defined]
-        outcome.checks = {
-            "state_dict keys kept": list(net.state_dict()) == keys,
-            "outputs finite": finite,
-            "every quantized layer ran": called == set(layers),
-            "gradients finite": all(g is not None and g.isfinite().all() for g in gradients),
-            "parameters trained": before != [_fingerprint(m) for m in layers.values()],
-            "second run changes nothing": not quantize_(net, config).changed,
-        }
+        return entry.build().model
+
+    torch.manual_seed(0)
+    _, x, forward = entry.build()
+    first = x if forward is None else x[0]
+    found = examine.Findings()
+    try:
+        net, found = examine.convert(fresh, first, CONFIG, entry.scratch)
+        yield found
+        found.strict = examine.strict(fresh, first, CONFIG)
+        found.operations = examine.operations(net, x, forward)
+        yield found
+        found.checks |= examine.train(net, x, forward)
+        yield found
+        found.checks["state_dict round trip"] = examine.round_trip(
+            net, fresh, x, CONFIG, forward, first
+        )
+        yield found
     except Exception as error:
-        outcome.error = f"{type(error).__name__}: {error}".splitlines()[0]
-    outcome.seconds = time.perf_counter() - start
-    return outcome
+        found.error = examine.line(error)
+        yield found
+        return
+    samples = [x, *(entry.sample() for _ in range(entry.batches - 1))]
+    found.deploys = f"no answer within {LIMIT} s"
+    yield found
+    try:
+        vars(found).update(examine.agreement(net, samples, forward))
+        found.deploys = ""
+    except Exception as error:
+        found.deploys = examine.line(error)
+    yield found
 
 
-def _fingerprint(layer: Any) -> list[float]:
-    """Changes when the layer is trained; a copy of the largest models' weights would not fit.
+def _examine(key: str, sender: Connection) -> None:
+    """Send the findings of one model after each stage."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with use_backend("function"):
+        for found in stages(entries()[key]):
+            sender.send(found.to_dict())
 
-    Biases count too: the deepest untrained OTTT networks send no spike to the last layer, whose
-    weights then have no gradient, in floating point either.
+
+def in_a_process(key: str, limit: float = LIMIT) -> dict[str, Any]:
+    """Findings of one model, examined in a process that is ended after ``limit`` seconds.
+
+    The process starts as a copy of one that has imported the hosts and run nothing.
     """
-    return [p.detach().double().norm().item() for p in layer.parameters()]
-
-
-# --------------------------------------------------------------------------- the page
-
-
-def row(outcome: Outcome) -> str:
-    """One line of the table."""
-    o = outcome
-    if o.report is None:
-        return f"| {o.family} | {o.name} | no: {o.error} | | | | |"
-    modules = o.report.modules
-    failed = o.error or ", ".join(name for name, held in o.checks.items() if not held)
-    cells = [
-        o.family,
-        o.name,
-        "yes" if o.works else f"no: {failed}",
-        str(sum(m.weight_bits == 1 for m in modules)),
-        str(sum(m.weight_bits == 8 for m in modules)),
-        str(sum(m.membrane_bits is not None for m in modules)),
-        o.reasons(),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def rows_of(text: str) -> dict[tuple[str, str], str]:
-    """The table's lines on a page, by family and name."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    return {(line.split(" | ")[0][2:], line.split(" | ")[1]): line for line in lines}
-
-
-def page(rows: dict[tuple[str, str], str]) -> str:
-    """The Markdown page."""
-    works = sum(" | yes | " in line for line in rows.values())
-    lines = [
-        "# Models that have been converted",
-        "",
-        "Written by `python -m benchmarks.zoo`. Every public constructor of SpikingJelly "
-        f"{version('spikingjelly')}'s `activation_based.model` that takes `spiking_neuron`, and "
-        f"the five ways of writing a snnTorch {version('snntorch')} model, converted by "
-        f'`quantize_(model, "{CONFIG}", sample)` and trained for two optimizer steps on a batch '
-        "of two small random inputs. A model works if all outputs and gradients are finite, every "
-        "quantized layer ran, their parameters moved, the `state_dict` keys are those of the float "
-        "model, and a second conversion changes nothing. The numbers count weighted layers by "
-        "bits and neurons with a quantized membrane potential. The last column says what stays in "
-        "floating point because nothing here can quantize it.",
-        "",
-        f"{works} of {len(rows)} work.",
-        "",
-        "| family | model | works | 1 bit | 8 bit | neurons | stays in floating point |",
-        "|---|---|---|---:|---:|---:|---|",
-        *rows.values(),
-    ]
-    return "\n".join(lines) + "\n"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.examine", "benchmarks.structures"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_examine, args=(key, sender), daemon=True)
+    process.start()
+    sender.close()
+    end = time.monotonic() + limit
+    found = examine.Findings(error="the process died").to_dict()
+    trouble = ""
+    while True:
+        if not receiver.poll(max(end - time.monotonic(), 0)):
+            trouble = f"no answer within {limit:.0f} s"
+            break
+        try:
+            found = receiver.recv()
+        except EOFError:  # it has finished
+            break
+    process.kill()
+    process.join()
+    return {**found, "error": found["error"] or trouble} if found["deploys"] is None else found
 
 
 def main(words: list[str]) -> None:
-    """Try the models and bring the page up to date."""
-    entries = [*spikingjelly_entries(), *snntorch_entries()]
-    known = rows_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
-    for entry in entries:
-        if words and not any(word in f"{entry.family}.{entry.name}" for word in words):
-            continue
-        outcome = try_out(entry)
-        state = "ok" if outcome.works else outcome.error or outcome.checks
-        print(f"{entry.family}.{entry.name}: {state} ({outcome.seconds:.1f} s)", flush=True)
-        known[entry.family, entry.name] = row(outcome)
-        keys = [(e.family, e.name) for e in entries]
-        PAGE.write_text(page({key: known[key] for key in keys if key in known}), encoding="utf-8")
-        gc.collect()
+    """Examine the models; all of them are written, a choice is only printed."""
+    known = entries()
+    chosen = [k for k in known if not words or any(word in k for word in words)]
+    rows = []
+    for key in chosen:
+        start = time.perf_counter()
+        found = in_a_process(key)
+        rows.append({"family": known[key].family, "name": known[key].name, **found})
+        print(f"{key}: {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
+    if not words:
+        versions = {name: version(name) for name in ("torch", "spikingjelly", "snntorch")}
+        content = {"config": CONFIG, "versions": versions, "models": rows}
+        text = json.dumps(content, indent=1, allow_nan=False, default=str)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The findings in a line."""
+    f = examine.Findings(**found)
+    failed = f.error or ", ".join(name for name, held in f.checks.items() if not held)
+    agreement = "" if f.predictions is None else f", predictions agree {f.predictions:.0%}"
+    if f.spikes is not None and f.firing_rate is not None:
+        agreement += f", spikes {f.spikes:.2%} at rate {f.firing_rate:.2%}"
+    return (
+        f"{'ok' if f.works else failed}; float {f.float_share:.1%}, neurons {f.quantized} of "
+        f"{f.neurons}, strict {f.strict or 'passes'}, deploys {f.deploys or 'yes'}{agreement}"
+    )
 
 
 if __name__ == "__main__":

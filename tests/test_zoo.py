@@ -1,14 +1,16 @@
-"""Models of others: SpikingJelly's zoo and the ways in which snnTorch models are written."""
+"""Models of others: SpikingJelly's zoo, and the examination that the page is made of."""
 
+import json
 import re
+import time
 
 import pytest
+import torch
 
-from benchmarks import zoo
+from benchmarks import examine, zoo
+from qsnn_ext import quantize_
 
-ENTRIES = {
-    f"{e.family}.{e.name}": e for e in (*zoo.spikingjelly_entries(), *zoo.snntorch_entries())
-}
+ENTRIES = {f"{e.family}.{e.name}": e for e in zoo.spikingjelly_entries()}
 
 #: One of each family, the quickest.
 FAST = (
@@ -31,21 +33,22 @@ def _id(name):
 
 
 def _check(name):
-    outcome = zoo.try_out(ENTRIES[name])
-    assert outcome.error == ""
-    assert all(outcome.checks.values()), outcome.checks
-    return outcome
+    """Everything but deployment, which takes longest."""
+    entry = ENTRIES[name]
+    net, x, forward = entry.build()
+    net, found = examine.convert(lambda: net, x if forward is None else x[0], zoo.CONFIG)
+    assert all(found.checks.values()), found.checks
+    checks = examine.train(net, x, forward)
+    assert all(checks.values()), checks
+
+
+def test_there_are_65_constructors():
+    assert len(ENTRIES) == 65
 
 
 @pytest.mark.parametrize("name", FAST, ids=_id)
 def test_one_model_of_each_family(name):
     _check(name)
-
-
-@pytest.mark.parametrize("name", [n for n in ENTRIES if n.startswith("snntorch")], ids=_id)
-def test_the_five_styles_of_snntorch(name):
-    outcome = _check(name)
-    assert not outcome.report.of("unsupported")
 
 
 @pytest.mark.sweep
@@ -54,7 +57,38 @@ def test_every_other_constructor(name):
     _check(name)
 
 
-def test_the_page_lists_every_model():
-    rows = zoo.rows_of(zoo.PAGE.read_text(encoding="utf-8"))
-    assert list(rows) == [(e.family, e.name) for e in ENTRIES.values()]
-    assert sum(" | yes | " in row for row in rows.values()) == len(rows)
+def test_a_model_is_examined_in_a_process_of_its_own():
+    found = zoo.in_a_process("tutorials.tutorial 5")
+    assert found["error"] == ""
+    assert found["deploys"] == ""
+    assert found["weights"] == {"1": 0, "8": 74 * 1000, "float": 0}
+    assert found["operations"]["8"] == 1.0
+    assert (found["neurons"], found["quantized"]) == (2, 2)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_model_that_takes_too_long_is_ended():
+    start = time.monotonic()
+    found = zoo.in_a_process("sew_resnet.sew_resnet152", limit=0.5)
+    assert "no answer" in found["error"]
+    assert time.monotonic() - start < 60
+
+
+def test_the_examination_notices_what_does_not_hold():
+    """A layer that never runs, and a weight that is not trained."""
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x) * float("nan")
+
+    net = Net()
+    quantize_(net, "1w-2u")
+    checks = examine.train(net, torch.rand(2, 4))
+    assert not checks["every quantized layer ran"]
+    assert not checks["outputs finite"]
+    assert not checks["gradients finite"]
