@@ -57,6 +57,7 @@ def test_every_other_constructor(name):
     _check(name)
 
 
+@pytest.mark.slow
 def test_a_model_is_examined_in_a_process_of_its_own():
     found = zoo.in_a_process("tutorials.tutorial 5")
     assert found["error"] == ""
@@ -67,6 +68,7 @@ def test_a_model_is_examined_in_a_process_of_its_own():
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_too_long_is_ended():
     start = time.monotonic()
     found = zoo.in_a_process("sew_resnet.sew_resnet152", limit=0.5)
