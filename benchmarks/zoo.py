@@ -220,19 +220,20 @@ def in_a_process(key: str, limit: float = LIMIT) -> dict[str, Any]:
     process.start()
     sender.close()
     end = time.monotonic() + limit
-    found = examine.Findings(error="the process died").to_dict()
-    trouble = ""
+    found = examine.Findings().to_dict()
+    trouble = "the process died"
     while True:
         if not receiver.poll(max(end - time.monotonic(), 0)):
             trouble = f"no answer within {limit:.0f} s"
             break
         try:
             found = receiver.recv()
-        except EOFError:  # it has finished
+        except EOFError:  # it has ended, and if not by itself then before the last stage
             break
     process.kill()
     process.join()
-    return {**found, "error": found["error"] or trouble} if found["deploys"] is None else found
+    unfinished = found["deploys"] is None and not found["error"]
+    return {**found, "error": trouble} if unfinished else found
 
 
 def main(words: list[str]) -> None:
