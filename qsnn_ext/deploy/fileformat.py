@@ -47,6 +47,10 @@ def dump_program(program: Program) -> bytes:
         FormatError: If the program is not valid.
     """
     program.validate()
+    return _encode(program)
+
+
+def _encode(program: Program) -> bytes:
     tensors: dict[str, IntArray] = {}
     ops = []
     for k, op in enumerate(program.ops):
