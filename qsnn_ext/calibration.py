@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts, trace
-from qsnn_ext.convert import conversion_report
+from qsnn_ext.conversion.report import conversion_report
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
 from qsnn_ext.quantizers import MembraneQuantizer
-from qsnn_ext.wrapping import unwrap
+from qsnn_ext.wrapping import named_modules, unwrap
 
 #: Attribute of a calibrated model that holds its :class:`InputSeen`.
 _ATTRIBUTE = "calibrated_input"
@@ -122,7 +122,7 @@ def calibrate(
     if not 0 < percentile <= 100:
         raise ConfigError(f"percentile={percentile!r} must be above 0 and at most 100.")
     model = unwrap(model)
-    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, MembraneQuantizer)}
+    quantizers = {n: m for n, m in named_modules(model) if isinstance(m, MembraneQuantizer)}
     if not quantizers:
         raise StateError(_nothing_quantized(model))
     seen: dict[str, list[Tensor]] = {name: [] for name in quantizers}
@@ -170,19 +170,14 @@ def _nothing_quantized(model: nn.Module) -> str:
     if report is None:
         return f"{kind} has no quantized membrane potential; call quantize_ first."
     neurons = [
-        f"{row.name} ({row.type}): {row.reason}"
+        f"{row.name or '(model)'} ({row.type}): {row.reason}"
         for row in report.of("unsupported", "kept")
-        if _is_neuron(model, row.name)
+        if row.neuron
     ]
     return (
         f"{kind} has no quantized membrane potential: quantize_ ran and left "
         f"{'; '.join(neurons) or 'no neuron to quantize'}."
     )
-
-
-def _is_neuron(model: nn.Module, name: str) -> bool:
-    module = model if name in ("", "(model)") else model.get_submodule(name)
-    return any(host.is_neuron(module) for host in hosts.adapters())
 
 
 def _input(batch: Any) -> Any:

@@ -18,13 +18,21 @@ import torch
 from torch import Tensor, nn
 
 import qsnn_ext
-from qsnn_ext import convert, hosts
-from qsnn_ext.convert import ConversionReport, Target, conversion_report
+from qsnn_ext import hosts
+from qsnn_ext.conversion.change import (
+    Target,
+    all_or_nothing,
+    change_class,
+    quantized_neuron,
+    replace_module,
+)
+from qsnn_ext.conversion.report import REPORT_ATTRIBUTE, ConversionReport, conversion_report
 from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError
 from qsnn_ext.files import write_atomically
-from qsnn_ext.folding import FoldedNorm, replace_module
+from qsnn_ext.folding import FoldedNorm
 from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, MembraneQuantizer, Quantizer
+from qsnn_ext.wrapping import actual_keys, common_prefix, named_modules, plain_keys, unwrap
 
 #: Version of the file's header; raised whenever an older reader would misread it.
 SCHEMA = 1
@@ -45,7 +53,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: quantized by :func:`~qsnn_ext.quantize_` or by hand, calibrated or not, folded or
-            not; a float model works too. Tied weights are stored once.
+            not; a float model works too. Tied weights are stored once. Of a compiled,
+            data-parallel or averaged model the one inside is written, under its own names.
         path: of the file; its folder must exist.
 
     Raises:
@@ -56,14 +65,17 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
-    tensors, tied = _distinct(model.state_dict())
+    model = unwrap(model)
+    keys = plain_keys(model)
+    tensors, tied = _distinct({keys[key]: value for key, value in model.state_dict().items()})
     report = conversion_report(model)
     header = {
         "schema": SCHEMA,
         "version": qsnn_ext.__version__,
         "quantized": _describe(model),
-        "folded_norms": [n for n, m in model.named_modules() if isinstance(m, FoldedNorm)],
-        "folded_layers": [n for n, m in model.named_modules() if getattr(m, "folded", False)],
+        "folded_norms": [n for n, m in named_modules(model) if isinstance(m, FoldedNorm)],
+        "folded_layers": [n for n, m in named_modules(model) if getattr(m, "folded", False)],
+        "scaled_layers": [n for n, m in named_modules(model) if _is_scaled(m)],
         "tied": tied,
         "report": report.to_dict() if report is not None else None,
     }
@@ -80,8 +92,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
 
     Args:
         path: of the file.
-        model: the float model, or a function (or class) that builds it. It is quantized as the
-            file says, in place, and gets the file's weights.
+        model: the float model, or a function (or class) that builds it, wrapped or not. It is
+            quantized as the file says, in place, and gets the file's weights.
 
     Returns:
         The model, in the training mode it was built in.
@@ -101,7 +113,7 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
             f"got {type(model).__name__}."
         )
     try:
-        _restore(built, header, tensors, path)
+        _restore(unwrap(built), header, tensors, path)
     except CheckpointError:
         raise
     except Exception as error:
@@ -119,18 +131,18 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
 def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Quantizer and options of every quantized module, asked from the modules themselves."""
     found: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         quantizer = getattr(
             module, "quantizer" if isinstance(module, QuantizedWeight) else "membrane", None
         )
         if isinstance(quantizer, Quantizer):
-            entry = {
+            entry: dict[str, Any] = {
                 "layer": _float_name(module),
                 "quantizer": type(quantizer).__name__,
                 "options": quantizer.options(),
             }
             if not isinstance(module, QuantizedWeight):
-                if convert.quantized_neuron(module) is not type(module):
+                if quantized_neuron(module) is not type(module):
                     raise CheckpointError(
                         f"{name!r} quantizes its membrane potential, but load_checkpoint cannot "
                         f"rebuild a {type(module).__name__}; save model.state_dict() instead."
@@ -252,7 +264,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _restore(
     model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
+    header, tensors = _without_wrapper(model, header, tensors)
     problems = _differences(model, modules, header, tensors)
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
@@ -265,7 +278,7 @@ def _restore(
         device = next((p.device for p in module._parameters.values() if p is not None), device)
         entry = header["quantized"].get(name)
         is_quantized = isinstance(module, QuantizedWeight) or (
-            convert.quantized_neuron(module) is type(module)
+            quantized_neuron(module) is type(module)
         )
         if entry is not None:
             quantizer = _KINDS[entry["quantizer"]](**entry["options"])
@@ -274,25 +287,51 @@ def _restore(
         elif is_quantized:
             changes.append((module, Target(None)))
     report = header["report"] and ConversionReport.from_dict(header["report"])
-    with convert.all_or_nothing(model):
+    with all_or_nothing(model):
         for module, target in changes:
-            convert.become(module, target)
+            change_class(module, target)
         for name in header["folded_norms"]:
             replace_module(model, modules[name], FoldedNorm())
         for name in header["folded_layers"]:
             _make_room(modules[name])
+        for name in header.get("scaled_layers", ()):
+            _make_room_for_scale(modules[name])
         _check_shapes(model, tensors, path)
         for host in hosts.adapters():
             host.converted(model)
         if report is not None:
-            setattr(model, convert.REPORT_ATTRIBUTE, report)
-        model.load_state_dict(tensors, strict=True)
+            setattr(model, REPORT_ATTRIBUTE, report)
+        keys = actual_keys(model, tensors)
+        model.load_state_dict({keys[k]: v for k, v in tensors.items()}, strict=True)
+
+
+def _without_wrapper(
+    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Earlier versions wrote a wrapped model under the names that the wrapper gave it."""
+    prefix = common_prefix(tensors)
+    if not prefix or common_prefix(plain_keys(model).values()) == prefix:
+        return header, tensors
+
+    def plain(name: str) -> str:
+        return (name + ".").removeprefix(prefix).removesuffix(".")
+
+    renamed = {
+        **header,
+        "quantized": {plain(name): entry for name, entry in header["quantized"].items()},
+        "folded_norms": [plain(name) for name in header["folded_norms"]],
+        "folded_layers": [plain(name) for name in header["folded_layers"]],
+        "scaled_layers": [plain(name) for name in header.get("scaled_layers", ())],
+        "report": None,  # it was the wrapper's
+    }
+    return renamed, {plain(name): tensor for name, tensor in tensors.items()}
 
 
 def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
-    ours = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
+    keys = plain_keys(model)
+    ours = {keys[key]: tensor.shape for key, tensor in model.state_dict().items()}
+    for name, module in named_modules(model):
         if isinstance(module, MembraneQuantizer):
             ours[f"{name}.alpha"] = module.alpha.shape  # in the state only when calibrated
     for key, tensor in tensors.items():
@@ -303,9 +342,20 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
             )
 
 
+def _is_scaled(module: nn.Module) -> bool:
+    """Whether ``calibrate_scales`` has given the layer an output scale, and no batch norm has."""
+    return "output_scale" in module._buffers and not getattr(module, "folded", False)
+
+
+def _make_room_for_scale(layer: Any) -> None:
+    channels = layer.rows(layer.latent()).shape[0]
+    layer.register_buffer("output_scale", layer.latent().new_ones(channels))
+
+
 def _make_room(layer: Any) -> None:
     """The parameters that folding leaves in a layer, for the file's values."""
-    channels = layer.weight.shape[0]
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    channels = layer.out_channels if transposed else layer.weight.shape[0]
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(channels))
     if hasattr(layer, "quantizer"):
@@ -330,15 +380,21 @@ def _differences(
             )
     problems += [
         f"the model has no module {name!r}"
-        for name in (*header["folded_norms"], *header["folded_layers"])
+        for name in (
+            *header["folded_norms"],
+            *header["folded_layers"],
+            *header.get("scaled_layers", ()),
+        )
         if name not in modules
     ]
     if problems:
         return problems
     added = {f"{n}.{part}".lstrip(".") for n in header["folded_layers"] for part in _FOLDED}
+    added |= {f"{n}.output_scale".lstrip(".") for n in header.get("scaled_layers", ())}
     removed = tuple(f"{n}." for n in header["folded_norms"])
     alphas = {f"{name}.membrane.alpha".lstrip(".") for name in modules}
-    has = {k: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    keys = plain_keys(model)
+    has = {keys[k]: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     has = {
         k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))
     }

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsnn_ext import trace
+from qsnn_ext.conversion.change import replace_module
 from qsnn_ext.errors import ConversionError, InputTypeError, StateError
 from qsnn_ext.layers import (
     QuantizedWeight,
     fold_,
+    is_stock,
     is_synaptic,
     normalization_affine,
-    sister_tables,
 )
 from qsnn_ext.models import ConvBN
+from qsnn_ext.wrapping import named_modules, unwrap
 
 
 class FoldedNorm(nn.Identity):
@@ -77,7 +79,8 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"fold_batchnorm_ needs a module, got {type(model).__name__}.")
-    names = {id(m): n for n, m in reversed(list(model.named_modules(remove_duplicate=False)))}
+    model = unwrap(model)
+    names = {id(m): n for n, m in reversed(list(named_modules(model, remove_duplicate=False)))}
     norms: dict[int, Any] = {
         id(m): m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     }
@@ -111,9 +114,7 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
 
 
 def _unfit(layer: Any, norm: nn.Module, weights: list[int]) -> str | None:
-    if not isinstance(layer, QuantizedWeight) and not any(
-        type(layer) in table for table in sister_tables()
-    ):
+    if not isinstance(layer, QuantizedWeight) and not is_stock(layer):
         return f"{type(layer).__name__} computes its weights in its own way"
     if type(norm).__name__ not in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
         return f"{type(norm).__name__} is more than a batch norm"
@@ -122,14 +123,6 @@ def _unfit(layer: Any, norm: nn.Module, weights: list[int]) -> str | None:
     if not isinstance(layer, QuantizedWeight) and weights.count(id(layer.weight)) > 1:
         return "the layer's float weight is shared with another layer"
     return None
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``model`` has ``old``."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 _Found = tuple[dict[int, nn.Module], dict[int, str]]
@@ -178,6 +171,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def owner(self, tensor: Tensor) -> nn.Module | None:
         return self.outputs.get(_storage(tensor))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # saves seconds of import: nothing is compiled while this watches
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

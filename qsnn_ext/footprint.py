@@ -228,12 +228,13 @@ def packed_weight(module: nn.Module, weight: torch.Tensor) -> int:
 
     Args:
         module: layer with quantized weights.
-        weight: its latent weights ``[C_out, C_in / groups, ...]``.
+        weight: its latent weights.
     """
     assert isinstance(module, QuantizedWeight)
     groups = int(getattr(module, "groups", 1))
-    width = weight.shape[0] // groups
-    rows = groups * weight[0].numel()
+    by_output = module.rows(weight)
+    width = by_output.shape[0] // groups
+    rows = groups * by_output[0].numel()
     return rows * words(width * (1 if module.bits == 1 else 8)) * WORD_BITS // 8
 
 

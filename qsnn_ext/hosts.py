@@ -21,11 +21,9 @@ class Adapter(Protocol):
 
     Attributes:
         NEURONS: which class takes a host neuron's place, by exact type.
-        SISTERS: which class takes a host layer's place, by exact type and kind of quantizer.
     """
 
     NEURONS: dict[type[nn.Module], Any]
-    SISTERS: dict[type[nn.Module], Any]
 
     def is_spiking(self, module: nn.Module) -> bool:
         """Whether the module emits spikes and so has a firing rate."""

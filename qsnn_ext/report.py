@@ -368,7 +368,7 @@ def _positive(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tupl
         with torch.no_grad():
             # The signs it computes with, not the latent weights': standardising moves them.
             try:
-                codes, _ = module.quantizer.codes(weight)
+                codes, _ = module.codes()
             except InputError:  # NaN has no sign
                 return 0, 0
             return int(torch.count_nonzero(codes > 0)), weight.numel()

@@ -387,9 +387,6 @@ def reset(model: nn.Module) -> None:
 #: Which class takes a host neuron's place, by exact type: other neurons subclass Leaky's base.
 NEURONS: dict[type[nn.Module], type[QLeaky]] = {snn.Leaky: QLeaky}
 
-#: snnTorch has no layers of its own: its models use torch's.
-SISTERS: dict[type[nn.Module], Any] = {}
-
 
 def is_neuron(module: nn.Module) -> bool:
     """Whether ``module`` is a neuron of snnTorch of any kind (or ours)."""

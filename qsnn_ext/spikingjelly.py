@@ -17,20 +17,15 @@ from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from qsnn_ext.layers import (
     BinaryLayer,
-    IntegerLayer,
     QuantizedConv,
     QuantizedMatmul,
+    QuantizedTransposedConv,
     QuantizedWeight,
+    counterpart_of,
     fold_,
     normalization_affine,
 )
-from qsnn_ext.quantizers import (
-    BinaryWeight,
-    IntWeight,
-    MembraneQuantizer,
-    Quantizer,
-    membrane_quantizer,
-)
+from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
 
 try:
     from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
@@ -269,36 +264,74 @@ class QuantParametricLIFNode(QuantizedNode, neuron.ParametricLIFNode):  # type: 
         return _leak(self.w.sigmoid(), self.decay_input, self.v_reset)
 
 
-class BinaryConv1d(BinaryLayer, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
-    """SpikingJelly's ``layer.Conv1d`` with 1-bit weights, in both step modes."""
-
-
-class BinaryConv2d(BinaryLayer, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
-    """SpikingJelly's ``layer.Conv2d`` with 1-bit weights, in both step modes."""
-
-
-class BinaryConv3d(BinaryLayer, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
-    """SpikingJelly's ``layer.Conv3d`` with 1-bit weights, in both step modes."""
-
-
-class BinaryLinear(BinaryLayer, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
-    """SpikingJelly's ``layer.Linear`` with 1-bit weights, in both step modes."""
-
-
-class QuantConv1d(IntegerLayer, QuantizedConv, layer.Conv1d):  # type: ignore[misc]
+@counterpart_of(layer.Conv1d)
+class QuantConv1d(QuantizedConv, layer.Conv1d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv1d`` with 8-bit weights, in both step modes."""
 
 
-class QuantConv2d(IntegerLayer, QuantizedConv, layer.Conv2d):  # type: ignore[misc]
+@counterpart_of(layer.Conv2d)
+class QuantConv2d(QuantizedConv, layer.Conv2d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv2d`` with 8-bit weights, in both step modes."""
 
 
-class QuantConv3d(IntegerLayer, QuantizedConv, layer.Conv3d):  # type: ignore[misc]
+@counterpart_of(layer.Conv3d)
+class QuantConv3d(QuantizedConv, layer.Conv3d):  # type: ignore[misc]
     """SpikingJelly's ``layer.Conv3d`` with 8-bit weights, in both step modes."""
 
 
-class QuantLinear(IntegerLayer, QuantizedMatmul, layer.Linear):  # type: ignore[misc]
+@counterpart_of(layer.Linear)
+class QuantLinear(QuantizedMatmul, layer.Linear):  # type: ignore[misc]
     """SpikingJelly's ``layer.Linear`` with 8-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose1d)
+class QuantConvTranspose1d(QuantizedTransposedConv, layer.ConvTranspose1d):  # type: ignore[misc]
+    """SpikingJelly's ``layer.ConvTranspose1d`` with 8-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose2d)
+class QuantConvTranspose2d(QuantizedTransposedConv, layer.ConvTranspose2d):  # type: ignore[misc]
+    """SpikingJelly's ``layer.ConvTranspose2d`` with 8-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose3d)
+class QuantConvTranspose3d(QuantizedTransposedConv, layer.ConvTranspose3d):  # type: ignore[misc]
+    """SpikingJelly's ``layer.ConvTranspose3d`` with 8-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.Conv1d)
+class BinaryConv1d(BinaryLayer, QuantConv1d):
+    """SpikingJelly's ``layer.Conv1d`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.Conv2d)
+class BinaryConv2d(BinaryLayer, QuantConv2d):
+    """SpikingJelly's ``layer.Conv2d`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.Conv3d)
+class BinaryConv3d(BinaryLayer, QuantConv3d):
+    """SpikingJelly's ``layer.Conv3d`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.Linear)
+class BinaryLinear(BinaryLayer, QuantLinear):
+    """SpikingJelly's ``layer.Linear`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose1d)
+class BinaryConvTranspose1d(BinaryLayer, QuantConvTranspose1d):
+    """SpikingJelly's ``layer.ConvTranspose1d`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose2d)
+class BinaryConvTranspose2d(BinaryLayer, QuantConvTranspose2d):
+    """SpikingJelly's ``layer.ConvTranspose2d`` with 1-bit weights, in both step modes."""
+
+
+@counterpart_of(layer.ConvTranspose3d)
+class BinaryConvTranspose3d(BinaryLayer, QuantConvTranspose3d):
+    """SpikingJelly's ``layer.ConvTranspose3d`` with 1-bit weights, in both step modes."""
 
 
 #: Which class takes a host neuron's place, by exact type: unrelated nodes subclass these.
@@ -306,14 +339,6 @@ NEURONS: dict[type[nn.Module], type[QuantizedNode]] = {
     neuron.LIFNode: QuantLIFNode,
     neuron.IFNode: QuantIFNode,
     neuron.ParametricLIFNode: QuantParametricLIFNode,
-}
-
-#: Which class takes a host layer's place, by kind of quantizer.
-SISTERS: dict[type[nn.Module], dict[type[Quantizer], type[QuantizedWeight]]] = {
-    layer.Conv1d: {BinaryWeight: BinaryConv1d, IntWeight: QuantConv1d},
-    layer.Conv2d: {BinaryWeight: BinaryConv2d, IntWeight: QuantConv2d},
-    layer.Conv3d: {BinaryWeight: BinaryConv3d, IntWeight: QuantConv3d},
-    layer.Linear: {BinaryWeight: BinaryLinear, IntWeight: QuantLinear},
 }
 
 

@@ -22,14 +22,10 @@ def quantize(model: nn.Module, bits: int | None = 2, preset="paper", order="fire
     """Every hidden layer binary, first and last 8 bit, every neuron k bit: in place."""
     import snntorch as snn
 
-    weighted = [
-        m for m in model.modules() if type(m) in qsj.SISTERS or type(m) in own_layers.SISTERS
-    ]
+    weighted = [m for m in model.modules() if own_layers.is_stock(m)]
     for k, m in enumerate(weighted):
-        sisters = qsj.SISTERS.get(type(m)) or own_layers.SISTERS[type(m)]
-        ends = k in (0, len(weighted) - 1)
-        kind = IntWeight if ends else BinaryWeight
-        sisters[kind].from_float(m, kind())
+        quantizer = IntWeight() if k in (0, len(weighted) - 1) else BinaryWeight()
+        own_layers.counterpart(type(m), quantizer.bits).from_float(m, quantizer)
     for m in model.modules():
         if type(m) in qsj.NEURONS:
             qsj.NEURONS[type(m)].from_float(m, membrane_quantizer(bits, preset), order)

@@ -505,7 +505,7 @@ def test_threads_share_a_layer():
 
     def read(number):
         mine = BinaryLinear(64, 64, bias=False)
-        mine.__dict__["_prepared"] = shared
+        mine.__dict__["_prepared"] = {"weight": shared}
         start.wait()
         for step in range(50):
             mine.weight.data = values[(number + step) % 2].clone()

@@ -1,0 +1,329 @@
+"""What a run on a sample tells of a model: who feeds whom, what fires, and how much is computed.
+
+Every tensor is followed from where it comes. Its sources are the model's input and the weighted
+layers whose output it was made of without other weights in between. From the sources of a layer's
+input follow the layers that see the model's input itself (the first ones) and those whose output
+reaches no other weights (the last ones), however the model is put together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qsnn_ext import hosts, trace
+from qsnn_ext.wrapping import uncompiled
+
+#: Source that stands for the model's input; layers and parameter holders stand for themselves.
+_INPUT = 0
+
+#: Operations that take of a tensor its shape alone.
+_SHAPE_ONLY = frozenset({
+    "aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::full_like",
+    "aten::rand_like", "aten::randn_like", "aten::new_zeros", "aten::new_ones", "aten::new_empty",
+    "aten::new_full", "aten::new_empty_strided",
+})  # fmt: skip
+
+#: Operations whose first, or second, argument only chooses among values.
+_CHOOSING = {"aten::where": 0, "aten::masked_fill": 1, "aten::masked_fill_": 1}
+
+#: Operations that multiply with a matrix.
+_PRODUCTS = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv",
+    "aten::linear", "aten::matmul", "aten::convolution", "aten::einsum",
+})  # fmt: skip
+
+#: Operations that go through a tensor step by step.
+_STEPWISE = frozenset({"aten::select", "aten::unbind", "aten::split", "aten::chunk"})
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass
+class Flow:
+    """What was seen.
+
+    Attributes:
+        order: weighted layers in the order of their first call.
+        firsts: those that see the model's input, in that order.
+        lasts: those after which no weights come, in that order.
+        operations: multiply-accumulates of each weighted layer, by id.
+        states: values that each neuron carries, by id.
+        neurons: modules that are probably neurons, by id, with what was seen of them.
+        unscaled: ids of layers whose currents reach a neuron without a norm in between.
+        read: ids of layers whose weights somebody else multiplied with.
+    """
+
+    order: list[nn.Module] = field(default_factory=list)
+    firsts: list[nn.Module] = field(default_factory=list)
+    lasts: list[nn.Module] = field(default_factory=list)
+    operations: dict[int, int] = field(default_factory=dict)
+    states: dict[int, int] = field(default_factory=dict)
+    neurons: dict[int, str] = field(default_factory=dict)
+    unscaled: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
+
+
+def follow(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    holders: Sequence[nn.Module],
+    sample: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Flow:
+    """Run the model once, undisturbed, and follow what flows through it.
+
+    Args:
+        model: what to run.
+        layers: its weighted layers.
+        holders: modules with matrices of their own in which nothing here computes.
+        sample: what it runs on.
+        forward: see :func:`qsnn_ext.trace.call`.
+    """
+    watch = _Watch(layers, holders)
+    with trace.undisturbed(model), uncompiled(model), watch.hooks(model), watch:
+        trace.call(model, sample, forward)
+    return watch.flow()
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the sources of every storage. A source behind a neuron or a norm is negative."""
+
+    def __init__(self, layers: Sequence[nn.Module], holders: Sequence[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = {id(layer): layer for layer in layers}
+        # Storages are told apart by their address, which a weak reference keeps from serving again.
+        self._sources: dict[int, tuple[StorageWeakRef, frozenset[int]]] = {}
+        self._weights = {
+            _address(p): id(module)
+            for module in (*layers, *holders)
+            for p in module._parameters.values()
+            if p is not None and p.dim() > 1 and not isinstance(p, nn.UninitializedParameter)
+        }
+        self._edges: dict[int, set[int]] = {}
+        self._feeds: set[int] = set()
+        self._inside: list[int] = []
+        self._steps: list[int] = [0]
+        self._seen = Flow()
+
+    # ----------------------------------------------------------------- sources of tensors
+
+    def sources(self, values: Any) -> frozenset[int]:
+        """Sources of all tensors in nested arguments."""
+        found: frozenset[int] = frozenset()
+        for tensor in _tensors(values):
+            entry = self._sources.get(_address(tensor))
+            if entry is not None:
+                found |= entry[1]
+        return found
+
+    def give(self, values: Any, sources: frozenset[int], anew: bool = False) -> None:
+        """Add sources to tensors, or put them in the place of those they had."""
+        for tensor in _tensors(values):
+            key = _address(tensor)
+            before = self._sources.get(key)
+            if before is None:
+                alive = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._sources[key] = (alive, sources)
+            elif anew or not sources <= before[1]:
+                self._sources[key] = (before[0], sources if anew else sources | before[1])
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # saves seconds of import: nothing is compiled while this watches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name
+        if name in _STEPWISE:
+            self._steps[-1] += len(out) if isinstance(out, (list, tuple)) else 1
+        if name in _SHAPE_ONLY:
+            return out
+        choosing = _CHOOSING.get(name)
+        used = [a for number, a in enumerate(args) if number != choosing]
+        sources = self.sources((used, kwargs))
+        if name in _PRODUCTS:
+            owners = {self._weights.get(_address(t), 0) for t in _tensors(args)} - {0}
+            for owner in owners - set(self._inside):
+                # A product with somebody's weights outside of his call is a layer all the same.
+                self._enter(owner, sources)
+                self._seen.read.add(owner)
+                self.give(out, frozenset({owner}), anew=True)
+                return out
+        if sources:
+            self.give(out, sources)
+            if func._schema.is_mutable:
+                self.give(args[:1], sources)
+        return out
+
+    def _enter(self, key: int, sources: frozenset[int]) -> None:
+        for source in sources:
+            if source == _INPUT:
+                self._feeds.add(key)
+            elif abs(source) != key:
+                self._edges.setdefault(abs(source), set()).add(key)
+
+    # ----------------------------------------------------------------- modules
+
+    @contextlib.contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Watch the modules of ``model`` for the time of a run."""
+        handles = [model.register_forward_pre_hook(self._input, with_kwargs=True, prepend=True)]
+        inner = _with_parts(model, self._layers)
+        for module in model.modules():
+            if id(module) in self._layers:
+                handles.append(module.register_forward_pre_hook(self._layer_in, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._layer_out, with_kwargs=True))
+            elif hosts.adapter_of(module) is not None:
+                handles.append(module.register_forward_pre_hook(self._neuron_in, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._neuron_out))
+            elif isinstance(module, _NORMS):
+                handles.append(module.register_forward_hook(self._norm_out))
+            elif id(module) not in inner and module is not model:
+                state: list[Any] = []
+                handles.append(module.register_forward_pre_hook(self._other_in(state)))
+                handles.append(module.register_forward_hook(self._other_out(state)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _input(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """A state that is passed in is zero at first, and later comes from somewhere."""
+        fresh = [t for t in _tensors((args, kwargs)) if not self.sources(t)]
+        given = [t for t in fresh if t.numel() and bool((t != 0).any())] or fresh[:1]
+        self.give(given, frozenset({_INPUT}))
+
+    def _layer_in(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if layer not in self._seen.order:
+            self._seen.order.append(layer)
+        self._enter(id(layer), self.sources((args, kwargs)))
+        self._inside.append(id(layer))
+
+    def _layer_out(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._inside.remove(id(layer))
+        self.give(output, frozenset({id(layer)}), anew=True)
+        key, spent = id(layer), _operations(layer, (args, kwargs), output)
+        self._seen.operations[key] = self._seen.operations.get(key, 0) + spent
+
+    def _neuron_in(self, neuron: nn.Module, args: Any, kwargs: Any) -> None:
+        self._seen.unscaled |= {s for s in self.sources((args, kwargs)) if s > 0}
+
+    def _neuron_out(self, neuron: nn.Module, args: Any, output: Any) -> None:
+        self._mark(args, output)
+        host = hosts.adapter_of(neuron)
+        state = host.state(neuron) if host is not None else None
+        if state is not None:
+            self._seen.states[id(neuron)] = state.numel()
+
+    def _norm_out(self, norm: nn.Module, args: Any, output: Any) -> None:
+        self._mark(args, output)
+
+    def _mark(self, args: Any, output: Any) -> None:
+        """Behind a neuron, or a norm, the scale of a current is that no more."""
+        sources = self.sources((args, output))
+        spikes = output[0] if isinstance(output, tuple) and output else output
+        self.give(spikes, frozenset(-abs(s) for s in sources), anew=True)
+
+    def _other_in(self, state: list[Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._steps.append(0)
+            state[:] = [_held(module)]
+
+        return hook
+
+    def _other_out(self, state: list[Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            steps = self._steps.pop()
+            self._steps[-1] += steps
+            self.give(output, self.sources(args))  # whatever happened in there
+            keeps = bool(state) and _held(module) != state[0]
+            if (keeps or steps > 1) and _fires(args, output):
+                how = "keeps a state" if keeps else "goes through its input step by step"
+                self._seen.neurons[id(module)] = f"emits 0 and 1 only and {how}"
+
+        return hook
+
+    def flow(self) -> Flow:
+        """What was seen, with what follows from it."""
+        seen = self._seen
+        seen.firsts = [layer for layer in seen.order if id(layer) in self._feeds]
+        seen.lasts = [layer for layer in seen.order if not self._edges.get(id(layer))]
+        if not seen.firsts:  # an input that is drawn inside the model
+            seen.firsts = seen.order[:1]
+        return seen
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        if values.layout == torch.strided:  # others have no storage
+            yield values
+    elif isinstance(values, (list, tuple, set, frozenset)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+
+
+def _with_parts(model: nn.Module, layers: Iterable[int]) -> set[int]:
+    """Ids of modules that have weighted layers or neurons of a host in them, or are in one."""
+    known = set(layers)
+    found: set[int] = set()
+    for module in model.modules():
+        parts = list(module.modules())
+        if id(module) in known or hosts.adapter_of(module) is not None:
+            found |= {id(part) for part in parts}
+        elif any(id(p) in known or hosts.adapter_of(p) is not None for p in parts):
+            found.add(id(module))
+    return found
+
+
+def _held(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensors a module, and what is in it, keeps; numbers count too."""
+    held: dict[str, tuple[int, int]] = {}
+    for number, part in enumerate(module.modules()):
+        for name, value in (*vars(part).items(), *part._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_inference():
+                held[f"{number}.{name}"] = (id(value), value._version)
+    return held
+
+
+def _fires(args: Any, output: Any) -> bool:
+    """Whether values that are no whole numbers went in, and only 0 and 1 (or counts) came out."""
+    spikes = next(_tensors(output), None)
+    current = next(_tensors(args), None)
+    if spikes is None or current is None or not spikes.is_floating_point():
+        return False
+    whole = bool((spikes == spikes.round()).all() and (spikes >= 0).all())
+    return whole and bool((spikes > 0).any()) and bool((current != current.round()).any())
+
+
+def _operations(layer: nn.Module, args: Any, output: Any) -> int:
+    """Multiply-accumulates of one call: every weight once for each position."""
+    own: list[Any] = [*layer._parameters.values(), vars(layer).get("weight")]
+    weights = [w for w in own if isinstance(w, Tensor) and w.dim() > 1]
+    x, y = next(_tensors(args), None), next(_tensors(output), None)
+    if x is None or y is None or not weights:
+        return 0
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        positions = x.numel() // layer.in_channels
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        positions = y.numel() // layer.out_channels
+    else:
+        positions = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    return positions * sum(w.numel() for w in weights)
