@@ -306,7 +306,9 @@ class Odd(nn.Module):
 class MyConv(nn.Conv2d):
     """Has another weight than the parameter of that name."""
 
-    weight = property(lambda self: self._parameters["weight"] * 2)
+    @property
+    def weight(self):
+        return self.__getattr__("weight") * 2
 
 
 def _renormed(function, module):

@@ -106,7 +106,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _address(p): id(module)
             for module in (*layers, *holders)
             for p in module._parameters.values()
-            if p is not None and p.dim() > 1 and not isinstance(p, nn.UninitializedParameter)
+            if p is not None and not isinstance(p, nn.UninitializedParameter) and p.dim() > 1
         }
         self._edges: dict[int, set[int]] = {}
         self._feeds: set[int] = set()

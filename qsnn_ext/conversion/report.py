@@ -199,14 +199,14 @@ class ConversionReport:
                 f"{row.action}: {row.reason}",
             )
             for row in self.modules
-            if everything or row.action != "nothing"
+            if everything or (row.action, row.reason) != ("nothing", "container")
         ]
 
     def table(self, everything: bool = False) -> str:
         """A table of the modules.
 
         Args:
-            everything: with those that hold nothing to quantize, such as containers.
+            everything: with containers, which hold nothing but other modules.
         """
         return "\n".join(text.table(_HEADER, self.rows(everything)))
 
