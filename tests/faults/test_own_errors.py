@@ -21,10 +21,8 @@ OURS = {n for n, c in vars(errors).items() if inspect.isclass(c)}
 ALLOWED = {
     ("qsnn_ext/__init__.py", "AttributeError"): "what a module's __getattr__ has to raise",
     ("qsnn_ext/deploy/__init__.py", "AttributeError"): "what a module's __getattr__ has to raise",
-    ("qsnn_ext/convert.py", "KeyError"): "what a mapping's __getitem__ has to raise",
     ("qsnn_ext/quantizers.py", "NotImplementedError"): "a method that subclasses must write",
     ("qsnn_ext/spikingjelly.py", "NotImplementedError"): "a method that subclasses must write",
-    ("qsnn_ext/layers.py", "AssertionError"): "cannot happen whatever a user does",
     ("recipes/engine/cli.py", "SystemExit"): "the exit status of a command, after the message",
     ("recipes/engine/files.py", "OSError"): "torch's word for a full disk, named by the caller",
 }
