@@ -92,7 +92,7 @@ def _sizes() -> list[list[str]]:
     return [[
         "ResNet19, size as the paper counts it",
         f"{before:.2f} MB", f"{after:.2f} MB", f"{before / after:.1f} times smaller",
-        "`python -m qsnn_ext.footprint`",
+        "`python -m recipes.table_2`",
     ]]  # fmt: skip
 
 
