@@ -11,6 +11,7 @@ need no checks at run time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -256,7 +257,8 @@ class Program:
             ``"tuple"``) and ``answer`` (:func:`qsnn_ext.deploy.answers.parse`), what the host makes
             of the outputs; ``input_gain`` and ``input_bias``, what it does to the input before
             that becomes codes (``x * gain + bias``, one number or one per channel, separated by
-            commas); ``model``, the name of its class.
+            commas); ``views``, JSON of the order in which the model holds a neuron's values; and
+            ``model``, the name of its class.
     """
 
     values: list[Value]
@@ -403,6 +405,23 @@ class _Validator:
         if len(parts) != len(p.outputs) or not set(parts) <= {"1", "2", "3"}:
             raise _fail("metadata", f"impossible ranks {ranks[:40]!r} of {len(p.outputs)} outputs")
         _ = p.answer, p.prologue  # malformed ones raise
+        self._views()
+
+    def _views(self) -> None:
+        """Loops over the elements of a neuron's value stay within it."""
+        size = {n.name: self.p.values[n.source].elements for n in self.p.neurons}
+        try:
+            views = json.loads(self.p.metadata.get("views", "{}"))
+            for name, loops in views.items():
+                count, last = 1, 0
+                for times, stride in loops:
+                    if type(times) is not int or type(stride) is not int or stride < 0:
+                        raise ValueError("no loop")
+                    count, last = count * times, last + (times - 1) * stride
+                if not 1 <= count <= size[name] or not 0 <= last < size[name]:
+                    raise ValueError("beyond the value")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise _fail("metadata", "views do not fit the neurons") from None
 
     # -- small checks ------------------------------------------------------------------------
 
