@@ -34,13 +34,20 @@ class Config:
     """Side of the square input in pixels; none keeps the data set's own choice for this recipe."""
     augment: bool = True
     """Augment the training set as the recipe's protocol says."""
+    strong_augment: bool = True
+    """CIFAR: also AutoAugment and Cutout, as the paper does; without them random crops and flips
+    alone, which suit short runs."""
+    holdout: int = 0
+    """Training images kept aside, equally many of each class and the same ones whatever --seed;
+    every epoch is judged by them, and the test set waits for the last."""
     split: Literal["tebn", "last", "random"] = "tebn"
     """How DVS-CIFAR10 is divided into training and test set; other data sets have their own
     split."""
     batch: int = 256
     """Samples per optimizer step and process, before gradient accumulation."""
-    workers: int = 4
-    """Data loading processes; the result does not depend on their number."""
+    workers: int | None = None
+    """Data loading processes; the result does not depend on their number. None: no process where
+    whole batches are made from arrays and trained on the CPU, else four."""
     limit_batches: int | None = None
     """Use only this many training and test batches per epoch, to try a set-up out."""
 
@@ -96,8 +103,12 @@ class Config:
     # -- machine
     seed: int = 0
     """Seed of initialisation, data order and augmentation."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    """Number format of the arithmetic; the mixed ones keep float32 weights."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
+    """Number format of the arithmetic; the mixed ones keep float32 weights. auto takes bf16-mixed
+    where the device multiplies bfloat16 natively, else 32-true."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """How activations lie in memory; the result is the same to rounding. auto takes channels_last,
+    the faster one for convolutions on CPUs and GPUs."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     devices: int | None = None
@@ -135,9 +146,10 @@ class Config:
                 continue
             if not value > 0 or value != value or value == float("inf"):
                 raise ConfigError(f"{flag(name)} must be greater than zero, got {value}.")
-        for name in ("strength", "momentum", "weight_decay", "warmup", "workers", "seed"):
+        zero_or_more = ("strength", "momentum", "weight_decay", "warmup", "workers", "seed")
+        for name in (*zero_or_more, "holdout"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
         if self.warmup >= self.epochs:
             raise ConfigError(
@@ -195,8 +207,14 @@ RESUMABLE = frozenset(
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields of two :meth:`Config.to_dict` that make them different experiments."""
     names = [f.name for f in fields(Config) if f.name not in RESUMABLE]
+    # What is left to the machine is whatever the other run was given.
+    names = [n for n in names if ours.get(n) != "auto"]
+    # A run from before an option existed ran as the option's default has it.
+    defaults = Config().to_dict()
     return {
-        n: (theirs.get(n), ours.get(n)) for n in names if theirs.get(n, ours.get(n)) != ours.get(n)
+        n: (theirs.get(n), ours.get(n))
+        for n in names
+        if theirs.get(n, defaults[n]) not in (ours.get(n), "auto")
     }
 
 

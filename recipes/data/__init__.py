@@ -112,6 +112,7 @@ def datasets(
     size: int | None = None,
     steps: int | None = None,
     augment: bool = True,
+    strong: bool = True,
     split: str = "tebn",
     data_seed: int = 0,
     cache: str | Path | None = None,
@@ -129,6 +130,7 @@ def datasets(
         size: As for :func:`spec`.
         steps: As for :func:`spec`.
         augment: Whether the training set is augmented (never the test set).
+        strong: Whether CIFAR's augmentation has AutoAugment and Cutout, or crop and flip alone.
         split: How DVS-CIFAR10 is divided: "tebn", "last" or "random".
         data_seed: Seed of the random split and of the simulated event camera. It is part of the
             data, so keep it when the seed of the training changes.
@@ -157,7 +159,7 @@ def datasets(
     if name == "tinyimagenet":
         return tinyimagenet.load(root, facts, **common)
     if not wanted.events:
-        return cifar.load(name, root, facts, **common)
+        return cifar.load(name, root, facts, strong=strong, cache=cache, **common)
     common |= {"steps": wanted.steps, "size": side, "cache": cache}
     if name == "dvsgesture":
         return dvsgesture.load(root, facts, **common)

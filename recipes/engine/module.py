@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qsnn_ext import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.errors import DivergenceError, TrainingError
 from recipes.config import Config
+from recipes.engine import setting
 from recipes.engine.loading import mix
 from recipes.engine.networks import uses_annealing
 from recipes.engine.rates import RateMeter
@@ -79,7 +80,7 @@ class Training(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [T, N, classes] of images [N, C, H, W] or frames [T, N, C, H, W]."""
-        logits: Tensor = self.model(x)
+        logits: Tensor = self.model(setting.arranged(x, self.config.memory_format))
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -109,6 +110,14 @@ class Training(LightningModule):
         # Also taken here, so that no spikes of the test set are left in the next training step's.
         term = 0.0 if self.regularizer is None else self.regularizer()
         self.test_tally.add(logits, labels, self.loss(logits, labels), term)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Likewise, for the one look at the test set that runs with held-out samples take."""
+        self.validation_step(batch, index)
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting answers; the spikes counted stay those of the last epoch."""
+        self.test_tally = Tally(self.device)
 
     def _stop(self, x: Tensor, loss: Tensor, index: int) -> None:
         where = f"in epoch {self.current_epoch + 1}, batch {index + 1}"
