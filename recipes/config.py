@@ -14,7 +14,15 @@ from qsnn_ext.errors import ConfigError
 
 Bits = Literal["32w-32u", "1w-8u", "1w-4u", "1w-2u"]
 Dataset = Literal[
-    "cifar10", "cifar100", "tinyimagenet", "dvsgesture", "dvscifar10", "digits", "digits-events"
+    "cifar10",
+    "cifar100",
+    "tinyimagenet",
+    "fashionmnist",
+    "dvsgesture",
+    "dvscifar10",
+    "nmnist",
+    "digits",
+    "digits-events",
 ]
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from qsnn_ext.errors import ConfigError, DataError
 
-from . import cifar, digits, dvscifar10, dvsgesture, tinyimagenet
+from . import cifar, digits, dvscifar10, dvsgesture, fashionmnist, nmnist, tinyimagenet
 from .files import Facts
 
 __all__ = [
@@ -55,13 +55,15 @@ _SPECS = {
         DataSpec("cifar10", 10, 3, (32, 32), False, None),
         DataSpec("cifar100", 100, 3, (32, 32), False, None),
         DataSpec("tinyimagenet", 200, 3, (64, 64), False, None),
+        DataSpec("fashionmnist", 10, 1, (28, 28), False, None),
         DataSpec("dvsgesture", 11, 2, (48, 48), True, 16),
         DataSpec("dvscifar10", 10, 2, (48, 48), True, 10),
+        DataSpec("nmnist", 10, 2, (34, 34), True, 10),
         DataSpec("digits", 10, 1, (16, 16), False, None),
         DataSpec("digits-events", 10, 2, (32, 32), True, 10),
     )
 }
-_FIXED_SIZE = ("cifar10", "cifar100", "tinyimagenet")
+_FIXED_SIZE = ("cifar10", "cifar100", "tinyimagenet", "fashionmnist")
 
 NAMES = tuple(_SPECS)
 
@@ -69,8 +71,10 @@ OFFICIAL: dict[str, Facts] = {
     "cifar10": cifar.CIFAR10,
     "cifar100": cifar.CIFAR100,
     "tinyimagenet": tinyimagenet.TINYIMAGENET,
+    "fashionmnist": fashionmnist.FASHIONMNIST,
     "dvsgesture": dvsgesture.DVSGESTURE,
     "dvscifar10": dvscifar10.DVSCIFAR10,
+    "nmnist": nmnist.NMNIST,
 }
 """What is published about each data set, and what the files found are checked against."""
 
@@ -158,6 +162,12 @@ def datasets(
     common: dict[str, Any] = {"augment": augment, "download": download}
     if name == "tinyimagenet":
         return tinyimagenet.load(root, facts, **common)
+    if name == "fashionmnist":
+        return fashionmnist.load(root, facts, **common)
+    if name == "nmnist":
+        return nmnist.load(
+            root, facts, steps=wanted.steps or 1, size=side, augment=augment, cache=cache
+        )
     if not wanted.events:
         return cifar.load(name, root, facts, strong=strong, cache=cache, **common)
     common |= {"steps": wanted.steps, "size": side, "cache": cache}

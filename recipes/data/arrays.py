@@ -21,6 +21,7 @@ _VERSION = 2
 # A published mean is met to this much (of 255): lossy pictures come near, other pictures do not.
 _TOLERANCE = 1.0
 _EXACT = 1e-3
+_SPLIT = {"train": "training", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def check(arrays: Arrays, expected: Expected, source: str) -> str:
         labels = arrays.labels[split]
         if len(labels) != count:
             raise DataError(
-                f"{source} has {len(labels):,} {split} images, but {title} has {count:,}: it is "
-                "incomplete or another data set."
+                f"{source} has {len(labels):,} {_SPLIT[split]} images instead of the expected "
+                f"{count:,}: it is incomplete or another data set than {title}."
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < expected.classes:
             raise DataError(
-                f"{source} has {split} labels outside 0..{expected.classes - 1}, but {title} has "
+                f"{source} has {_SPLIT[split]} labels outside 0..{expected.classes - 1}, but {title} has "
                 f"{expected.classes} classes."
             )
         per_class = np.bincount(labels, minlength=expected.classes)
@@ -93,7 +94,7 @@ def check(arrays: Arrays, expected: Expected, source: str) -> str:
             worst = int(np.abs(per_class - wanted).argmax())
             name = f" ({arrays.classes[worst]})" if worst < len(arrays.classes) else ""
             raise DataError(
-                f"{source} has {per_class[worst]:,} {split} images of class {worst}{name}, but "
+                f"{source} has {per_class[worst]:,} {_SPLIT[split]} images of class {worst}{name}, but "
                 f"{title} has {wanted:,} of each."
             )
     train = arrays.images["train"]

@@ -1,10 +1,12 @@
 """CIFAR-10 and CIFAR-100 in the forms in which people have them.
 
-The official archive, or a folder per class (folder or zip, see :mod:`recipes.data.folders`); the
-former where both are there. The official batches are pickles, and reading a pickle can run code:
-torchvision checks the MD5 of every batch before it opens the first, and this module checks them
-before that to say which one is wrong. The other forms are checked by counts, balance and the mean
-of the pixels, and decoded once into a cache of arrays.
+The official archive, the Parquet files of the Hugging Face hub (:mod:`recipes.data.parquet`), or a
+folder per class (folder or zip, :mod:`recipes.data.folders`); the first of these that is there.
+
+The official batches are pickles, and reading a pickle can run code: torchvision checks the MD5 of
+every batch before it opens the first, and this module checks them before that to say which one is
+wrong. The other forms are checked by counts, balance and the mean of the pixels, and decoded once
+into a cache of arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from torchvision import datasets
 
 from qsnn_ext.errors import DataError
-from recipes.data import arrays, folders
+from recipes.data import arrays, folders, parquet
 from recipes.data.arrays import Arrays, Expected
 from recipes.data.batches import BatchTransform, ImageArray
 
@@ -80,8 +82,10 @@ def load(
     """
     form = _FORMATS[name]
     counts = {"train": facts.train, "test": facts.test}
-    expected = Expected(facts.title, counts, form.classes, facts.mean)
-    found, source = _find(name, form, root, facts, cache, download)
+    found, source, verified = _find(name, form, root, facts, cache, download)
+    # Files with the right MD5 are what they should be.
+    mean = None if verified else facts.mean
+    expected = Expected(facts.title, counts, form.classes, mean, balanced=not verified)
     told = arrays.check(found, expected, source)
     plain = BatchTransform(form.mean, form.std)
     augmented = plain
@@ -96,16 +100,19 @@ def load(
 
 def _find(
     name: str, form: _Format, root: Path, facts: Facts, cache: Path, download: bool
-) -> tuple[Arrays, str]:
-    """The data set in the first form that is there, and where that is."""
+) -> tuple[Arrays, str, bool]:
+    """The data set in the first form that is there, where that is, and whether MD5s prove it."""
     official = root / form.loader.base_folder
     there = official.exists() or find(root, facts.archives[0].name, _FOLDERS)
+    if not there and (files := parquet.find(root / name)) is not None:
+        return _parquet(name, files, facts, cache), f"Parquet files in {root / name}", False
     if not there:
         for place in (root / f"{name}.zip", root / name, root):
             if folders.looks_like(place):
                 kind = "zip file" if place.is_file() else "folder"
-                return _per_class(name, place, facts, form, cache), f"{kind} per class {place}"
-    return _official(form, root, facts, download), f"official archive in {official}"
+                found = _per_class(name, place, facts, form, cache)
+                return found, f"{kind} per class {place}", False
+    return _official(form, root, facts, download), f"official archive in {official}", True
 
 
 def _per_class(name: str, place: Path, facts: Facts, form: _Format, cache: Path) -> Arrays:
@@ -140,6 +147,21 @@ def _per_class(name: str, place: Path, facts: Facts, form: _Format, cache: Path)
             return Arrays(parts, labels, tuple(found["train"].classes))
 
         return arrays.cached(cache / f"{name}-{key}", decode)
+
+
+def _parquet(name: str, files: parquet.Files, facts: Facts, cache: Path) -> Arrays:
+    """Parquet files, decoded or taken from the cache."""
+    stamps = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for split in files
+        for path in files[split]
+    ]
+    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
+    column = "label" if name == "cifar10" else "fine_label"
+    counts = {"train": facts.train, "test": facts.test}
+    return arrays.cached(
+        cache / f"{name}-{key}", lambda: parquet.read(files, column, _SIZE, counts)
+    )
 
 
 def _official(form: _Format, root: Path, facts: Facts, download: bool) -> Arrays:

@@ -25,7 +25,7 @@ from qsnn_ext.errors import DataError
 
 SPLITS = ("train", "test")
 # A picture of some thousand pixels does not need more, whatever its format.
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 _IGNORED = {"thumbs.db", "desktop.ini"}
 
 
@@ -64,7 +64,7 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         """See :class:`Source`."""
         with open(self.path / name, "rb") as file:
-            return file.read(_LARGEST + 1)
+            return file.read(LARGEST + 1)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -102,7 +102,7 @@ class ZipSource:
         """See :class:`Source`."""
         # The size in the header may lie; reading stops where it is too much.
         with self._archive.open(self._members[name]) as file:
-            return file.read(_LARGEST + 1)
+            return file.read(LARGEST + 1)
 
     def close(self) -> None:
         """Close the file."""
@@ -220,8 +220,8 @@ def decode_bytes(
         mode: Pillow's name of the pixel format.
 
     """
-    if len(data) > _LARGEST:
-        raise DataError(f"{what} has more than {_LARGEST:,} bytes: not a picture of this data set.")
+    if len(data) > LARGEST:
+        raise DataError(f"{what} has more than {LARGEST:,} bytes: not a picture of this data set.")
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if (picture.height, picture.width) != size:
