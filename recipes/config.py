@@ -90,6 +90,29 @@ class Config:
     strength: float = 1e-3
     """Weight lambda of the firing-rate loss."""
 
+    # -- improvements on the paper's method
+    sign_gradient: Literal["clipped", "identity", "annealed"] | None = None
+    """Pseudo-gradient of the binary weights' sign; none takes the preset's. annealed sharpens it
+    over the epochs."""
+    latent_lr: float = 1.0
+    """Factor of the learning rate for the latent weights of binary layers."""
+    latent_weight_decay: float | None = None
+    """Weight decay of the latent weights of binary layers; none takes --weight-decay."""
+    start_from: Path | None = None
+    """Folder of a run, such as one in full precision, whose last weights are the first of this
+    one."""
+    teacher: Path | None = None
+    """Folder of a run, such as one in full precision, whose answers are learnt beside the
+    labels."""
+    distillation: float = 0.5
+    """Share of the teacher's answers in the loss; the labels have the rest."""
+    temperature: float = 4.0
+    """Temperature at which answers of teacher and network are compared."""
+    loss: Literal["per_step", "mean_logits"] = "per_step"
+    """Cross entropy of every time step's logits (Eq. 18, TET), or of their mean over time."""
+    tet: float = 0.0
+    """Share of TET's second term, which draws the logits of every time step towards 1."""
+
     # -- optimization
     epochs: int = 300
     """Passes over the training set."""
@@ -146,7 +169,10 @@ class Config:
     """Use the paper's published setting where the recipe's default departs from it."""
 
     def __post_init__(self) -> None:
-        positive = ("batch", "width", "steps", "epochs", "lr", "accumulate", "nodes")
+        positive = (
+            *("batch", "width", "steps", "epochs", "lr", "accumulate", "nodes"),
+            *("latent_lr", "temperature"),
+        )
         optional = ("size", "limit_batches", "devices", "stop_after", "clip")
         for name in (*positive, *optional):
             value = getattr(self, name)
@@ -155,10 +181,13 @@ class Config:
             if not value > 0 or value != value or value == float("inf"):
                 raise ConfigError(f"{flag(name)} must be greater than zero, got {value}.")
         zero_or_more = ("strength", "momentum", "weight_decay", "warmup", "workers", "seed")
-        for name in (*zero_or_more, "holdout"):
+        for name in (*zero_or_more, "holdout", "latent_weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        for name in ("distillation", "tet"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{flag(name)} is a share, 0 to 1; got {getattr(self, name)}.")
         if self.warmup >= self.epochs:
             raise ConfigError(
                 f"--warmup {self.warmup} leaves nothing of --epochs {self.epochs}; make it shorter."

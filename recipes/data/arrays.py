@@ -85,8 +85,8 @@ def check(arrays: Arrays, expected: Expected, source: str) -> str:
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < expected.classes:
             raise DataError(
-                f"{source} has {_SPLIT[split]} labels outside 0..{expected.classes - 1}, but {title} has "
-                f"{expected.classes} classes."
+                f"{source} has {_SPLIT[split]} labels outside 0..{expected.classes - 1}, "
+                f"but {title} has {expected.classes} classes."
             )
         per_class = np.bincount(labels, minlength=expected.classes)
         wanted = count // expected.classes
@@ -94,8 +94,8 @@ def check(arrays: Arrays, expected: Expected, source: str) -> str:
             worst = int(np.abs(per_class - wanted).argmax())
             name = f" ({arrays.classes[worst]})" if worst < len(arrays.classes) else ""
             raise DataError(
-                f"{source} has {per_class[worst]:,} {_SPLIT[split]} images of class {worst}{name}, but "
-                f"{title} has {wanted:,} of each."
+                f"{source} has {per_class[worst]:,} {_SPLIT[split]} images of class "
+                f"{worst}{name}, but {title} has {wanted:,} of each."
             )
     train = arrays.images["train"]
     mean = channel_means(train)

@@ -31,6 +31,7 @@ from recipes.engine.module import Training
 from recipes.engine.plots import plot_run
 from recipes.engine.record import Record
 from recipes.engine.results import collect, write_json
+from recipes.engine.teacher import Teacher, start_from
 
 # What a disk that is full, over quota, failing or read-only says.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -129,6 +130,11 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
     quieten()
     seed_everything(config.seed, workers=False, verbose=False)
     model = setting.arrange(networks.build(config, spec), config.memory_format)
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(config.teacher, spec, config.temperature)
+    if config.start_from is not None and checkpoint is None:
+        start_from(model, config.start_from)
     # Weights, optimizer state (one copy for SGD, two for Adam), and three files besides the newest.
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     files.require_space(folder, 4 * (3 if config.optimizer == "adam" else 2) * size)
@@ -171,7 +177,7 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
     if config.compile:
         # One program per batch size: there are few, and fixed sizes compile more surely.
         model.compile(dynamic=False)
-    training = Training(config, model, math.ceil(batches / config.accumulate))
+    training = Training(config, model, math.ceil(batches / config.accumulate), teacher)
     introduce(config, model, folder, checkpoint, found)
     test = None
     with use_backend(config.kernels):

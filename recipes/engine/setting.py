@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsnn_ext.errors import ConfigError
+from recipes import data as datasets
 from recipes.config import Config
+from recipes.engine import networks
 
 #: Fields that ``auto`` leaves to the machine.
 CHOSEN = ("precision", "memory_format")
@@ -22,9 +25,36 @@ def resolve(config: Config, noted: dict[str, Any] | None) -> Config:
             with, whatever this machine would choose.
 
     """
-    choice = {"precision": _precision(config), "memory_format": "channels_last"}
+    safe = channels_last_is_safe(config)
+    if config.memory_format == "channels_last" and not safe:
+        raise ConfigError(
+            "--memory-format channels_last would corrupt memory: oneDNN's backward of strided 1x1 "
+            "convolutions writes past its buffers where channels are no multiple of 8. Take "
+            "contiguous, or another --width."
+        )
+    format_ = "channels_last" if safe else "contiguous"
+    choice = {"precision": _precision(config), "memory_format": format_}
     choice |= {k: v for k, v in (noted or {}).items() if k in CHOSEN}
     return config.but(**{k: choice[k] for k in CHOSEN if getattr(config, k) == "auto"})
+
+
+def channels_last_is_safe(config: Config) -> bool:
+    """Whether the network has none of the convolutions that oneDNN gets wrong on CPUs.
+
+    Seen with oneDNN of torch 2.11 on AVX2: the backward of a strided 1x1 convolution over
+    channels-last memory damages the heap where its input channels are no multiple of 8.
+    """
+    if on_gpu(config):
+        return True
+    with torch.device("meta"):
+        model = networks.build(config, datasets.spec(config.data))
+    return not any(
+        isinstance(m, nn.Conv2d)
+        and m.kernel_size == (1, 1)
+        and max(m.stride) > 1
+        and m.in_channels % 8
+        for m in model.modules()
+    )
 
 
 def on_gpu(config: Config) -> bool:
