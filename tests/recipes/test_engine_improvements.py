@@ -213,13 +213,13 @@ def test_the_mean_over_time_and_tet_are_what_they_say():
 
 def test_a_run_may_start_from_float_weights(float_run, tmp_path):
     folder, _ = float_run
-    config = tiny(tmp_path, start_from=folder, stop_after=1, lr=1e-9, weight_decay=0.0, steps=1)
+    config = tiny(tmp_path, start_from=folder, stop_after=1, lr=1e-6, weight_decay=0.0, steps=1)
     train(config)
     ours = checkpoints.read(tmp_path / "epoch-0001.ckpt")["state_dict"]
     theirs = checkpoints.read(folder / "epoch-0002.ckpt")["state_dict"]
     for name in theirs:
         if name.endswith("conv.weight"):
-            torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
 
 
 def test_a_start_from_nothing_or_another_network_is_refused(float_run, tmp_path):
