@@ -182,6 +182,7 @@ class Loading(LightningDataModule):
         self.config, self.collate = config, collate or default_collate
         self.train = SeededDataset(train, classes, f"the {config.data} training set")
         self.test = SeededDataset(test, classes, f"the {config.data} test set")
+        self.found = ""  # in words, what was found where
         self.held_out = None
         if held_out is not None:
             name = f"the held-out part of the {config.data} training set"

@@ -111,6 +111,56 @@ def _noted(note: Path) -> dict[str, Any] | None:
 
 
 def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """The whole run: data, network, training, the last look at the test set, result."""
+    spec, loading = _data(config)
+    quieten()
+    seed_everything(config.seed, workers=False, verbose=False)
+    model = _network(config, spec, folder, checkpoint)
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(config.teacher, spec, config.temperature)
+
+    record = Record("held_out" if config.holdout else "test")
+    trainer = _trainer(config, folder, record)
+    loading.trainer = trainer
+    batches = len(loading.train_dataloader())
+    batches = min(batches, config.limit_batches or batches)
+    if trainer.world_size > 1:
+        processes.sync_scales(model)
+        if config.sync_batchnorm:
+            model = processes.sync_batchnorm(model, trainer.strategy.root_device)
+    if config.compile:
+        # One program per batch size: there are few, and fixed sizes compile more surely.
+        model.compile(dynamic=False)
+    training = Training(config, model, math.ceil(batches / config.accumulate), teacher)
+    introduce(config, model, folder, checkpoint, loading.found)
+    test = None
+    with use_backend(config.kernels):
+        trainer.fit(training, datamodule=loading, ckpt_path=checkpoint)
+        done = len(record.history) == config.epochs
+        if done and config.holdout:
+            trainer.test(training, datamodule=loading, verbose=False)
+            tally = training.test_tally.means(processes.summing(trainer))
+            test = {"test_accuracy": tally["accuracy"], "test_loss": tally["loss"]}
+
+    device = trainer.strategy.root_device
+    result = collect(config, model, record.history, record.best, device, test)
+    if trainer.is_global_zero and done:
+        write_json(folder / RESULT, result)
+        plot_run(result, folder / PLOT)
+        chosen = "held-out samples" if config.holdout else "the test set"
+        print(
+            f"Test set after the last epoch: {result['last_accuracy']:.2f} %. Best epoch "
+            f"({result['best_epoch']}, chosen on {chosen}): {result['best_accuracy']:.2f} %.\n"
+            f"Result: {folder / RESULT}  Plot: {folder / PLOT}"
+        )
+    elif trainer.is_global_zero:
+        print(f"Stopped after epoch {len(record.history)} of {config.epochs}; go on with --resume.")
+    return result
+
+
+def _data(config: Config) -> tuple[datasets.DataSpec, Loading]:
+    """What the network has to know about its data, and the loaders of all parts."""
     options = networks.data_options(config)
     spec = datasets.spec(config.data, **options)
     options |= {"split": config.split, "strong": config.strong_augment}
@@ -126,22 +176,27 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
         train_set, held_out = holdout.part(train_set, rest), holdout.part(plain, aside)
     collate = datasets.collate_frames if spec.events else None
     loading = Loading(config, train_set, test_set, spec.classes, collate, held_out)
+    loading.found = found
+    return spec, loading
 
-    quieten()
-    seed_everything(config.seed, workers=False, verbose=False)
+
+def _network(
+    config: Config, spec: datasets.DataSpec, folder: Path, checkpoint: Path | None
+) -> nn.Module:
+    """The network as a new run begins with it, having made sure of room for its checkpoints."""
     model = setting.arrange(networks.build(config, spec), config.memory_format)
-    teacher = None
-    if config.teacher is not None:
-        teacher = Teacher(config.teacher, spec, config.temperature)
     if config.start_from is not None and checkpoint is None:
         start_from(model, config.start_from)
     # Weights, optimizer state (one copy for SGD, two for Adam), and three files besides the newest.
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     files.require_space(folder, 4 * (3 if config.optimizer == "adam" else 2) * size)
+    return model
 
-    record = Record("held_out" if config.holdout else "test")
+
+def _trainer(config: Config, folder: Path, record: Record) -> Trainer:
+    """Lightning's driver of the run."""
     show_bar = config.progress and sys.stderr.isatty()
-    trainer = Trainer(
+    return Trainer(
         accelerator=config.accelerator,
         devices=config.devices or ("auto" if torch.cuda.is_available() else 1),
         num_nodes=config.nodes,
@@ -167,41 +222,6 @@ def _train(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, A
         # The loaders shard the data themselves, so that testing counts every sample once.
         use_distributed_sampler=False,
     )
-    loading.trainer = trainer
-    batches = len(loading.train_dataloader())
-    batches = min(batches, config.limit_batches or batches)
-    if trainer.world_size > 1:
-        processes.sync_scales(model)
-        if config.sync_batchnorm:
-            model = processes.sync_batchnorm(model, trainer.strategy.root_device)
-    if config.compile:
-        # One program per batch size: there are few, and fixed sizes compile more surely.
-        model.compile(dynamic=False)
-    training = Training(config, model, math.ceil(batches / config.accumulate), teacher)
-    introduce(config, model, folder, checkpoint, found)
-    test = None
-    with use_backend(config.kernels):
-        trainer.fit(training, datamodule=loading, ckpt_path=checkpoint)
-        done = len(record.history) == config.epochs
-        if done and config.holdout:
-            trainer.test(training, datamodule=loading, verbose=False)
-            tally = training.test_tally.means(processes.summing(trainer))
-            test = {"test_accuracy": tally["accuracy"], "test_loss": tally["loss"]}
-
-    device = trainer.strategy.root_device
-    result = collect(config, model, record.history, record.best, device, test)
-    if trainer.is_global_zero and done:
-        write_json(folder / RESULT, result)
-        plot_run(result, folder / PLOT)
-        chosen = "held-out samples" if config.holdout else "the test set"
-        print(
-            f"Test set after the last epoch: {result['last_accuracy']:.2f} %. Best epoch "
-            f"({result['best_epoch']}, chosen on {chosen}): {result['best_accuracy']:.2f} %.\n"
-            f"Result: {folder / RESULT}  Plot: {folder / PLOT}"
-        )
-    elif trainer.is_global_zero:
-        print(f"Stopped after epoch {len(record.history)} of {config.epochs}; go on with --resume.")
-    return result
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def on_gpu(config: Config) -> bool:
 
 
 def _precision(config: Config) -> str:
-    """bfloat16 only where it is multiplied natively: emulated, it is a hundred times slower."""
+    """bfloat16 only where it is multiplied natively: emulated, it is far slower."""
     if on_gpu(config):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
