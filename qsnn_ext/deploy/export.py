@@ -148,12 +148,15 @@ def _resident_size(program: Program, image: Image, pixels: int) -> ResidentSize:
             groups, rows, columns = op.weight.shape  # columns: words of bits, or bytes
             weights += groups * rows * (columns if op.binary else words(8 * columns)) * 4
         for name in ("multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value",
-                     "reading"):  # fmt: skip
+                     "reading", "channel", "row", "column"):  # fmt: skip
             array = getattr(op, name, None)
             constants += array.nbytes if isinstance(array, np.ndarray) else 0
     for neuron in program.neurons:
         c, h, w = program.values[neuron.source].shape
         membranes += h * w * (c if neuron.bits == 32 else neuron.bits * words(c)) * 4
+    for delay in program.delays:
+        c, h, w = program.values[delay.source].shape
+        membranes += h * w * program.values[delay.source].planes * words(c) * 4
     io = program.values[0].elements + sum(program.values[i].elements for i in program.outputs)
     return ResidentSize(
         weights, constants, 4 * image.words.size - weights - constants, pixels, membranes,
