@@ -286,11 +286,12 @@ def test_the_backend_is_taken_where_it_is_there():
         for backend, times in (("auto", 1), ("native", 1), ("function", 0), ("eager", 0)):
             calls.clear()
             leaf = x.clone().requires_grad_()
-            result = lif_multi_step(leaf, None, o, decay=0.5, backend=backend)
-            result.spikes.sum().backward()
+            with use_backend(backend):
+                lif_multi_step(leaf, None, o, decay=0.5).spikes.sum().backward()
             assert calls == ["lif_forward", "lif_backward"] * times
         calls.clear()
-        BinaryLinear(4, 3)(torch.randn(2, 4)).sum().backward()
+        with use_backend("auto"):
+            BinaryLinear(4, 3)(torch.randn(2, 4)).sum().backward()
         assert calls == ["weight_forward", "weight_backward"]
 
 
@@ -298,7 +299,7 @@ def test_no_library_is_no_error_unless_asked_for(monkeypatch):
     monkeypatch.setattr(_native, "library", lambda: None)
     x = torch.randn(3, 40)
     expected = lif_multi_step_eager(x, None, LIFOptions(SIGMOID, 4), decay=0.5)
-    got = lif_multi_step(x, None, LIFOptions(SIGMOID, 4), decay=0.5)
+    got = lif_multi_step(x, None, LIFOptions(SIGMOID, 4), decay=0.5, backend="auto")
     assert torch.equal(got.spikes, expected.spikes)
     with pytest.raises(ConfigError, match="without a C compiler"), use_backend("native"):
         pass
