@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
-from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels import buffers
 
 _SUFFIX = {"Windows": "dll", "Darwin": "dylib"}.get(platform.system(), "so")
 PATH = Path(__file__).parent / f"_kernels.{_SUFFIX}"
@@ -42,8 +40,6 @@ _GRADIENT = {"clipped": 0, "identity": 1, "annealed": 2}
 
 #: Values, neurons times steps, that are worth a thread of their own.
 PER_THREAD = 1 << 15
-#: From this many values on results go into memory that has served before.
-RECYCLE_FROM = 1 << 18
 
 
 class _LIFJob(ctypes.Structure):
@@ -154,15 +150,6 @@ def library() -> Library | None:
         return None
 
 
-def wanted(x: Tensor) -> Library | None:
-    """The compiled kernels where they shall compute with tensors like this one, else ``None``.
-
-    They do on the CPU, unless :func:`qsnn_ext.kernels.use_backend` has chosen otherwise.
-    """
-    known = x.device.type == "cpu" and x.dtype in DTYPES
-    return library() if known and B.current_backend() in ("auto", "native") else None
-
-
 # --------------------------------------------------------------------------- memory
 
 
@@ -182,32 +169,10 @@ def _sequence(x: Tensor) -> Tensor:
 
 
 def _as(like: Tensor, x: Tensor | None) -> Tensor | None:
-    """``x`` with shape, dtype and memory order of ``like``."""
-    if x is None:
-        return None
-    if x.dtype == like.dtype and x.shape == like.shape and x.stride() == like.stride():
+    """``x`` with the dtype and memory order of ``like``, of the same shape."""
+    if x is None or (x.dtype == like.dtype and x.stride() == like.stride()):
         return x
     return torch.empty_like(like).copy_(x)
-
-
-def _like(x: Tensor) -> Tensor:
-    """An unwritten tensor like ``x``, which is dense."""
-    if x.numel() < RECYCLE_FROM:
-        return torch.empty_like(x)
-    whole, _ = buffers.sequence(x, 1, x.numel())
-    # Not a view in autograd's books: hosts call detach_() on states, which views refuse.
-    return torch.empty_like(x) if whole is None else whole.as_strided(x.shape, x.stride()).data
-
-
-def _numbers(x: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """``count`` numbers (or more) of a dtype in a row.
-
-    Raises:
-        ValueError: fewer.
-    """
-    if x.numel() < count:
-        raise ValueError(f"{count} numbers are needed, got a tensor of shape {tuple(x.shape)}")
-    return x.to(dtype).contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -217,13 +182,8 @@ def _pointer(x: Tensor | None) -> int | None:
 # --------------------------------------------------------------------------- the recurrence
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a step is computed in: float32 for half precision, else the tensor's own dtype."""
-    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-
-
 @functools.lru_cache(maxsize=1024)
-def _template(o: Any, delayed: bool) -> _LIFJob:
+def _template(o: Any) -> _LIFJob:
     s = o.surrogate
     return _LIFJob(
         surrogate=_SURROGATES.index(s.kind),
@@ -239,13 +199,13 @@ def _template(o: Any, delayed: bool) -> _LIFJob:
         reset=_RESETS[o.reset or "none"],
         v_reset=o.v_reset,
         detach=o.detach_reset,
-        delayed=delayed,
+        delayed=getattr(o, "delayed", False),
         saved_charge=o.save == "charge",
     )
 
 
-def _job(o: Any, x: Tensor, delayed: bool) -> _LIFJob:
-    job = _LIFJob.from_buffer_copy(_template(o, delayed))
+def _job(o: Any, x: Tensor) -> _LIFJob:
+    job = _LIFJob.from_buffer_copy(_template(o))
     job.dtype = DTYPES[x.dtype]
     job.steps = x.shape[0]
     job.neurons = x.numel() // x.shape[0]
@@ -254,14 +214,8 @@ def _job(o: Any, x: Tensor, delayed: bool) -> _LIFJob:
 
 
 def lif_forward(
-    lib: Library,
-    o: Any,
-    x: Tensor,
-    v: Tensor | None,
-    params: Tensor,
-    alpha: Tensor | None,
-    delayed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lib: Library, o: Any, x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Forward of :func:`qsnn_ext.kernels.lif_multi_step`.
 
     Args:
@@ -269,31 +223,25 @@ def lif_forward(
         o: the layer's :class:`~qsnn_ext.kernels.LIFOptions`.
         x: input ``[T, N, ...]``, not empty.
         v: state before the first step ``[N, ...]``; ``None`` is zero.
-        params: decay, gain, offset, threshold ``[4]``.
-        alpha: 0-dim scale, for ``"given"`` and ``"running"``.
-        delayed: whether the reset waits for the next step.
+        params: decay, gain, offset, threshold ``[4]``, in the compute dtype.
+        alpha: 0-dim scale, in the compute dtype, for ``"given"`` and ``"running"``.
 
     Returns:
         Spikes ``[T, N, ...]``; state after the last step; scales ``[T + 1]``, the last of them the
-        running one; spikes of each step ``[T]``; charges, empty but with ``save="charge"``.
+        running one; spikes of each step ``[T]``; charges, with ``save="charge"``.
     """
     x = _sequence(x)
-    job = _job(o, x, delayed)
-    last = _like(x[0])
-    spikes, counts = _like(x), torch.empty(job.steps)
-    dtype = compute_dtype(x)
-    params = _numbers(params, dtype, 4)
-    alpha = None if alpha is None else _numbers(alpha, dtype, 1)
-    alphas = params.new_empty(job.steps + 1)
-    keeps = o.save == "charge"
-    charges = _like(x) if keeps else x.new_empty(0)
-    # Between two passes the charges of a step lie where the state will.
-    work = last if dtype == x.dtype else params.new_empty(job.neurons)
+    job = _job(o, x)
+    last = x.new_empty_strided(x.shape[1:], x.stride()[1:])
+    spikes, counts = torch.empty_like(x), torch.empty(job.steps)
+    alphas, params = params.new_empty(job.steps + 1), params.contiguous()
+    charges = torch.empty_like(x) if o.save == "charge" else None
+    wide = params.dtype == x.dtype
+    work = last if wide else params.new_empty(job.neurons if charges is None else 0)
     v = _as(last, v)
     job.v, job.params, job.alpha = _pointer(v), params.data_ptr(), _pointer(alpha)
     job.spikes, job.last, job.counts = spikes.data_ptr(), last.data_ptr(), counts.data_ptr()
-    job.work, job.alphas = work.data_ptr(), alphas.data_ptr()
-    job.charges = charges.data_ptr() if keeps else None
+    job.charges, job.work, job.alphas = _pointer(charges), work.data_ptr(), alphas.data_ptr()
     lib.run("lif_forward", job, x.numel())
     return spikes, last, alphas, counts, charges
 
@@ -310,8 +258,7 @@ def lif_backward(
     alphas: Tensor,
     need_v: bool,
     need_params: bool,
-    delayed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Its backward.
 
     Args:
@@ -321,69 +268,29 @@ def lif_backward(
         g_v: gradient of the last state ``[N, ...]``.
         g_counts: gradient of the counts ``[T]``.
         saved: the input, or the charges ``[T, N, ...]``, not empty.
-        v: state before the first step; with saved charges it is needed for the gradients of params,
-            and for those of a delayed hard reset.
+        v: state before the first step.
         params: decay, gain, offset, threshold ``[4]``.
         alphas: scale of each step ``[T + 1]``.
         need_v: whether the gradient of the first state is wanted.
-        need_params: whether that of ``params`` is; that of the gain needs the saved input.
-        delayed: as in the forward.
+        need_params: whether that of ``params`` is.
 
     Returns:
-        Gradients of input, first state (empty unless wanted) and params.
+        Gradients of input, first state and params.
     """
     saved = _sequence(saved)
-    job = _job(o, saved, delayed)
-    dtype = compute_dtype(saved)
-    g_x = _like(saved)
-    g_v0 = _like(saved[0]) if need_v else saved.new_empty(0)
+    job = _job(o, saved)
+    state = saved.new_empty_strided(saved.shape[1:], saved.stride()[1:])
+    g_x = torch.empty_like(saved)
     g_params = torch.zeros_like(params, memory_format=torch.contiguous_format)
-    g_spikes, g_v, v = _as(saved, g_spikes), _as(saved[0], g_v), _as(saved[0], v)
-    params = _numbers(params, dtype, 4)
-    alphas = _numbers(alphas, dtype, job.steps)
-    g_counts = None if g_counts is None else _numbers(g_counts, torch.float32, job.steps)
+    g_spikes, g_v, v = _as(saved, g_spikes), _as(state, g_v), _as(state, v)
+    params, alphas = params.contiguous(), alphas.contiguous()
+    g_counts = None if g_counts is None else g_counts.float().contiguous()
     job.v, job.params, job.alphas = _pointer(v), params.data_ptr(), alphas.data_ptr()
     job.g_spikes, job.g_v, job.counts = _pointer(g_spikes), _pointer(g_v), _pointer(g_counts)
-    job.g_x, job.g_v0 = g_x.data_ptr(), g_v0.data_ptr() if need_v else None
+    job.g_x, job.g_v0 = g_x.data_ptr(), state.data_ptr() if need_v else None
     job.g_params = g_params.data_ptr() if need_params else None
     lib.run("lif_backward", job, saved.numel())
-    return g_x, g_v0, g_params
-
-
-def delayed_forward(
-    lib: Library, o: Any, x: Tensor, mem: Tensor, params: Tensor, alpha: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`lif_forward` for ``qsnn_ext::leaky_step``, with its arguments and results."""
-    spikes, stored, alphas, counts, charges = lif_forward(
-        lib, o, x[None], mem, _of_leaky(params), alpha, delayed=True
-    )
-    return spikes[0].data, stored, alphas, counts, charges[0].data if charges.numel() else charges
-
-
-def delayed_backward(
-    lib: Library,
-    o: Any,
-    g_spikes: Tensor | None,
-    g_stored: Tensor | None,
-    g_count: Tensor | None,
-    charge: Tensor,
-    mem: Tensor | None,
-    params: Tensor,
-    alphas: Tensor,
-    need_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward."""
-    g_spikes = None if g_spikes is None else g_spikes[None]
-    g_x, g_mem, g_params = lif_backward(
-        lib, o, g_spikes, g_stored, g_count, charge[None], mem, _of_leaky(params), alphas,
-        True, need_decay, delayed=True,
-    )  # fmt: skip
-    return g_x[0].data, g_mem, g_params[:1].clone()
-
-
-def _of_leaky(params: Tensor) -> Tensor:
-    decay, theta, _ = params.tolist()
-    return torch.tensor([decay, 1.0, 0.0, theta], dtype=params.dtype)
+    return g_x, state if need_v else None, g_params if need_params else None
 
 
 # --------------------------------------------------------------------------- binary weights
@@ -407,7 +314,7 @@ def weight_forward(
     w = w.contiguous()
     rows, columns = w.shape
     groups = rows if standardize == "channel" else 1
-    value, alpha = _like(w), w.new_empty(rows, 1)
+    value, alpha = torch.empty_like(w), w.new_empty(rows, 1)
     mean, std = w.new_empty(groups, 1), w.new_empty(groups, 1)
     job = _WeightJob(
         standardize=_STANDARDIZE[standardize], scale=_SCALE[scale], dtype=DTYPES[w.dtype],
@@ -443,12 +350,9 @@ def weight_backward(
         gradient: ``"clipped"``, ``"identity"`` or ``"annealed"``.
     """
     w = w.contiguous()
+    g, mean, std, alpha = (t.to(w.dtype).contiguous() for t in (g, mean, std, alpha))
+    out = torch.empty_like(w)
     rows, columns = w.shape
-    groups = rows if standardize == "channel" else 1
-    g = _numbers(g, w.dtype, w.numel())
-    mean, std = (_numbers(t, w.dtype, groups) for t in (mean, std))
-    alpha = _numbers(alpha, w.dtype, rows)
-    out = _like(w)
     job = _WeightJob(
         standardize=_STANDARDIZE[standardize], gradient=_GRADIENT[gradient], dtype=DTYPES[w.dtype],
         rows=rows, columns=columns, temperature=temperature, w=w.data_ptr(), g=g.data_ptr(),

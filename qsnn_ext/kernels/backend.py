@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
 
-Backend = Literal["auto", "native", "compiled", "function", "eager"]
+Backend = Literal["auto", "compiled", "function", "eager"]
 
 _log = logging.getLogger(__name__)
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
@@ -46,15 +46,6 @@ def check_backend(name: object) -> Backend:
         raise ConfigError(
             f"kernel backend {name!r} is unknown; choose one of {', '.join(get_args(Backend))}."
         )
-    if name == "native":
-        from qsnn_ext.kernels import _native
-
-        if _native.library() is None:
-            raise ConfigError(
-                f"the native kernels are not there ({_native.PATH.name}): the package was built "
-                "without a C compiler. Install one and install the package again, or run "
-                "python hatch_build.py in its source tree."
-            )
     return name  # type: ignore[return-value]
 
 
@@ -63,14 +54,13 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (on the CPU native where it was built; else compiled where a compiler works
-            and the layer is neither tiny nor run over many steps, else ``"function"``; a layer no
-            kernel covers runs ``"eager"``), ``"native"`` (C, on the CPU; elsewhere as
-            ``"function"``), ``"compiled"`` (an error of the compiler is raised), ``"function"`` (no
-            compilation) or ``"eager"`` (the reference loop in plain autograd).
+        name: ``"auto"`` (compiled where a compiler works and the layer is neither tiny nor run
+            over many steps, else ``"function"``; a layer no kernel covers runs ``"eager"``),
+            ``"compiled"`` (an error of the compiler is raised), ``"function"`` (no compilation) or
+            ``"eager"`` (the reference loop in plain autograd).
 
     Raises:
-        ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.
+        ConfigError: unknown name.
     """
     token = _chosen.set(check_backend(name))
     try:

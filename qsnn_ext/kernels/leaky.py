@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
-from qsnn_ext.kernels import _native, autocast
+from qsnn_ext.kernels import autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.lif import (
     LIFOptions,
@@ -167,9 +167,6 @@ def _leaky_op(
             saved = layout.state_like(x)
         count = x.new_zeros(1, dtype=torch.float32)
         return layout.state_like(x), layout.state_like(x), alphas, count, saved
-    native = _native.wanted(x)
-    if native is not None:
-        return _native.delayed_forward(native, o, x, mem, params, alpha)
     flat, state = layout.state(x, x.dtype), layout.state(mem, x.dtype)
     assert flat is not None
     key = ("leaky_forward", options, alpha is None)
@@ -215,11 +212,6 @@ def _leaky_backward_op(
     layout = _Layout(charge.unsqueeze(0))
     if not charge.numel():
         return layout.state_like(charge), layout.state_like(charge), params.new_zeros(1)
-    native = _native.wanted(charge)
-    if native is not None:
-        return _native.delayed_backward(
-            native, o, g_spikes, g_stored, g_count, charge, mem, params, alphas, need_decay
-        )
     key = ("leaky_backward", options, need_decay, g_spikes is None, g_stored is None, mem is None)
     free = (1, 1, 0, 1, 1, 0, 0)
     core = B.core(key, charge, charge.numel(), free, lambda: _backward_core(o, need_decay))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import _native, autocast, blocked, buffers
+from qsnn_ext.kernels import autocast, blocked, buffers
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
@@ -414,9 +414,6 @@ def _lif_op(
     steps = x.shape[0]
     if not x.numel():
         return _empty_result(x, v, params, alpha, o, layout)
-    native = _native.wanted(x)
-    if native is not None:
-        return _native.lif_forward(native, o, x, v, params, alpha)
     flat = layout.sequence(x)
     whole, rows = buffers.sequence(x, steps, flat.shape[1])
     out = (*rows, *buffers.like(flat[0]))
@@ -500,11 +497,6 @@ def _lif_backward_op(
     if not saved.numel():
         g_v0 = layout.state_like(saved).zero_() if need_v else saved.new_empty(0)
         return layout.like(saved), g_v0, torch.zeros_like(params)
-    native = _native.wanted(saved)
-    if native is not None:
-        return _native.lif_backward(
-            native, o, g_spikes, g_v, g_counts, saved, v, params, alphas, need_v, need_params
-        )
     flat = layout.sequence(saved)
     whole, rows = buffers.sequence(saved, steps, flat.shape[1])
     key = (
@@ -721,8 +713,7 @@ def lif_multi_step(
 
 def _recompute(x: Tensor) -> bool:
     """Whether to save the input and compute the charges again: pays where the core is fused."""
-    fused = _native.wanted(x) is not None or B.compiles(x.numel(), x.shape[0])
-    return x.shape[0] > 1 and (torch.compiler.is_compiling() or fused)
+    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel(), x.shape[0]))
 
 
 def lif_multi_step_eager(

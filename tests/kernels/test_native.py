@@ -11,18 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import (
-    LIFOptions,
-    Surrogate,
-    _native,
-    lif_multi_step,
-    lif_multi_step_eager,
-    use_backend,
-)
+from qsnn_ext.kernels import LIFOptions, Surrogate, _native, lif_multi_step_eager
 from qsnn_ext.kernels.lif import compute_dtype
 from qsnn_ext.kernels.surrogates import DERIVATIVES
-from qsnn_ext.layers import BinaryLinear
 from qsnn_ext.quantizers import BinaryWeight
 from tests import reference
 
@@ -37,13 +28,11 @@ ORDERS = ("fire_first", "quantize_first")
 
 def native(o, x, v, params, alpha, g_spikes, g_v, g_counts):
     """``[spikes, v, alphas, running alpha, counts], [g_x, g_v0, g_params]``."""
-    s, last, alphas, counts, charges = _native.lif_forward(
-        LIBRARY, o, x, v, params, alpha, getattr(o, "delayed", False)
-    )
+    s, last, alphas, counts, charges = _native.lif_forward(LIBRARY, o, x, v, params, alpha)
     saved = charges if o.save == "charge" else x
     grads = _native.lif_backward(
         LIBRARY, o, g_spikes, g_v, g_counts, saved, v, params, alphas, v is not None,
-        o.save == "input", getattr(o, "delayed", False),
+        o.save == "input",
     )  # fmt: skip
     return [s, last, alphas[:-1], alphas[-1], counts], grads
 
@@ -271,61 +260,6 @@ def test_oracle(bits, order, preset):
 @dataclass(frozen=True)
 class Delayed(LIFOptions):
     delayed: bool = True
-
-
-def test_the_backend_is_taken_where_it_is_there():
-    """By itself on the CPU, by name, and not where another was asked for."""
-    x = torch.randn(3, 40) * 1.5
-    o = LIFOptions(SIGMOID, 4)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        run = _native.Library.run
-        patch.setattr(
-            _native.Library, "run", lambda self, name, *a: (calls.append(name), run(self, name, *a))
-        )
-        for backend, times in (("auto", 1), ("native", 1), ("function", 0), ("eager", 0)):
-            calls.clear()
-            leaf = x.clone().requires_grad_()
-            with use_backend(backend):
-                lif_multi_step(leaf, None, o, decay=0.5).spikes.sum().backward()
-            assert calls == ["lif_forward", "lif_backward"] * times
-        calls.clear()
-        with use_backend("auto"):
-            BinaryLinear(4, 3)(torch.randn(2, 4)).sum().backward()
-        assert calls == ["weight_forward", "weight_backward"]
-
-
-def test_no_library_is_no_error_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(_native, "library", lambda: None)
-    x = torch.randn(3, 40)
-    expected = lif_multi_step_eager(x, None, LIFOptions(SIGMOID, 4), decay=0.5)
-    got = lif_multi_step(x, None, LIFOptions(SIGMOID, 4), decay=0.5, backend="auto")
-    assert torch.equal(got.spikes, expected.spikes)
-    with pytest.raises(ConfigError, match="without a C compiler"), use_backend("native"):
-        pass
-
-
-def test_a_library_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(_native, "_LAYOUT", 0)
-    _native.library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="another version"):
-            assert _native.library() is None
-    finally:
-        _native.library.cache_clear()
-
-
-def test_shapes_that_do_not_fit_are_errors():
-    x, params = torch.randn(3, 5, 7), torch.tensor([0.5, 1.0, 0.0, 1.0])
-    o = LIFOptions(SIGMOID, 4)
-    with pytest.raises(RuntimeError):
-        _native.lif_forward(LIBRARY, o, x, torch.randn(4, 7), params, None)
-    with pytest.raises(ValueError, match="4 numbers"):
-        _native.lif_forward(LIBRARY, o, x, None, params[:3], None)
-    row = torch.randn(1, 7)  # has the strides of a whole state
-    got = _native.lif_forward(LIBRARY, o, x, row, params, None)
-    expected = _native.lif_forward(LIBRARY, o, x, row.expand(5, 7).contiguous(), params, None)
-    assert torch.equal(got[0], expected[0])
 
 
 @pytest.mark.parametrize("order", ORDERS)
