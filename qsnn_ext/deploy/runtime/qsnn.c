@@ -532,22 +532,39 @@ static void give_output(const context *x, const qsnn_value *v, int32_t *output, 
     }
 }
 
+static void start_context(context *x, const uint32_t *image, uint32_t *state, uint32_t *arena,
+                          int32_t worker) {
+    const qsnn_header *h = header_of(image);
+    x->image = image;
+    x->ints = (const int32_t *)image;
+    x->state = state;
+    x->arena = arena;
+    x->workspace = arena + h->workspace + (size_t)worker * (size_t)h->workspace_words;
+    x->line = (int32_t *)(x->workspace + h->line);
+    x->other = (int32_t *)(x->workspace + h->other);
+}
+
+/* The answers of one time step; returns where those of the next one go. */
+static int32_t *give_outputs(const context *x, int32_t *output, int32_t worker, int32_t workers) {
+    const qsnn_header *h = header_of(x->image);
+    int32_t i;
+    for (i = 0; i < h->output_count; i++) {
+        const qsnn_value *v = value_at(x, x->ints[h->outputs + i]);
+        give_output(x, v, output, share_of(v, worker, workers));
+        output += v->pixels * v->channels;
+    }
+    return output;
+}
+
 void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
                    int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
                    int32_t workers, void (*wait)(void *), void *waiting) {
     const qsnn_header *h = header_of(image);
-    const qsnn_value *v;
     int32_t t, i;
     context x;
-    x.image = image;
-    x.ints = (const int32_t *)image;
-    x.state = state;
-    x.arena = arena;
-    x.workspace = arena + h->workspace + (size_t)worker * (size_t)h->workspace_words;
-    x.line = (int32_t *)(x.workspace + h->line);
-    x.other = (int32_t *)(x.workspace + h->other);
+    start_context(&x, image, state, arena, worker);
     for (t = 0; t < steps; t++) {
-        v = value_at(&x, h->input);
+        const qsnn_value *v = value_at(&x, h->input);
         take_input(&x, v, input, share_of(v, worker, workers));
         input += input_stride;
         if (workers > 1) wait(waiting);
@@ -555,11 +572,7 @@ void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, cons
             run_step(&x, x.ints + x.ints[h->steps + i], worker, workers);
             if (workers > 1) wait(waiting);
         }
-        for (i = 0; i < h->output_count; i++) {
-            v = value_at(&x, x.ints[h->outputs + i]);
-            give_output(&x, v, output, share_of(v, worker, workers));
-            output += v->pixels * v->channels;
-        }
+        output = give_outputs(&x, output, worker, workers);
     }
 }
 
@@ -567,3 +580,16 @@ void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int
               int32_t steps, int32_t input_stride, int32_t *output) {
     qsnn_run_part(image, state, arena, input, steps, input_stride, output, 0, 1, 0, 0);
 }
+
+void qsnn_run_step(const uint32_t *image, uint32_t *state, uint32_t *arena, int32_t *output) {
+    const qsnn_header *h = header_of(image);
+    int32_t i;
+    context x;
+    start_context(&x, image, state, arena, 0);
+    for (i = 0; i < h->step_count; i++) run_step(&x, x.ints + x.ints[h->steps + i], 0, 1);
+    give_outputs(&x, output, 0, 1);
+}
+
+#ifndef QSNN_SUFFIX
+int32_t qsnn_layout(void) { return QSNN_LAYOUT; }
+#endif
