@@ -13,12 +13,14 @@
 #define qsnn_reset QSNN_JOIN(qsnn_reset, QSNN_SUFFIX)
 #define qsnn_run QSNN_JOIN(qsnn_run, QSNN_SUFFIX)
 #define qsnn_run_part QSNN_JOIN(qsnn_run_part, QSNN_SUFFIX)
+#define qsnn_run_step QSNN_JOIN(qsnn_run_step, QSNN_SUFFIX)
 void qsnn_reset(const uint32_t *image, uint32_t *state);
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output);
 void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
                    int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
                    int32_t workers, void (*wait)(void *), void *waiting);
+void qsnn_run_step(const uint32_t *image, uint32_t *state, uint32_t *arena, int32_t *output);
 #endif
 
 /* ---- convolution of bits with single-bit weights ----------------------------------------------- */
