@@ -100,6 +100,7 @@ def convert(
     build: Callable[[], nn.Module],
     sample: Any,
     config: Any,
+    forward: Forward | None = None,
     scratch: tuple[type[nn.Module], ...] = (),
     **options: Any,
 ) -> tuple[nn.Module, Findings]:
@@ -109,6 +110,7 @@ def convert(
         build: makes the float model.
         sample: what ``quantize_`` is given.
         config: likewise.
+        forward: likewise.
         scratch: classes of the model that are neurons and extend none of a host.
         options: further arguments of ``quantize_``.
 
@@ -123,7 +125,12 @@ def convert(
         for name, module in net.named_modules()
         if isinstance(module, (*NEURONS, *scratch))
     }
-    report = quantize_(net, config, sample=sample, **options)
+    parts = {id(module) for module in net.modules()}
+    report = quantize_(net, config, sample=sample, forward=forward, **options)
+    if parts != {id(module) for module in net.modules()}:  # neurons may have been replaced
+        kept = {id(module) for module in net.modules()}
+        states = {name: module for name, module in states.items() if id(module) in kept}
+        states |= {n: m for n, m in net.named_modules() if isinstance(m, NEURONS)}
     found.weights = {"1": 0, "8": 0, "float": 0}
     for name, weight, bits in synapses(net):
         found.weights["float" if bits is None else str(bits)] += weight.numel()
@@ -139,14 +146,20 @@ def convert(
             found.quantized += 1
     found.reasons = _reasons(report)
     found.checks["state_dict keys kept"] = list(net.state_dict()) == optimizer_keys
-    found.checks["second run changes nothing"] = not quantize_(net, config, **options).changed
+    found.checks["second run changes nothing"] = not quantize_(net, config).changed
     return net, found
 
 
-def strict(build: Callable[[], nn.Module], sample: Any, config: Any, **options: Any) -> str:
+def strict(
+    build: Callable[[], nn.Module],
+    sample: Any,
+    config: Any,
+    forward: Forward | None = None,
+    **options: Any,
+) -> str:
     """Empty if a strict conversion passes, else what it says."""
     try:
-        quantize_(build(), config, sample=sample, strict=True, **options)
+        quantize_(build(), config, sample, strict=True, forward=forward, **options)
     except ConversionError as error:
         return line(error)
     return ""
@@ -155,7 +168,7 @@ def strict(build: Callable[[], nn.Module], sample: Any, config: Any, **options: 
 def operations(net: nn.Module, sample: Any, forward: Forward | None = None) -> Shares:
     """Shares of the synaptic operations of one pass, by bits of the weights."""
     counted = {"1": 0.0, "8": 0.0, "float": 0.0}
-    for row in summarize(net, sample, run=forward).layers:
+    for row in summarize(net, sample, forward=forward).layers:
         bits = str(row.weight_bits) if row.weight_bits in (1, 8) else "float"
         counted[bits] += sum(row.operations.values())
     total = sum(counted.values())
@@ -210,7 +223,6 @@ def round_trip(
     sample: Any,
     config: Any,
     forward: Forward | None = None,
-    quantized_for: Any = None,
     **options: Any,
 ) -> bool:
     """Whether the trained weights, in a model built and quantized anew, give the same outputs.
@@ -221,11 +233,10 @@ def round_trip(
         sample: what is run.
         config: what ``net`` was quantized by.
         forward: how it is run.
-        quantized_for: the sample of the conversion, if it is another.
         options: further arguments of ``quantize_``.
     """
     other = build()
-    quantize_(other, config, sample=sample if quantized_for is None else quantized_for, **options)
+    quantize_(other, config, sample=sample, forward=forward, **options)
     other.load_state_dict(copy.deepcopy(net.state_dict()), strict=True)
     outputs = []
     for model in (net, other):

@@ -10,6 +10,7 @@ small and batches hold two samples: what is shown is that the tools work, not ac
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -20,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,7 +38,7 @@ from spikingjelly.activation_based.model import (
 from torch import Tensor, nn
 
 from benchmarks import examine
-from benchmarks.structures import Built, structures
+from benchmarks.structures import Built, Replace, structures
 from qsnn_ext.kernels import use_backend
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
@@ -57,6 +58,7 @@ class Entry:
         sample: makes another input.
         like: the public model whose structure it has; empty for a constructor of a host.
         scratch: its neurons that extend none of a host.
+        replace: what ``quantize_`` is to put in their place.
         batches: inputs to calibrate and compare on.
     """
 
@@ -66,6 +68,7 @@ class Entry:
     sample: Callable[[], Any]
     like: str = ""
     scratch: tuple[type[nn.Module], ...] = ()
+    replace: Replace = field(default_factory=dict)
     batches: int = 8
 
 
@@ -142,14 +145,18 @@ def _constructor_entry(
 def structure_entries(small: bool = False) -> Iterator[Entry]:
     """The networks of :mod:`benchmarks.structures`, at the published width unless ``small``."""
     for entry in structures().values():
-        yield Entry(
+        as_it_is = Entry(
             entry.name,
             entry.family,
             lambda build=entry.build: build(small),  # type: ignore[misc]
             lambda build=entry.build: build(small).sample,  # type: ignore[misc]
             entry.like,
-            entry.scratch,
+            tuple(entry.replace),
         )
+        yield as_it_is
+        if entry.replace:
+            name = f"{entry.name}, neuron replaced"
+            yield dataclasses.replace(as_it_is, name=name, replace=entry.replace)
 
 
 def entries() -> dict[str, Entry]:
@@ -170,18 +177,18 @@ def stages(entry: Entry) -> Iterator[examine.Findings]:
 
     torch.manual_seed(0)
     _, x, forward = entry.build()
-    first = x if forward is None else x[0]
+    options = {"replace": entry.replace} if entry.replace else {}
     found = examine.Findings()
     try:
-        net, found = examine.convert(fresh, first, CONFIG, entry.scratch)
+        net, found = examine.convert(fresh, x, CONFIG, forward, entry.scratch, **options)
         yield found
-        found.strict = examine.strict(fresh, first, CONFIG)
+        found.strict = examine.strict(fresh, x, CONFIG, forward, **options)
         found.operations = examine.operations(net, x, forward)
         yield found
         found.checks |= examine.train(net, x, forward)
         yield found
         found.checks["state_dict round trip"] = examine.round_trip(
-            net, fresh, x, CONFIG, forward, first
+            net, fresh, x, CONFIG, forward, **options
         )
         yield found
     except Exception as error:
@@ -244,7 +251,8 @@ def main(words: list[str]) -> None:
     for key in chosen:
         start = time.perf_counter()
         found = in_a_process(key)
-        rows.append({"family": known[key].family, "name": known[key].name, **found})
+        entry = known[key]
+        rows.append({"family": entry.family, "name": entry.name, "like": entry.like, **found})
         print(f"{key}: {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
     if not words:
         versions = {name: version(name) for name in ("torch", "spikingjelly", "snntorch")}

@@ -36,7 +36,7 @@ def _check(name):
     """Everything but deployment, which takes longest."""
     entry = ENTRIES[name]
     net, x, forward = entry.build()
-    net, found = examine.convert(lambda: net, x if forward is None else x[0], zoo.CONFIG)
+    net, found = examine.convert(lambda: net, x, zoo.CONFIG, forward)
     assert all(found.checks.values()), found.checks
     checks = examine.train(net, x, forward)
     assert all(checks.values()), checks

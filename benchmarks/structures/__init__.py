@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -47,6 +47,10 @@ class Built(NamedTuple):
     forward: Callable[[nn.Module, Any], Any] | None = None
 
 
+#: A class of neurons, and what makes a neuron of a host of one.
+Replace = dict[type[nn.Module], Callable[[Any], nn.Module]]
+
+
 @dataclass(frozen=True)
 class Structure:
     """One entry of the registry.
@@ -56,14 +60,15 @@ class Structure:
         family: file it is in.
         like: the public model, or the habit, whose structure it has.
         build: ``build(small=True)``.
-        scratch: its neurons that extend none of a host.
+        replace: its neurons that extend none of a host, and what its user says that they are: a
+            function of one that makes a neuron of a host.
     """
 
     name: str
     family: str
     like: str
     build: Callable[..., Built]
-    scratch: tuple[type[nn.Module], ...] = ()
+    replace: Replace = field(default_factory=dict)
 
 
 _REGISTRY: dict[str, Structure] = {}
@@ -71,15 +76,13 @@ _REGISTRY: dict[str, Structure] = {}
 Builder = Callable[..., Built]
 
 
-def structure(
-    name: str, like: str, scratch: tuple[type[nn.Module], ...] = ()
-) -> Callable[[Builder], Builder]:
+def structure(name: str, like: str, replace: Replace | None = None) -> Callable[[Builder], Builder]:
     """Register a builder under a name."""
 
     def register(build: Builder) -> Builder:
         family = build.__module__.rpartition(".")[2]
         assert name not in _REGISTRY, name
-        _REGISTRY[name] = Structure(name, family, like, build, scratch)
+        _REGISTRY[name] = Structure(name, family, like, build, replace or {})
         return build
 
     return register

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from benchmarks.structures import Built, structure
-from benchmarks.structures.resnets import BatchNormOverTime, MemUpdate, SnnConv2d, time_window
+from benchmarks.structures.resnets import (
+    BatchNormOverTime,
+    MemUpdate,
+    SnnConv2d,
+    host_neuron,
+    time_window,
+)
 
 # --------------------------------------------------------------------------- EMS-YOLO
 
@@ -89,7 +96,7 @@ class EMSYOLO(nn.Module):
 @structure(
     "EMS-YOLO",
     "EMS-YOLO: neurons from scratch everywhere, anchors at two scales",
-    scratch=(MemUpdate,),
+    replace={MemUpdate: host_neuron},
 )
 def ems_yolo(small: bool = True) -> Built:
     return Built(EMSYOLO(8 if small else 64, 4), torch.rand(2, 3, 32, 32))
@@ -133,6 +140,18 @@ class IntegerLIF(nn.Module):
             spike = Quant.apply(mem, self.max_value)
             output[i] = spike
         return output
+
+
+def integer_neuron(own: IntegerLIF) -> nn.Module:
+    """One spike a step in place of up to four: what its user gives up by saying this."""
+    return neuron.LIFNode(
+        tau=4 / 3,
+        decay_input=False,
+        v_threshold=1.0,
+        v_reset=None,
+        detach_reset=True,
+        step_mode="m",
+    )
 
 
 class ConvBN(nn.Module):
@@ -254,7 +273,7 @@ class SpikeYOLO(nn.Module):
 @structure(
     "SpikeYOLO",
     "SpikeYOLO: integer-valued neurons, distribution head with constants",
-    scratch=(IntegerLIF,),
+    replace={IntegerLIF: integer_neuron},
 )
 def spike_yolo(small: bool = True) -> Built:
     return Built(SpikeYOLO(8 if small else 64, 4), torch.rand(2, 3, 32, 32))

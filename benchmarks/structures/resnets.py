@@ -51,6 +51,14 @@ class MemUpdate(nn.Module):
         return output
 
 
+def host_neuron(own: MemUpdate) -> nn.Module:
+    """What a user of ``MemUpdate`` says that it is."""
+    return neuron.LIFNode(
+        tau=1 / (1 - decay), decay_input=False, v_threshold=thresh, v_reset=0.0,
+        surrogate_function=surrogate.PiecewiseQuadratic(), detach_reset=True, step_mode="m",
+    )  # fmt: skip
+
+
 class SnnConv2d(nn.Conv2d):
     """Its own loop over time, with the weight of the class it extends."""
 
@@ -136,7 +144,7 @@ class MSResNet(nn.Module):
 @structure(
     "MS-ResNet",
     "MS-ResNet: convolution, norm and neuron (mem_update) from scratch",
-    scratch=(MemUpdate,),
+    replace={MemUpdate: host_neuron},
 )
 def ms_resnet(small: bool = True) -> Built:
     return Built(MSResNet(8 if small else 128, 10), torch.rand(2, 3, 16, 16))

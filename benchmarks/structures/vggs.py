@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
 from benchmarks.structures import Built, structure
@@ -44,6 +45,27 @@ class LIFSpike(nn.Module):
             mem = (1 - spike) * mem
             spike_pot.append(spike)
         return torch.stack(spike_pot, dim=1)
+
+
+class BatchFirst(nn.Module):
+    """A neuron of the host, which wants time in front."""
+
+    def __init__(self, neuron: nn.Module) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, T, ...]``."""
+        return self.neuron(x.transpose(0, 1)).transpose(0, 1)
+
+
+def host_neuron(own: LIFSpike) -> nn.Module:
+    """What a user of ``LIFSpike`` says that it is."""
+    lif = neuron.LIFNode(
+        tau=1 / (1 - own.tau), decay_input=False, v_threshold=own.thresh, v_reset=0.0,
+        surrogate_function=surrogate.PiecewiseQuadratic(), step_mode="m",
+    )  # fmt: skip
+    return BatchFirst(lif)
 
 
 class SeqToANN(nn.Module):
@@ -97,7 +119,9 @@ class TETVGG(nn.Module):
         return self.classifier(x)
 
 
-@structure("TET VGG", "VGGSNN of TET: LIFSpike from scratch, batch-first", scratch=(LIFSpike,))
+@structure(
+    "TET VGG", "VGGSNN of TET: LIFSpike from scratch, batch-first", replace={LIFSpike: host_neuron}
+)
 def tet_vgg(small: bool = True) -> Built:
     return Built(TETVGG(8 if small else 64, 10), (torch.rand(2, 4, 2, 16, 16) < 0.3).float())
 
@@ -159,6 +183,8 @@ class TEBNVGG(nn.Module):
         return self.fc2(x)
 
 
-@structure("TEBN VGG", "VGG of TEBN: a factor per step after batch norm", scratch=(LIFSpike,))
+@structure(
+    "TEBN VGG", "VGG of TEBN: a factor per step after batch norm", replace={LIFSpike: host_neuron}
+)
 def tebn_vgg(small: bool = True) -> Built:
     return Built(TEBNVGG(4, 8 if small else 64, 10), torch.rand(2, 3, 16, 16))

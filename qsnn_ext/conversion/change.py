@@ -39,7 +39,11 @@ def quantized_layer(module: nn.Module, quantizer: Quantizer) -> type[QuantizedWe
 
 def quantized_neuron(module: nn.Module) -> Any:
     """The quantized class that can take a neuron's place, or is its class already."""
-    return hosts.counterpart(module)
+    for host in hosts.adapters():
+        for float_type, quantized in host.NEURONS.items():
+            if type(module) in (float_type, quantized):
+                return quantized
+    return None
 
 
 def change_class(module: Any, target: Target) -> None:
@@ -54,7 +58,9 @@ def change_class(module: Any, target: Target) -> None:
         return
     quantized = quantized_neuron(module)
     if type(module) is quantized:
-        module.to_float()
+        del module.membrane
+        del module.order
+        module.__class__ = quantized.float_type()
     if target.quantizer is not None:
         quantized.from_float(module, target.quantizer.to(target.device), target.order)
 

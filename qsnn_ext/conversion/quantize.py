@@ -123,7 +123,7 @@ def quantize_(
     if inplace:
         return report
     for host in hosts.adapters():
-        host.adopt(changed, copied=True)
+        host.copied(changed)
     return changed
 
 
@@ -151,7 +151,7 @@ def _quantize(
             if unit.target is not None:
                 change_class(unit.module, unit.target)
         for host in hosts.adapters():
-            host.adopt(model, copied=False)
+            host.converted(model)
         report = plan.report()
         setattr(model, REPORT_ATTRIBUTE, report)
     return report
