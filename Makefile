@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The package with all extras, and what development needs besides (a group of pyproject.toml).
+REQUIRED := -c constraints.txt -e '.[spikingjelly,snntorch,deploy]' --group dev
 # Built when the package is installed, and again here when its sources have changed.
 COMPILED := qsnn_ext/deploy/_qsnn.so qsnn_ext/kernels/_kernels.so
 # One thread per test process: the processes are the parallelism.
@@ -20,8 +22,9 @@ $(READY): pyproject.toml constraints.txt hatch_build.py
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
-		$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(REQUIRED) || { \
+		$(BIN)/python -m pip install --quiet 'pip>=25.1' && \
+		$(BIN)/python -m pip install --quiet $(REQUIRED); }
 	@touch $@
 
 $(COMPILED) &: $(wildcard qsnn_ext/deploy/runtime/* qsnn_ext/kernels/native/*) | $(READY)

@@ -48,9 +48,15 @@ HOSTLESS_TESTS = [
 
 def declared() -> dict[str, str]:
     """Requirement of each package this project names, by its name: ``{"torch": ">=2.6"}``."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    lines = [line for group in groups for line in group]
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = content["project"]
+    groups = [
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+        *content["dependency-groups"].values(),
+    ]
+    # A group may include another, which is among the groups itself.
+    lines = [line for group in groups for line in group if isinstance(line, str)]
     matches = (re.match(r"([\w-]+)(?:\[[\w,-]+\])?\s*([<>=!~].*)?$", line) for line in lines)
     return {m[1].lower(): m[2] or "" for m in matches if m and m[2]}
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.firing import freeze_scales, set_firing_rate
 from qsnn_ext import models
 from qsnn_ext.deploy import DeployedModel, backends, engine, export_c, load, lower, save_program
+from qsnn_ext.deploy.boards import fits_bytes
 
 RESULTS = Path(__file__).with_name("results")
 FIELDS = (
@@ -179,11 +180,12 @@ def sizes(folder: Path) -> None:
 
 def resident(net: DeployedModel, folder: Path, x: torch.Tensor) -> None:
     """Peak resident set of the exported program after two time steps."""
-    export_c(net.program, folder / "c")
+    export_c(net.program, folder / "c", "stdio")
     sources = [str(p) for p in (folder / "c").glob("*.c")]
     binary = str(folder / "net")
     subprocess.run(["cc", "-std=c99", "-O2", *sources, "-o", binary], check=True)
-    codes = net.codes(x[:1]).tobytes()
+    kind = "u1" if fits_bytes(*net.program.input_range) else "i2"
+    codes = net.codes(x[:1]).astype(kind).tobytes()
     lines = 2 * net.program.values[net.program.outputs[0]].elements
     with subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

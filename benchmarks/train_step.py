@@ -1,8 +1,10 @@
-"""A whole ResNet19 training step: 1w-2u against the float network on SpikingJelly's LIFNode.
+"""A whole ResNet19 training step: 1w-2u against the float network on the host's own neuron.
 
 Also what binarising the weights alone takes, forward and backward, fused and in plain autograd.
 
-python benchmarks/train_step.py              # T = 2, N = 16
+python benchmarks/train_step.py              # T = 2, N = 16, float32, contiguous
+python benchmarks/train_step.py --best       # both hosts as a user would train them: channels-last,
+                                             # and bfloat16 autocast where the device has it
 """
 
 from __future__ import annotations
@@ -11,12 +13,11 @@ import common
 import torch
 from torch.nn import functional as nn_functional
 
-from qsnn_ext import kernels
+from qsnn_ext import hosts, kernels
 from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.models import resnet19
 from qsnn_ext.quantizers import BinaryWeight
 from qsnn_ext.regularizers import WSDRRegularizer
-from qsnn_ext.spikingjelly import restart
 
 
 def step(model, x, y, args, backend="auto", regularizer=None):
@@ -24,9 +25,11 @@ def step(model, x, y, args, backend="auto", regularizer=None):
 
     def call():
         with kernels.use_backend(backend):
-            restart(model)
             optimizer.zero_grad()
-            loss = nn_functional.cross_entropy(model(x).mean(0), y)
+            lowered = args.precision == "bf16"
+            with torch.autocast(args.device, torch.bfloat16, enabled=lowered):
+                logits = model(x)
+            loss = nn_functional.cross_entropy(logits.float().mean(0), y)
             if regularizer is not None:
                 loss = loss + regularizer()
             loss.backward()
@@ -36,10 +39,8 @@ def step(model, x, y, args, backend="auto", regularizer=None):
 
 
 def compile_neurons(model):
-    from spikingjelly.activation_based import neuron
-
     for node in model.modules():
-        if isinstance(node, neuron.LIFNode):
+        if hosts.adapter_of(node) is not None:
             node.forward = torch.compile(node.forward)
     return model
 
@@ -58,9 +59,15 @@ def binarize(model, backend):
     return call
 
 
-def build(bits, args):
+def build(bits, args, host):
     torch.manual_seed(0)
-    return resnet19(bits=bits, T=args.T, width=args.width).to(args.device).train()
+    model = resnet19(bits=bits, T=args.T, width=args.width, host=host)
+    return model.to(args.device, memory_format=memory_format(args)).train()
+
+
+def memory_format(args):
+    last = args.memory_format == "channels_last"
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def main():
@@ -71,18 +78,40 @@ def main():
     p.add_argument("--width", type=float, default=1.0)
     p.add_argument("--bits", nargs="+", default=["1w-2u"])
     p.add_argument("--uncompiled", action="store_true", help="also the two fallbacks")
+    p.add_argument("--hosts", nargs="+", default=None, help="spikingjelly, snntorch or both")
+    p.add_argument("--memory-format", choices=["contiguous", "channels_last"])
+    p.add_argument("--precision", choices=["fp32", "bf16"])
+    p.add_argument("--best", action="store_true", help="both hosts in the device's best setting")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
+    choose(args)
+    for host in args.hosts:
+        measure(args, host)
+
+
+def choose(args):
+    """Fill in what was not given."""
+    native = args.device == "cuda" or any(
+        getattr(torch.cpu, ask, lambda: False)()
+        for ask in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    args.hosts = args.hosts or (["spikingjelly", "snntorch"] if args.best else ["spikingjelly"])
+    args.memory_format = args.memory_format or ("channels_last" if args.best else "contiguous")
+    args.precision = args.precision or ("bf16" if args.best and native else "fp32")
+
+
+def measure(args, host):
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    x = x.contiguous(memory_format=memory_format(args))
     y = torch.randint(10, (args.batch,), device=args.device)
     variants = {
-        "float": step(build("32w-32u", args), x, y, args),
-        "float, compiled LIFNode": step(compile_neurons(build("32w-32u", args)), x, y, args),
+        "float": step(build("32w-32u", args, host), x, y, args),
+        "float, compiled neurons": step(compile_neurons(build("32w-32u", args, host)), x, y, args),
     }
     for bits in args.bits:
-        model = build(bits, args)
+        model = build(bits, args, host)
         variants[bits] = step(model, x, y, args)
-        watched = build(bits, args)
+        watched = build(bits, args, host)
         variants[f"{bits}, WS-DR"] = step(watched, x, y, args, regularizer=WSDRRegularizer(watched))
         variants[f"{bits}, binarising alone"] = binarize(model, "auto")
         variants[f"{bits}, binarising alone, plain"] = binarize(model, "eager")
@@ -91,10 +120,12 @@ def main():
                 variants[f"{bits}, {backend}"] = step(model, x, y, args, backend)
     times = common.interleaved(variants, args)
     case = f"ResNet19 step T={args.T} N={args.batch} width={args.width}"
+    if (host, args.memory_format, args.precision) != ("spikingjelly", "contiguous", "fp32"):
+        case += f" {host} {args.memory_format} {args.precision}"
     ratios = common.report("train_step", case, times, "float", args)
     for bits in args.bits:
-        ratio = ratios[bits] / ratios["float, compiled LIFNode"]
-        print(f"    {bits} / float with compiled LIFNode = {ratio:.3f}")
+        ratio = ratios[bits] / ratios["float, compiled neurons"]
+        print(f"    {bits} / float with compiled neurons = {ratio:.3f}")
         fused, plain = (ratios[f"{bits}, binarising alone{how}"] for how in ("", ", plain"))
         print(
             f"    binarising the weights: {100 * fused / ratios[bits]:.1f} % of the step; "

@@ -44,7 +44,7 @@ def build() -> None:
     Raises:
         SystemExit: If there is no compiler, or a build is larger than it may be.
     """
-    sources = [*RUNTIME.glob("*"), FOLDER / "runtime.c", Path(__file__)]
+    sources = [*RUNTIME.glob("*"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in sources)
     DIST.mkdir(exist_ok=True)
     for name, flags in BUILDS.items():
@@ -58,7 +58,7 @@ def build() -> None:
             )
         fresh = DIST / f"{name}.new"
         subprocess.run(
-            [*command, *FLAGS, *flags, "-o", str(fresh), str(FOLDER / "runtime.c")], check=True
+            [*command, *FLAGS, *flags, "-o", str(fresh), str(RUNTIME / "qsnn.c")], check=True
         )
         if fresh.stat().st_size > LIMIT:
             raise SystemExit(f"{name} has {fresh.stat().st_size:,} bytes; {LIMIT:,} are allowed")

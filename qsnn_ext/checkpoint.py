@@ -298,7 +298,7 @@ def _restore(
             _make_room_for_scale(modules[name])
         _check_shapes(model, tensors, path)
         for host in hosts.adapters():
-            host.converted(model)
+            host.adopt(model, copied=False)
         if report is not None:
             setattr(model, REPORT_ATTRIBUTE, report)
         keys = actual_keys(model, tensors)

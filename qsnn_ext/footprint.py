@@ -1,20 +1,17 @@
-"""How much memory a network takes for inference.
-
-``python -m qsnn_ext.footprint`` prints Table 2 of the paper beside the values counted here.
-"""
+"""How much memory a network takes for inference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from qsnn_ext import hosts
+from qsnn_ext import hosts, text
 from qsnn_ext.errors import ConfigError, InputError, QSNNError
 from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.membranes import Membrane
@@ -126,7 +123,7 @@ class Footprint:
         parts = ", ".join(f"{part} {n / 1e6:.3f}" for part, n in self.parts.items())
         which = "the largest membrane" if self.execution == "layer" else "every membrane"
         return (
-            f"{table(head, rows)}\n"
+            f"{text.columns(head, rows)}\n"
             f"bytes, batch {self.batch}, {self.accounting} accounting, {which} held\n"
             f"total {self.megabytes:.3f} MB ({parts})"
         )
@@ -134,20 +131,6 @@ class Footprint:
 
 def _cell(value: int | None) -> str:
     return "-" if value is None else str(value)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
-    """Text in columns, the first ``left`` of them left-aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(head), "-" * (sum(widths) + 2 * (len(head) - 1)), *map(line, rows)])
 
 
 # --------------------------------------------------------------------------- one layer
@@ -326,7 +309,7 @@ def footprint(
     execution: Execution | None = None,
     time_steps: int | None = None,
     weight_bits: Mapping[str, int] | None = None,
-    run: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Footprint:
     """Memory that ``model`` takes for inference.
 
@@ -353,7 +336,7 @@ def footprint(
             is ``[N, ...]``.
         weight_bits: layers, by name, whose weights are counted at another width than their own.
             The paper's quantized VGG16 rows come out with ``{"head": 32}``.
-        run: ``run(model, x)`` for models that are not called as ``model(x)``.
+        forward: ``forward(model, x)`` for models that are not called as ``model(x)``.
 
     Raises:
         InputTypeError: ``model`` is not a module.
@@ -382,7 +365,7 @@ def footprint(
         if type(width) is not int or not 1 <= width <= 64:
             raise ConfigError(f"weight_bits of {name!r} is {width!r}; choose 1 to 64.")
 
-    membranes = _membranes(model, shape, time_steps, run)
+    membranes = _membranes(model, shape, time_steps, forward)
     counter = LayerBytes()
     layers = tuple(
         layer_footprint(
@@ -403,7 +386,7 @@ def _membranes(
     model: nn.Module,
     shape: tuple[int, ...],
     time_steps: int | None,
-    run: Callable[[nn.Module, Any], Any] | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
 ) -> dict[str, Membrane]:
     """Membrane potentials of one sample, by name of the neuron."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -425,101 +408,13 @@ def _membranes(
             module.training = isinstance(module, MembraneQuantizer)
         try:
             with watching(model, watch):
-                call(model, zeros, run)
+                call(model, zeros, forward)
         except QSNNError:
             raise
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} cannot process zeros of shape {tuple(zeros.shape)} "
                 f"({error}); give input_shape for one sample, time_steps=T if the input is "
-                "[T, N, ...], or run=... if the model is called in another way."
+                "[T, N, ...], or forward=... if the model is called in another way."
             ) from error
     return seen
-
-
-# --------------------------------------------------------------------------- Table 2
-
-#: Table 2 of the paper, MB: batch -> bits -> (ResNet19, VGG16, VGGSNN).
-PAPER_TABLE_2: dict[int, dict[str, tuple[float, float, float]]] = {
-    1: {
-        "32w-32u": (50.80, 59.16, 37.44),
-        "1w-8u": (1.75, 1.96, 1.31),
-        "1w-4u": (1.68, 1.93, 1.25),
-        "1w-2u": (1.65, 1.91, 1.21),
-    },
-    64: {
-        "32w-32u": (83.83, 75.67, 70.47),
-        "1w-8u": (10.0, 6.09, 9.57),
-        "1w-4u": (5.81, 3.99, 5.38),
-        "1w-2u": (3.72, 2.94, 3.28),
-    },
-    256: {
-        "32w-32u": (184.49, 126.01, 171.13),
-        "1w-8u": (35.17, 18.67, 34.74),
-        "1w-4u": (18.40, 10.28, 17.96),
-        "1w-2u": (10.01, 6.09, 9.57),
-    },
-}
-
-
-def table_2(
-    accounting: Accounting = "paper", host: Literal["spikingjelly", "snntorch"] = "spikingjelly"
-) -> dict[int, dict[str, tuple[float, ...]]]:
-    """Table 2 as counted here, in MB, laid out as :data:`PAPER_TABLE_2`.
-
-    The paper counts every network at 32x32 pixels and 10 classes, and VGG16's read-out at 32 bits
-    also where the network is quantized.
-
-    Args:
-        accounting: see :func:`footprint`.
-        host: whose neurons the networks use.
-    """
-    from qsnn_ext import models
-
-    networks = ((models.resnet19, 3), (models.vgg16, 3), (models.vggsnn, 2))
-    result: dict[int, dict[str, tuple[float, ...]]] = {batch: {} for batch in PAPER_TABLE_2}
-    for bits in PAPER_TABLE_2[1]:
-        with torch.device("meta"):  # sizes only: no weight is drawn, nothing is computed
-            built = [build(in_channels=c, bits=bits, host=host) for build, c in networks]
-        counted = [
-            footprint(
-                model,
-                input_shape=(channels, 32, 32),
-                accounting=accounting,
-                time_steps=1,  # the sizes do not depend on it
-                weight_bits={"head": 32} if build is models.vgg16 else None,
-            )
-            for model, (build, channels) in zip(built, networks, strict=True)
-        ]
-        for batch in result:
-            result[batch][bits] = tuple(replace(f, batch=batch).megabytes for f in counted)
-    return result
-
-
-def _main() -> None:
-    ours, resident = table_2(), table_2("resident")
-    names = ("ResNet19", "VGG16", "VGGSNN")
-    head = ["batch", "bits"]
-    for name in names:
-        head += [name, "paper", "resident"]
-    rows = []
-    worst = 0.0
-    for batch, by_bits in PAPER_TABLE_2.items():
-        for bits, paper in by_bits.items():
-            row = [str(batch), bits]
-            for i in range(len(names)):
-                worst = max(worst, abs(ours[batch][bits][i] - paper[i]))
-                row += [
-                    f"{ours[batch][bits][i]:.2f}",
-                    f"{paper[i]:.2f}",
-                    f"{resident[batch][bits][i]:.2f}",
-                ]
-            rows.append(row)
-    print("Memory footprint in MB (10^6 bytes). Under the network's name: counted as the paper")
-    print("does; paper: its Table 2; resident: what step-by-step inference holds.\n")
-    print(table(head, rows))
-    print(f"\nLargest difference from the paper: {worst:.3f} MB")
-
-
-if __name__ == "__main__":
-    _main()

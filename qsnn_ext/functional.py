@@ -434,6 +434,105 @@ def lif_step(
     return spike, v
 
 
+def delayed_state(
+    u: Tensor,
+    fired: Tensor,
+    threshold: float | Tensor,
+    reset: Reset,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """What to store of a potential whose reset the next step reads from the stored value.
+
+    Rounding ``u`` itself could lift a silent neuron over the threshold, or put one that fired below
+    it. So what is rounded is the potential after the reset, ``v``; stored is ``Q(v) + s*theta``,
+    and where that lies on the wrong side of the threshold the largest level not above it (no
+    spike) or the next number above it (a spike). One spike is followed by exactly one reset.
+
+    Args:
+        u: potential before the reset ``[N, ...]``.
+        fired: 1 where ``u`` is above the threshold, else 0; a constant of the backward pass.
+        threshold: firing threshold.
+        reset: the reset that is due; with ``"none"`` ``u`` is simply rounded.
+        quantize: rounds potentials; also returns the 0-dim distance of two levels.
+
+    Returns:
+        Tensor like ``u``.
+    """
+    if reset == "none":
+        return quantize(u)[0]
+    value, step = quantize(reset_membrane(u, fired, reset, threshold))
+    stored = value + fired * threshold
+    with torch.no_grad():
+        theta = torch.as_tensor(threshold, dtype=stored.dtype, device=stored.device)
+        # The largest level not above theta; the product may round up past it, hence the second try.
+        code = torch.floor(theta / torch.where(step > 0, step, 1))
+        below = torch.where(code * step > theta, (code - 1) * step, code * step)
+        above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
+        is_fired = fired > 0
+        # NaN is neither above nor below, and stays.
+        sided = torch.where(is_fired & (stored <= theta), above, stored)
+        sided = torch.where(~is_fired & (sided > theta), torch.minimum(below, theta), sided)
+    return straight_through(stored, sided)
+
+
+def delayed_lif_step(
+    x: Tensor,
+    v: Tensor,
+    *,
+    decay: float | Tensor,
+    gain: float | Tensor = 1.0,
+    offset: float | Tensor = 0.0,
+    threshold: float | Tensor = 1.0,
+    reset: Reset = "soft",
+    surrogate: Callable[[Tensor], Tensor] = triangle,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    order: StepOrder = "fire_first",
+) -> tuple[Tensor, Tensor]:
+    """One step of a layer that resets at the start of the next step (snnTorch's ``Leaky``).
+
+    The reset is read from the stored potential, ``r = Theta(v - theta)``::
+
+        soft:  h = decay*v + gain*x + offset - r*theta
+        hard:  h = decay*(1-r)*v + gain*x + offset
+
+    then ``s = Theta(h - theta)``, and stored is :func:`delayed_state` of ``h``, or in the order
+    ``quantize_first`` the rounded ``h`` that decided the spike.
+
+    Args:
+        x: input current ``[N, ...]``.
+        v: stored potential of the step before, like ``x``.
+        decay: leak factor.
+        gain: factor of the input.
+        offset: constant added to every charge.
+        threshold: firing threshold ``theta``.
+        reset: ``"soft"``, ``"hard"`` (to zero) or ``"none"``.
+        surrogate: maps ``h - theta`` to spikes; it should not fire at the threshold itself.
+        quantize: see :func:`delayed_state`; ``None`` stores ``h``.
+        order: see :func:`lif_step`.
+
+    Returns:
+        ``(spikes, v')``, both like ``x``.
+
+    Raises:
+        ConfigError: unknown ``order`` or ``reset``.
+    """
+    check_order(order)
+    due = surrogate(v - threshold).detach()
+    if reset == "hard":
+        v = (1 - due) * v
+    h = decay * v + gain * x
+    if not isinstance(offset, float) or offset != 0.0:
+        h = h + offset
+    if reset == "soft":
+        h = h - due * threshold
+    if quantize is not None and order == "quantize_first":
+        h = quantize(h)[0]
+    spike = surrogate(h - threshold)
+    if quantize is None or order == "quantize_first":
+        return spike, h
+    return spike, delayed_state(h, spike.detach(), threshold, reset, quantize)
+
+
 def check_order(order: object) -> None:
     """Raise :class:`ConfigError` unless ``order`` is one of the two step orders."""
     if order not in ("fire_first", "quantize_first"):

@@ -1,36 +1,40 @@
 """What the core may ask of a host library without importing one.
 
-Each adapter (:mod:`qsnn_ext.spikingjelly`, :mod:`qsnn_ext.snntorch`) answers for its own modules.
-A model can only contain modules of a host that has been imported, so adapters are looked up among
-the modules already loaded and importing this file imports neither host.
+Each host's module (:mod:`qsnn_ext.spikingjelly`, :mod:`qsnn_ext.snntorch`) has one object
+``ADAPTER`` that answers for its modules. A model can only contain modules of a host that has been
+imported, so adapters are looked up among the modules already loaded and importing this file imports
+neither host.
 """
 
 from __future__ import annotations
 
+import abc
 import importlib
 import sys
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from qsnn_ext.errors import ConfigError, MissingDependencyError
+from qsnn_ext.neuron import NeuronModel
 
 
-class Adapter(Protocol):
-    """The questions an adapter answers.
+class Adapter(abc.ABC):
+    """The questions a host's module answers."""
 
-    Attributes:
-        NEURONS: which class takes a host neuron's place, by exact type.
-    """
+    @abc.abstractmethod
+    def describe(self, module: nn.Module) -> NeuronModel | None:
+        """What a step of a neuron computes; ``None`` for what is no neuron of this host."""
 
-    NEURONS: dict[type[nn.Module], Any]
+    @abc.abstractmethod
+    def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
+        """The class that takes the place of such a neuron; ``None`` where there is none."""
 
-    def is_spiking(self, module: nn.Module) -> bool:
-        """Whether the module emits spikes and so has a firing rate."""
+    @abc.abstractmethod
+    def reset(self, model: nn.Module) -> None:
+        """Put all state of the host's modules in ``model`` back to its reset value."""
 
-    def state(self, module: nn.Module) -> Tensor | None:
-        """The membrane potential a neuron keeps between calls."""
-
+    @abc.abstractmethod
     def starts_sequence(
         self,
         module: nn.Module,
@@ -47,29 +51,32 @@ class Adapter(Protocol):
             left: the state the neuron kept after the call before.
         """
 
-    def reset(self, model: nn.Module) -> None:
-        """Put all state of the host's modules in ``model`` back to its reset value."""
+    @abc.abstractmethod
+    def adopt(self, model: nn.Module, copied: bool) -> None:
+        """Called with a model some of whose modules changed their class, or with a fresh copy."""
 
-    def is_neuron(self, module: nn.Module) -> bool:
-        """Whether the module is a neuron of this host, of any kind, spiking or not."""
-
-    def is_readout(self, module: nn.Module) -> bool:
-        """Whether the neuron only integrates: it can never be reset by a spike."""
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why a neuron of a known type can still not be quantized, if it cannot."""
-
-    def converted(self, model: nn.Module) -> None:
-        """Called after modules of ``model`` have changed their class."""
-
-    def copied(self, model: nn.Module) -> None:
-        """Called with a fresh copy of a model: make the host know its neurons."""
-
+    @abc.abstractmethod
     def restart(self, module: nn.Module) -> None:
         """Put the membrane potentials in ``module`` back, in a way ``torch.compile`` traces."""
 
+    @abc.abstractmethod
     def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
         """The paper's neuron over ``[T, N, ...]``, for :mod:`qsnn_ext.models`."""
+
+    def is_neuron(self, module: nn.Module) -> bool:
+        """Whether the module is a neuron of this host, of any kind, spiking or not."""
+        return self.describe(module) is not None
+
+    def is_spiking(self, module: nn.Module) -> bool:
+        """Whether the module emits spikes and so has a firing rate."""
+        model = self.describe(module)
+        return model is not None and model.spiking
+
+    def state(self, module: nn.Module) -> Tensor | None:
+        """The membrane potential a neuron keeps; ``None`` before the first step."""
+        model = self.describe(module)
+        value = None if model is None else getattr(module, model.potential or "", None)
+        return value if isinstance(value, Tensor) else None
 
 
 _ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
@@ -79,14 +86,14 @@ _TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch":
 def adapters() -> list[Adapter]:
     """Adapters of the hosts that have been imported."""
     return [
-        cast(Adapter, importlib.import_module(_ADAPTERS[host]))
+        importlib.import_module(_ADAPTERS[host]).ADAPTER
         for host, trigger in _TRIGGERS.items()
         if trigger in sys.modules
     ]
 
 
 def adapter(host: str) -> Adapter:
-    """The adapter module of one host, imported now.
+    """The adapter of one host, imported now.
 
     Raises:
         ConfigError: no host of that name is known here.
@@ -95,12 +102,26 @@ def adapter(host: str) -> Adapter:
     if host not in list(_ADAPTERS):
         known = " or ".join(map(repr, _ADAPTERS))
         raise ConfigError(f"host={host!r} is unknown; choose {known}.")
-    return cast(Adapter, importlib.import_module(_ADAPTERS[host]))
+    found: Adapter = importlib.import_module(_ADAPTERS[host]).ADAPTER
+    return found
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """The adapter for which ``module`` is a spiking neuron, or ``None``."""
     return next((host for host in adapters() if host.is_spiking(module)), None)
+
+
+def describe(module: nn.Module) -> NeuronModel | None:
+    """What a step of ``module`` computes; ``None`` for what is no neuron of any host."""
+    return next((m for host in adapters() if (m := host.describe(module)) is not None), None)
+
+
+def counterpart(module: nn.Module) -> type[Any] | None:
+    """The quantized class that can take a neuron's place, or is its class already."""
+    for host in adapters():
+        if host.describe(module) is not None:
+            return host.counterpart(type(module))
+    return None
 
 
 def reset(model: nn.Module) -> None:

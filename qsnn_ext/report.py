@@ -24,12 +24,12 @@ from qsnn_ext.footprint import (
     layer_footprint,
     membrane_quantizer_of,
     rows_of,
-    table,
     weight_bits,
 )
 from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.membranes import Membrane
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
+from qsnn_ext.text import columns
 from qsnn_ext.trace import call, check_model, untouched, watching
 
 
@@ -141,7 +141,7 @@ class Summary:
             for kind, count in self.total.operations.items()
         ]
         lines = [
-            table(list(_COLUMNS), rows),
+            columns(list(_COLUMNS), rows),
             "bytes: now = latent weights, buffers and membrane potentials as held in training; "
             "logical = at their bits; packed = with padding and scale factors",
             "p_s firing rate, p_w share of positive weights, H their entropy in nats; "

@@ -1,4 +1,4 @@
-"""snnTorch: its ``Leaky`` neuron with a quantized membrane potential.
+"""snnTorch: its neurons with quantized states.
 
 The only file that imports snnTorch.
 """
@@ -6,15 +6,17 @@ The only file that imports snnTorch.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
+from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
-from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
+from qsnn_ext.neuron import Charge, NeuronModel, State
+from qsnn_ext.quantizers import MembraneQuantizer
 
 try:
     import snntorch as snn
@@ -47,284 +49,233 @@ class Triangle:
         return F.triangle(x, self.beta, strict=True)
 
 
-class QLeaky(snn.Leaky):  # type: ignore[misc]
-    """snnTorch's ``Leaky`` with a k-bit membrane potential (Eq. 10 to 12).
+class QuantizedSpikingNeuron(QuantizedNeuron):
+    """Mixin over a neuron of snnTorch: what it carries is rounded.
 
-    Every argument and calling style of ``Leaky`` works and returns what ``Leaky`` returns. Without
-    a quantizer (``bits=None`` or 32) ``Leaky``'s own code runs, bit for bit.
+    Every argument and calling style of the neuron works and returns what the neuron returns.
+    Without a quantizer (``bits=None`` or 32) the host's own code runs, bit for bit.
 
-    What is quantized is the membrane potential *after* reset, ``v``. With ``reset_delay=True`` (the
-    host's default) ``Leaky`` stores the potential *before* reset and decides the next step's reset
-    from it, so a stored value rounded across the threshold would lose or invent a reset. Here the
-    stored value is ``Q(v)`` plus the threshold where the neuron fired (subtract and zero reset),
-    and always lies on the side of the threshold that the spike was on:
+    What is quantized is the membrane potential *after* reset, ``v``. By default the host stores the
+    potential *before* reset and decides the next step's reset from it, so a stored value rounded
+    across the threshold would lose or invent a reset. Here the stored value is
+    :func:`qsnn_ext.functional.delayed_state`: ``Q(v)`` plus the threshold where the neuron fired
+    (subtract and zero reset), always on the side of the threshold that the spike was on. With
+    ``reset_delay=False`` the reset is in the step, and none is made at the start of the next.
 
-    - no spike, but ``Q(v) > theta``: the largest grid level not above ``theta`` is stored;
-    - a spike with ``Q(v) = 0``: the next float above ``theta`` is stored.
+    ``Leaky``'s step is one operation. Any other neuron runs the host's own step, after which its
+    states are rounded, each with a scale of its own.
 
-    Args:
-        beta: decay rate, as for ``Leaky``; all further arguments of ``Leaky`` follow.
-        bits: 2 to 8, or ``None``/32 for a float membrane potential.
-        membrane: a ready quantizer; overrides ``bits`` and the options below.
-        preset: ``"paper"`` or ``"official"``: defaults of the options below.
-        scale: ``"max"`` or ``"absmax"``.
-        squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
-        mode: ``"dynamic"`` (default) or ``"frozen"``.
-        order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
+    Takes the arguments of the neuron, then those of
+    :class:`~qsnn_ext.counterparts.QuantizedNeuron`.
 
     Raises:
         ConfigError: unknown bits, preset or option, or ``state_quant`` together with ``bits``.
     """
 
-    membrane: MembraneQuantizer | None
+    prefix = "Q"
+    mem: Tensor
+    spike_grad: Any
+    threshold: Tensor
+    reset_mechanism: str
+    init_hidden: bool
+    output: bool
+    state_function: Any
 
-    def __init__(
-        self,
-        beta: float | Tensor,
-        *args: Any,
-        bits: int | None = 2,
-        membrane: MembraneQuantizer | None = None,
-        preset: str = "paper",
-        scale: F.MembraneScale | None = None,
-        squash: F.Squash | Literal["none"] | None = None,
-        mode: Literal["dynamic", "frozen"] | None = None,
-        order: F.StepOrder = "fire_first",
-        **kwargs: Any,
-    ) -> None:
-        if membrane is None:
-            membrane = membrane_quantizer(bits, preset, scale=scale, squash=squash, mode=mode)
-        F.check_order(order)
-        super().__init__(beta, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        before = len(snn.SpikingNeuron.instances)
         try:
-            _check_state_quant(self, membrane)
-        except ConfigError:
-            # The host's constructor has already put the neuron on its global list.
-            snn.SpikingNeuron.instances.remove(self)
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            # The host's constructor puts every neuron on its global list.
+            del snn.SpikingNeuron.instances[before:]
             raise
-        self.membrane = membrane
-        self.order = order
 
-    @property
-    def bits(self) -> int | None:
-        """Bits of the membrane potential; ``None`` when it is in floating point."""
-        return None if self.membrane is None else self.membrane.bits
-
-    @classmethod
-    def float_type(cls) -> type[nn.Module]:
-        """The host's class this neuron extends."""
-        leaky: type[nn.Module] = snn.Leaky
-        return leaky
-
-    @classmethod
-    def from_float(
-        cls,
-        node: nn.Module,
-        membrane: MembraneQuantizer | None,
-        order: F.StepOrder = "fire_first",
-    ) -> Self:
-        """Turn a ``Leaky`` into a ``QLeaky``, in place (its class changes), and return it.
-
-        The object stays the one on the host's global list of neurons, so nothing is held twice.
-
-        Raises:
-            InputTypeError: ``node`` is not exactly a ``Leaky``.
-            ConfigError: it has a ``state_quant`` of its own.
-        """
-        if type(node) is not snn.Leaky:
-            raise InputTypeError(f"QLeaky replaces a Leaky, got {type(node).__name__}.")
-        F.check_order(order)
-        _check_state_quant(node, membrane)
-        node.__class__ = cls
-        assert isinstance(node, cls)
-        if membrane is not None:
-            membrane.to(node.beta.device).train(node.training)
-        node.membrane = membrane
-        node.order = order
-        return node
-
-    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """One time step, as ``Leaky.forward``.
+    def forward(self, input_: Tensor, *states: Any, **kwargs: Any) -> Any:
+        """One time step, as the host's.
 
         Args:
             input_: input current ``[N, ...]``, floating point.
-            mem: membrane potential of the step before, like ``input_``; only without
-                ``init_hidden``.
+            states: of the step before, as the host takes them; only without ``init_hidden``.
+            kwargs: the same by name.
 
         Returns:
-            ``spk`` with ``init_hidden`` and no ``output``, else ``(spk, mem)``, like ``input_``.
+            Spikes, or spikes and states, as the host returns them.
 
         Raises:
-            InputTypeError: ``input_`` is not floating point, or ``mem`` beside ``init_hidden``.
+            InputTypeError: ``input_`` is not floating point, or states beside ``init_hidden``.
         """
         if self.membrane is None:
-            result: Tensor | tuple[Tensor, Tensor] = super().forward(input_, mem)
-            return result
-        F.check_floating(input_, "QLeaky")
+            return super().forward(input_, *states, **kwargs)  # type: ignore[misc]
+        F.check_floating(input_, type(self).__name__)
+        given = (*states, *kwargs.values())
+        if self.init_hidden and any(s is not None for s in given):
+            raise InputTypeError(
+                "pass no states to a neuron with init_hidden=True: it keeps its own."
+            )
+        model = ADAPTER.describe(self)
+        assert model is not None
+        if model.charge is not None and len(given) <= 1:
+            return self._affine_step(input_, given[0] if given else None, model)
+        return self._host_step(input_, states, kwargs, model)
+
+    def _affine_step(self, input_: Tensor, mem: Tensor | None, model: NeuronModel) -> Any:
+        """``Leaky``'s step, as one operation."""
         if mem is not None:
-            if self.init_hidden:
-                raise InputTypeError(
-                    "pass no `mem` to a neuron with init_hidden=True: it keeps its own."
-                )
             self.mem = mem
         if self.mem.shape != input_.shape:
             self.mem = torch.zeros_like(input_)
-
-        if input_.dtype in (torch.float16, torch.bfloat16):
-            spk, self.mem = self._narrow_step(input_)
-        else:
-            spk, self.mem = self._fused(input_) or self._step(input_)
+        emitted, carried, computed = self._dtypes(input_)
+        spikes, after = kernels.run_layer(
+            input_.to(computed).unsqueeze(0), self.mem.to(computed), model
+        )
+        self.mem = self._narrowed(after, carried, model)
+        spk = spikes[0] if emitted == computed else spikes[0].to(emitted)
+        if not _is_one(model.graded):
+            spk = spk * model.graded
         return spk if self.init_hidden and not self.output else (spk, self.mem)
 
-    def _step(self, input_: Tensor) -> tuple[Tensor, Tensor]:
-        """The step in plain operations."""
-        assert self.membrane is not None
-        # Without the delay what fired has been reset already: a state above the threshold may just
-        # have been rounded there, and to reset it now would be a reset without a spike.
-        self.reset = self.mem_reset(self.mem) if self.reset_delay else torch.zeros_like(self.mem)
-        u = self.state_function(input_)
-        if self.order == "quantize_first":
-            with kernels.uncounted():
-                u = self.membrane(u)
-        spk = self.fire_inhibition(u.size(0), u) if self.inhibition else self.fire(u)
-        return spk, self._delayed(u) if self.reset_delay else self._immediate(u, spk)
-
-    def _narrow_step(self, input_: Tensor) -> tuple[Tensor, Tensor]:
-        """The step of half-precision currents: in float32, and rounded to what Leaky returns."""
-        spikes = self.spike_grad(input_.new_zeros(0)).dtype  # the host's own are float32
-        self.mem = self.mem.float()
-        spk, mem = self._step(input_.float())
-        stored = mem.to(torch.promote_types(input_.dtype, spikes))
-        if stored.dtype != mem.dtype and self.reset_delay and self.reset_mechanism != "none":
-            with torch.no_grad():
-                below, above = _around(self.threshold.float(), stored.dtype)
-                sided = torch.where(mem > self.threshold, above.maximum(stored), stored)
-                sided = torch.where(mem <= self.threshold, below.minimum(sided), sided)
-            stored = F.straight_through(stored, sided)
-        return spk.to(spikes), stored
-
-    def _fused(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The step as one operation; ``None`` where there is none for this neuron."""
-        assert self.membrane is not None
-        if self.inhibition or self.mem.device != input_.device or input_.dtype != torch.float32:
-            return None  # what the host's surrogates return has a dtype of its own
-        if torch.compiler.is_compiling() or kernels.is_watched():
-            return None  # plain operations fuse by themselves there
-        if not self.reset_delay:
-            return self._fused_immediate(input_)
-        if self.threshold.requires_grad or self.graded_spikes_factor.requires_grad:
-            return None
-        if self.beta.numel() != 1 or self.threshold.numel() != 1:
-            return None
-        graded, params = self._constants(input_.dtype)
-        result = kernels.run_delayed_step(
-            input_,
-            self.mem,
-            self.membrane,
-            params=params,
-            reset=_RESETS[self.reset_mechanism],
-            surrogate=self.spike_grad,
-            order=self.order,
-        )
-        if result is None or not graded:
-            return result
-        return result[0] * self.graded_spikes_factor, result[1]
-
-    def _fused_immediate(self, input_: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The step with the reset in it: one step of the layer that SpikingJelly's neurons run."""
-        assert self.membrane is not None
-        charge = {"decay": self.beta.clamp(0, 1), "gain": 1.0, "offset": 0.0}
-        numbers = (charge["decay"], self.threshold)
-        known = kernels.covers(input_, self.membrane, self.spike_grad, numbers)
-        if not known or self.mem.dtype != input_.dtype:
-            return None
-        spk, mem = kernels.run_layer(
-            input_.unsqueeze(0),
-            self.mem,
-            self.membrane,
-            charge=charge,
-            threshold=self.threshold,
-            reset=_RESETS[self.reset_mechanism],
-            v_reset=0.0,
-            detach_reset=False,
-            surrogate=self.spike_grad,
-            order=self.order,
-        )
-        return spk[0] * self.graded_spikes_factor, mem
-
-    def _constants(self, dtype: torch.dtype) -> tuple[bool, Tensor]:
-        """Whether spikes are graded, and the kernel's params; kept until one of them changes."""
-        sources = (self.beta, self.threshold, self.graded_spikes_factor)
-        # Tensors made under inference_mode count no versions: what they are is read every time.
-        counted = not any(t.is_inference() for t in sources)
-        key = (dtype, *[(id(t), t._version, t.data_ptr()) for t in sources]) if counted else None
-        kept = self.__dict__.get("_kernel_constants")
-        if kept is None or kept[0] != key or key is None:
-            with torch.inference_mode(False):  # what is kept may take part in training later
-                beta, theta = self.beta.detach().clamp(0, 1), self.threshold.detach().to(dtype)
-                above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
-                params = torch.stack([t.to(dtype).reshape(()) for t in (beta, theta, above)])
-                graded = bool((self.graded_spikes_factor != 1).any())
-            kept = self.__dict__["_kernel_constants"] = (key, graded, params)
-        params = kept[2]
-        if self.beta.requires_grad and torch.is_grad_enabled():
-            decay = self.beta.clamp(0, 1).to(dtype).reshape(1)
-            params = torch.cat([decay, params[1:]])
-        return kept[1], params
-
-    def _immediate(self, u: Tensor, spk: Tensor) -> Tensor:
-        """The membrane potential after a reset in the same step (``reset_delay=False``)."""
-        do_reset: Tensor = spk / self.graded_spikes_factor
-        v: Tensor
-        if self.reset_mechanism == "subtract":
-            v = u - do_reset * self.threshold
-        elif self.reset_mechanism == "zero":
-            v = u - do_reset * u
+    def _host_step(
+        self, input_: Tensor, states: tuple[Any, ...], kwargs: dict[str, Any], model: NeuronModel
+    ) -> Any:
+        """The host's own step, and every state it leaves rounded."""
+        emitted, carried, computed = self._dtypes(input_)
+        if any(not isinstance(m, MembraneQuantizer | nn.ModuleDict) for m in self.children()):  # type: ignore[attr-defined]
+            computed = input_.dtype  # layers of its own compute in the dtype of their weights
+        narrow = computed != input_.dtype
+        if narrow:
+            input_, states, kwargs = _cast((input_, states, kwargs), computed)
+            for state in model.states:
+                setattr(self, state.name, _cast(getattr(self, state.name), computed))
+        if model.order == "quantize_first":
+            returned = self._rounding_charges(input_, states, kwargs, model)
         else:
-            v = u
-        assert self.membrane is not None
-        if self.order == "quantize_first":
-            return v
-        with kernels.uncounted():
-            carried: Tensor = self.membrane(v)
-        return carried
+            returned = super().forward(input_, *states, **kwargs)  # type: ignore[misc]
+        replaced: dict[int, Tensor] = {}
+        for state in model.states:
+            left = getattr(self, state.name, None)
+            if not isinstance(left, Tensor) or not left.is_floating_point():
+                continue
+            value = left
+            if state.quantizer is not None and model.order == "fire_first":
+                if state.name == model.potential and model.delayed:
+                    assert model.threshold is not None
+                    quantize = kernels.rounding(state.quantizer, delayed=True)
+                    fired = self.mem_reset(left)
+                    value = F.delayed_state(left, fired, model.threshold, model.reset, quantize)
+                else:
+                    value = rounder(state.quantizer)(left)
+            if narrow and state.name == model.potential:
+                value = self._narrowed(value, carried, model)
+            elif narrow:
+                value = value.to(carried)
+            replaced[id(left)] = value
+            setattr(self, state.name, value)
+        returned = _replaced(returned, replaced)
+        return _cast(returned, emitted, only_first=True) if narrow else returned
 
-    def _delayed(self, u: Tensor) -> Tensor:
-        """What to store so that the next step resets exactly where this one fired."""
-        assert self.membrane is not None
-        if self.order == "quantize_first":
-            return u
-        with kernels.uncounted():
-            stored: Tensor = self._stored(u)
-        return stored
+    def _rounding_charges(
+        self, input_: Tensor, states: tuple[Any, ...], kwargs: dict[str, Any], model: NeuronModel
+    ) -> Any:
+        """The host's step in Algorithm 1's order: its charges are rounded before it fires."""
+        charge = self.state_function
+        names = [s.name for s in model.states]
+        quantizers = {s.name: s.quantizer for s in model.states}
 
-    def _stored(self, u: Tensor) -> Tensor:
-        assert self.membrane is not None
-        if self.reset_mechanism == "none":
-            return self.membrane.quantize(u)[0]
-        fired: Tensor = self.mem_reset(u)
-        v: Tensor = (
-            u - fired * self.threshold if self.reset_mechanism == "subtract" else (1 - fired) * u
-        )
-        quantized, step = self.membrane.quantize(v)
-        stored = quantized + fired * self.threshold
-        return F.straight_through(stored, self._beside_threshold(stored, fired, step))
+        called = False
 
-    @torch.no_grad()
-    def _beside_threshold(self, stored: Tensor, fired: Tensor, step: Tensor) -> Tensor:
-        """``stored``, moved to the nearest admissible value where it lost or invented a spike."""
-        theta = self.threshold.to(stored.dtype)
-        # The largest level not above theta; the product may round up past it, hence the second try.
-        code = torch.floor(theta / torch.where(step > 0, step, 1))
-        below = torch.where(code * step > theta, (code - 1) * step, code * step)
-        above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
-        is_fired = fired > 0
-        # NaN is neither above nor below, and stays.
-        stored = torch.where(is_fired & (stored <= theta), above, stored)
-        return torch.where(~is_fired & (stored > theta), torch.minimum(below, theta), stored)
+        def rounded(x: Tensor) -> Any:
+            nonlocal called
+            called = True
+            charges = charge(x)
+            several = isinstance(charges, tuple)
+            values = [
+                value if (q := quantizers[name]) is None else rounder(q)(value)
+                for name, value in zip(names, charges if several else (charges,), strict=True)
+            ]
+            return tuple(values) if several else values[0]
+
+        self.state_function = rounded
+        try:
+            returned = super().forward(input_, *states, **kwargs)  # type: ignore[misc]
+        finally:
+            self.state_function = charge
+        if not called:
+            raise ConfigError(
+                f"a {type(self).__name__} charges and fires in one piece, and cannot round between "
+                "the two; use order='fire_first'."
+            )
+        return returned
+
+    def mem_reset(self, mem: Tensor) -> Tensor:
+        """The host's: which neurons are above the threshold, and due for a reset.
+
+        With the reset in the step none is due at the start of the next: what fired has been reset,
+        and a state above the threshold may just have been rounded there.
+        """
+        if self.membrane is not None and not getattr(self, "reset_delay", True):
+            return torch.zeros_like(mem)
+        due: Tensor = super().mem_reset(mem)  # type: ignore[misc]
+        return due
+
+    def _dtypes(self, input_: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of spikes and of states, as the host returns them, and of the computation."""
+        if input_.dtype == torch.float32:
+            return input_.dtype, input_.dtype, input_.dtype
+        with torch.no_grad():  # the host's own surrogates return float32 whatever they are given
+            emitted = self.spike_grad(input_.new_zeros(1)).dtype
+        half = input_.dtype in (torch.float16, torch.bfloat16)
+        carried = torch.promote_types(input_.dtype, emitted)
+        return emitted, carried, torch.float32 if half else input_.dtype
+
+    def _narrowed(self, mem: Tensor, dtype: torch.dtype, model: NeuronModel) -> Tensor:
+        """A potential in the dtype that is carried, on its side of the threshold."""
+        stored = mem.to(dtype)
+        if stored.dtype == mem.dtype or not model.delayed or model.reset == "none":
+            return stored
+        with torch.no_grad():
+            below, above = _around(self.threshold.float(), dtype)
+            sided = torch.where(mem > self.threshold, above.maximum(stored), stored)
+            sided = torch.where(mem <= self.threshold, below.minimum(sided), sided)
+        return F.straight_through(stored, sided)
 
     def extra_repr(self) -> str:
         """Bits and step order, for ``print(model)``."""
         return f"bits={self.bits}, order={self.order!r}"
+
+
+class QLeaky(QuantizedSpikingNeuron, snn.Leaky):  # type: ignore[misc]
+    """snnTorch's ``Leaky`` with a k-bit membrane potential (Eq. 10 to 12).
+
+    Takes all arguments of ``Leaky``, then those of :class:`QuantizedSpikingNeuron`.
+    """
+
+
+class QLapicque(QuantizedSpikingNeuron, snn.Lapicque):  # type: ignore[misc]
+    """snnTorch's ``Lapicque`` with a k-bit membrane potential."""
+
+
+class QSynaptic(QuantizedSpikingNeuron, snn.Synaptic):  # type: ignore[misc]
+    """snnTorch's ``Synaptic`` with k-bit synaptic current and membrane potential."""
+
+
+class QAlpha(QuantizedSpikingNeuron, snn.Alpha):  # type: ignore[misc]
+    """snnTorch's ``Alpha`` with k-bit synaptic currents and membrane potential."""
+
+
+class QRLeaky(QuantizedSpikingNeuron, snn.RLeaky):  # type: ignore[misc]
+    """snnTorch's ``RLeaky`` (recurrent) with a k-bit membrane potential."""
+
+
+class QRSynaptic(QuantizedSpikingNeuron, snn.RSynaptic):  # type: ignore[misc]
+    """snnTorch's ``RSynaptic`` (recurrent) with k-bit current and membrane potential."""
+
+
+class QSLSTM(QuantizedSpikingNeuron, snn.SLSTM):  # type: ignore[misc]
+    """snnTorch's ``SLSTM`` with k-bit cell state and membrane potential."""
+
+
+class QSConv2dLSTM(QuantizedSpikingNeuron, snn.SConv2dLSTM):  # type: ignore[misc]
+    """snnTorch's ``SConv2dLSTM`` with k-bit cell state and membrane potential."""
 
 
 def _around(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -336,89 +287,153 @@ def _around(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return below, torch.where(is_above, near, torch.nextafter(near, infinity))
 
 
-def _check_state_quant(node: Any, membrane: MembraneQuantizer | None) -> None:
-    if membrane is not None and node.state_quant:
-        raise ConfigError(
-            "Leaky's own state_quant and bits would both quantize the membrane potential; "
-            "drop state_quant, or pass bits=None."
+def _is_one(factor: float | Tensor) -> bool:
+    """Whether spikes need no factor; where to ask would wait for a device they get it."""
+    if not isinstance(factor, Tensor):
+        return factor == 1.0
+    if factor.requires_grad or factor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._is_tracing() and bool((factor == 1).all())
+
+
+def _cast(value: Any, dtype: torch.dtype, only_first: bool = False) -> Any:
+    """Tensors in it as ``dtype``, or only the first of a tuple."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    if isinstance(value, tuple):
+        if only_first:
+            return (_cast(value[0], dtype), *value[1:])
+        return tuple(_cast(v, dtype) for v in value)
+    return value
+
+
+def _replaced(value: Any, by: dict[int, Tensor]) -> Any:
+    """What a step returned, with the states in it exchanged."""
+    if isinstance(value, tuple):
+        return tuple(_replaced(v, by) for v in value)
+    return by.get(id(value), value)
+
+
+#: Quantized neurons by the host's class.
+NEURONS: dict[type[nn.Module], type[QuantizedSpikingNeuron]] = {
+    snn.Leaky: QLeaky,
+    snn.Lapicque: QLapicque,
+    snn.Synaptic: QSynaptic,
+    snn.Alpha: QAlpha,
+    snn.RLeaky: QRLeaky,
+    snn.RSynaptic: QRSynaptic,
+    snn.SLSTM: QSLSTM,
+    snn.SConv2dLSTM: QSConv2dLSTM,
+}
+
+#: What neurons call the states they carry, the membrane potential last.
+_STATES = ("syn", "syn_exc", "syn_inh", "mem")
+
+
+class _SnnTorch(hosts.Adapter):
+    """See :class:`qsnn_ext.hosts.Adapter`."""
+
+    def describe(self, module: Any) -> NeuronModel | None:
+        """A neuron of snnTorch, spiking or not."""
+        cls = type(module)
+        if not isinstance(module, snn.SpikingNeuron) and not cls.__module__.startswith(
+            "snntorch._neurons."
+        ):
+            return None
+        states = tuple(State(name, held(module, name, "mem")) for name in _state_names(module))
+        spiking = isinstance(module, snn.SpikingNeuron)
+        difference = isinstance(module, snn.DeltaLeaky)  # fires on it, and is never reset
+        reset = _RESETS["none" if difference else getattr(module, "reset_mechanism", "none")]
+        affine = spiking and kind_of(cls, (snn.Leaky,)) is not None and not module.inhibition
+        return NeuronModel(
+            kind=(kind_of(cls, tuple(NEURONS)) or cls).__name__,
+            states=states,
+            potential="mem",
+            charge=Charge(module.beta.clamp(0, 1)) if affine else None,
+            spiking=spiking,
+            threshold=getattr(module, "threshold", None),
+            fire=getattr(module, "spike_grad", None),
+            reset=reset,
+            delayed=getattr(module, "reset_delay", True),
+            order=getattr(module, "order", "fire_first"),
+            graded=getattr(module, "graded_spikes_factor", 1.0),
+            recurrent=hasattr(module, "recurrent"),
+            readout=reset == "none" and isinstance(module, snn.LIF) and not difference,
+            obstacle=(
+                "its own state_quant and bits would both quantize its states; drop state_quant, "
+                "or pass bits=None"
+                if getattr(module, "state_quant", False)
+                else None
+            ),
         )
 
+    def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
+        """Any spiking neuron of the host."""
+        if issubclass(float_type, QuantizedNeuron):
+            return float_type.remade()
+        if issubclass(float_type, snn.SpikingNeuron):
+            return QuantizedSpikingNeuron.over(float_type)
+        return None
 
-def is_spiking(module: nn.Module) -> bool:
-    """Whether ``module`` is one of snnTorch's spiking neurons (or ours)."""
-    return isinstance(module, snn.SpikingNeuron)
+    def starts_sequence(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        left: Tensor | None,
+    ) -> bool:
+        """Whether the neuron's own state was replaced since the last call, or has another shape.
 
+        A membrane potential passed by hand may be any of several, or a detached one, so of those
+        only the shape is looked at.
+        """
+        given: Tensor | None = args[-1] if len(args) > 1 else kwargs.get("mem")
+        mem = self.state(module) if given is None else given
+        if not isinstance(mem, Tensor) or (given is None and mem is not left):
+            return True
+        return bool(args) and mem.shape != args[0].shape
 
-def state(module: nn.Module) -> Tensor | None:
-    """The membrane potential the neuron keeps."""
-    mem: Tensor | None = getattr(module, "mem", None)
-    return mem
+    def reset(self, model: nn.Module) -> None:
+        """Put the states that the neurons in ``model`` keep back to zero.
 
+        Only those of ``model``, unlike ``utils.reset``. The host keeps states, and nothing else, in
+        non-persistent buffers.
+        """
+        for module in model.modules():
+            if isinstance(module, snn.SpikingNeuron):
+                for name in module._non_persistent_buffers_set:
+                    value = getattr(module, name)
+                    if isinstance(value, Tensor):
+                        setattr(module, name, torch.zeros_like(value))
 
-def starts_sequence(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
-) -> bool:
-    """Whether the neuron's own state was replaced since the last call, or has another shape.
+    def adopt(self, model: nn.Module, copied: bool) -> None:
+        """Put copied neurons on the host's list, so that ``utils.reset`` finds them.
 
-    A membrane potential passed by hand may be any of several, or a detached one, so of those only
-    the shape is looked at.
-    """
-    given: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mem")
-    mem = state(module) if given is None else given
-    if mem is None or (given is None and mem is not left):
-        return True
-    return bool(args) and mem.shape != args[0].shape
+        The list holds its neurons for ever; it gets weak proxies of these, which leave it when the
+        copy dies, so that copying a model many times costs nothing.
+        """
+        instances = snn.SpikingNeuron.instances
+        for module in model.modules() if copied else ():
+            if isinstance(module, snn.SpikingNeuron):
+                proxy = weakref.proxy(module)
+                instances.append(proxy)
+                weakref.finalize(module, _discard, instances, id(proxy))
 
+    def restart(self, module: nn.Module) -> None:
+        """Nothing to do: :class:`OverTime` starts every sequence from zero."""
 
-def reset(model: nn.Module) -> None:
-    """Put the states that the neurons in ``model`` keep back to zero.
-
-    Only those of ``model``, unlike ``utils.reset``. The host keeps states, and nothing else, in
-    non-persistent buffers.
-    """
-    for module in model.modules():
-        if is_spiking(module):
-            for name in module._non_persistent_buffers_set:
-                value = getattr(module, name)
-                if isinstance(value, Tensor):
-                    setattr(module, name, torch.zeros_like(value))
-
-
-#: Which class takes a host neuron's place, by exact type: other neurons subclass Leaky's base.
-NEURONS: dict[type[nn.Module], type[QLeaky]] = {snn.Leaky: QLeaky}
-
-
-def is_neuron(module: nn.Module) -> bool:
-    """Whether ``module`` is a neuron of snnTorch of any kind (or ours)."""
-    return is_spiking(module) or type(module).__module__.startswith("snntorch._neurons.")
-
-
-def is_readout(module: nn.Module) -> bool:
-    """Whether the neuron is never reset, and so only integrates."""
-    return getattr(module, "reset_mechanism", None) == "none"
-
-
-def obstacle(module: nn.Module) -> str | None:
-    """A neuron that already quantizes its state by the host's own means is left alone."""
-    return "it has a state_quant of its own" if getattr(module, "state_quant", False) else None
-
-
-def converted(model: nn.Module) -> None:
-    """Nothing to do: the neurons on the host's list are still the same objects."""
+    def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
+        """See :func:`paper_neuron`."""
+        return paper_neuron(bits, preset, **options)
 
 
-def copied(model: nn.Module) -> None:
-    """Put the copied neurons on the host's list, so that ``utils.reset`` finds them.
-
-    The list holds its neurons for ever; it gets weak proxies of these, which leave it when the
-    copy dies, so that copying a model many times costs nothing.
-    """
-    instances = snn.SpikingNeuron.instances
-    for module in model.modules():
-        if isinstance(module, snn.SpikingNeuron):
-            proxy = weakref.proxy(module)
-            instances.append(proxy)
-            weakref.finalize(module, _discard, instances, id(proxy))
+def _state_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the states a neuron carries, its membrane potential last."""
+    known = [name for name in _STATES if hasattr(module, name)]
+    own = sorted(module._non_persistent_buffers_set - set(_STATES) - {"spk"})
+    return (*own, *known)
 
 
 def _discard(instances: list[Any], proxy: int) -> None:
@@ -426,8 +441,7 @@ def _discard(instances: list[Any], proxy: int) -> None:
     instances[:] = [entry for entry in instances if id(entry) != proxy]
 
 
-def restart(module: nn.Module) -> None:
-    """Nothing to do: :class:`OverTime` starts every sequence from zero."""
+ADAPTER = _SnnTorch()
 
 
 class OverTime(nn.Module):

@@ -7,14 +7,17 @@ for a ``LIFNode`` or a ``layer.Conv2d`` (reset, step mode, monitors, energy coun
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from typing import Any, Literal, Self
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
-from qsnn_ext.errors import ConfigError, InputError, InputTypeError
+from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
+from qsnn_ext.errors import ConfigError, InputError
 from qsnn_ext.layers import (
     BinaryLayer,
     QuantizedConv,
@@ -25,7 +28,8 @@ from qsnn_ext.layers import (
     fold_,
     normalization_affine,
 )
-from qsnn_ext.quantizers import MembraneQuantizer, membrane_quantizer
+from qsnn_ext.neuron import Charge, NeuronModel, State
+from qsnn_ext.quantizers import MembraneQuantizer
 
 try:
     from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
@@ -69,94 +73,50 @@ class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
         return beta * beta / 2 + beta * clipped - clipped * clipped.abs() / 2
 
 
-class QuantizedNode:
-    """Mixin over a SpikingJelly integrate-and-fire neuron: the carried state is quantized.
+class QuantizedNode(QuantizedNeuron):
+    """Mixin over a neuron of SpikingJelly: what it carries is rounded.
 
     Works in step modes ``"s"`` (input ``[N, ...]``) and ``"m"`` (input ``[T, N, ...]``), with hard
     and soft reset, ``store_v_seq``, ``detach_reset`` and any surrogate. Without a quantizer
     (``bits=None`` or 32) the host's own code runs, bit for bit.
 
-    Args:
-        bits: 2 to 8, or ``None``/32 for a float membrane potential.
-        membrane: a ready quantizer; overrides ``bits`` and the options below.
-        preset: ``"paper"`` or ``"official"``: defaults of the options below.
-        scale: ``"max"`` or ``"absmax"``.
-        squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
-        mode: ``"dynamic"`` (default) or ``"frozen"``.
-        order: ``"fire_first"`` (Eq. 12: fire, reset, quantize what is carried) or
-            ``"quantize_first"`` (Algorithm 1: quantize the charge, then fire).
+    A node with an affine charge runs all its steps in one operation. Any other runs the host's own
+    single step, rounds what it carries, and repeats that over time; it fires on its unrounded
+    charge (``order="fire_first"``), since the host's step cannot be entered between the two.
+
+    Takes the arguments of the node, then those of
+    :class:`~qsnn_ext.counterparts.QuantizedNeuron`.
 
     Raises:
-        ConfigError: unknown bits, preset or option.
+        ConfigError: unknown bits, preset or option; ``order="quantize_first"`` for a node whose
+            charge is not affine.
     """
 
-    membrane: MembraneQuantizer | None
-    order: F.StepOrder
-    v_threshold: float
-    v_reset: float | None
-    detach_reset: bool
+    prefix = "Quant"
     surrogate_function: Any
+    _memories: dict[str, Any]
+    _has_rounded: bool
 
-    def __init__(
-        self,
-        *args: Any,
-        bits: int | None = 2,
-        membrane: MembraneQuantizer | None = None,
-        preset: str = "paper",
-        scale: F.MembraneScale | None = None,
-        squash: F.Squash | Literal["none"] | None = None,
-        mode: Literal["dynamic", "frozen"] | None = None,
-        order: F.StepOrder = "fire_first",
-        **kwargs: Any,
-    ) -> None:
-        if membrane is None:
-            membrane = membrane_quantizer(bits, preset, scale=scale, squash=squash, mode=mode)
-        F.check_order(order)
-        super().__init__(*args, **kwargs)
-        self.membrane = membrane
-        self.order = order
-        fire = self.surrogate_function
+    def __init__(self, *args: Any, preset: str = "paper", **kwargs: Any) -> None:
+        super().__init__(*args, preset=preset, **kwargs)
+        fire = getattr(self, "surrogate_function", None)
         if preset == "official" and isinstance(fire, Triangle) and fire.strict is None:
             self.surrogate_function = Triangle(fire.beta, fire.spiking, strict=True)
 
-    @property
-    def bits(self) -> int | None:
-        """Bits of the membrane potential; ``None`` when it is in floating point."""
-        return None if self.membrane is None else self.membrane.bits
-
-    @classmethod
-    def float_type(cls) -> type[nn.Module]:
-        """The host's class this neuron extends."""
-        return next(b for b in cls.__mro__ if b in NEURONS)
-
-    @classmethod
-    def from_float(
-        cls,
-        node: nn.Module,
-        membrane: MembraneQuantizer | None,
-        order: F.StepOrder = "fire_first",
-    ) -> Self:
-        """Turn a host neuron into this one, in place (its class changes), and return it.
-
-        Raises:
-            InputTypeError: ``node`` is not exactly of the host's class.
-        """
-        if type(node) is not cls.float_type():
-            raise InputTypeError(
-                f"{cls.__name__} replaces a {cls.float_type().__name__}, got {type(node).__name__}."
+    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
+        super()._take(membrane, order)
+        if membrane is not None and order != "fire_first" and self._affine() is None:
+            raise ConfigError(
+                f"a {type(self).__name__} runs the host's own step, which fires on the unrounded "
+                "charge; use order='fire_first'."
             )
-        F.check_order(order)
-        node.__class__ = cls  # type: ignore[assignment]
-        assert isinstance(node, cls)
-        if membrane is not None:
-            membrane.train(node.training)
-        node.membrane = membrane
-        node.order = order
-        return node
 
-    def _charge(self) -> dict[str, float | Tensor]:
-        """``decay``, ``gain``, ``offset`` of the charge ``h = decay*v + gain*x + offset``."""
-        raise NotImplementedError
+    def _affine(self) -> NeuronModel | None:
+        """What the fused operation runs; ``None`` where the host's own step runs."""
+        if self.membrane is None:
+            return None
+        model = ADAPTER.describe(self)
+        return model if model is not None and model.charge is not None else None
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[object, ...], step_mode: str
@@ -165,69 +125,131 @@ class QuantizedNode:
 
         A state still at zero stays the number, ``None`` here: kernels need not read zeros.
         """
-        if self.membrane is None:
-            result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
-            return result
-        x = inputs[0]
-        F.check_floating(x, type(self).__name__)
-        if step_mode == "m":
-            F.check_rank(x, f"{type(self).__name__} in step mode 'm'", 2, "[T, N, ...]")
-            if x.shape[0] == 0:
-                raise InputError(f"{type(self).__name__} got a sequence of no time steps (T = 0).")
-        else:
-            F.check_rank(x, f"{type(self).__name__} in step mode 's'", 1, "[N, ...]")
-        if isinstance(states[0], float) and states[0] == 0.0:
-            return (None, *states[1:])
-        result = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
+        if self.membrane is not None:
+            self._check(inputs[0], step_mode)
+            affine = self._affine() is not None
+            if affine and isinstance(states[0], float) and states[0] == 0.0:
+                return (None, *states[1:])
+        result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
         return result
+
+    def _check(self, x: Tensor, step_mode: str) -> None:
+        name = type(self).__name__
+        F.check_floating(x, name)
+        if step_mode == "s":
+            F.check_rank(x, f"{name} in step mode 's'", 1, "[N, ...]")
+            return
+        F.check_rank(x, f"{name} in step mode 'm'", 2, "[T, N, ...]")
+        if x.shape[0] == 0:
+            raise InputError(f"{name} got a sequence of no time steps (T = 0).")
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """``((spikes,), (v, ...))`` of one step ``[N, ...]``; reads and writes no module state."""
+        """``((spikes,), states)`` of one step ``[N, ...]``; reads and writes no module state."""
+        model = self._affine()
+        if model is not None:
+            spikes, v = kernels.run_layer(inputs[0].unsqueeze(0), states[0], model)
+            return (spikes[0],), (v, *states[1:])
+        stepped: Any = super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
+        outputs, updated = stepped
         if self.membrane is None:
-            return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
-        return (spikes[0],), (v, *states[1:])
+            return outputs, updated
+        self.__dict__["_has_rounded"] = True
+        return outputs, self._rounded(updated)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """``((spikes,), (v, ...))`` of a sequence ``[T, N, ...]``; touches no module state."""
+        """``((spikes,), states)`` of a sequence ``[T, N, ...]``; touches no module state."""
         if self.membrane is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        spike_seq, v = self._run(inputs[0], states[0])
+        model = self._affine()
+        if model is None:
+            repeated: Any = base.MemoryModule.multi_step_functional_forward(
+                self, inputs, states, **kwargs
+            )
+            return repeated  # type: ignore[no-any-return]
+        spike_seq, v = kernels.run_layer(inputs[0], states[0], model)
         return (spike_seq,), (v, *states[1:])
 
-    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert self.membrane is not None
-        return kernels.run_layer(
-            x_seq,
-            v,
-            self.membrane,
-            charge=self._charge(),
-            threshold=self.v_threshold,
-            reset="soft" if self.v_reset is None else "hard",
-            v_reset=self.v_reset or 0.0,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate_function,
-            order=self.order,
-        )
+    def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One step ``[N, ...]``, from the states that the module keeps."""
+        if self.membrane is None:
+            return super().single_step_forward(x, *args, **kwargs)  # type: ignore[misc]
+        self.__dict__["_has_rounded"] = self._affine() is not None
+        outputs = super().single_step_forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not self._has_rounded:  # a step of its own, that goes by no functional one
+            self._memories.update(
+                zip(self._memories, self._rounded(tuple(self._memories.values())), strict=True)
+            )
+        return outputs
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A sequence ``[T, N, ...]``, from the states that the module keeps."""
+        if self.membrane is None or isinstance(self, _OWN_SEQUENCE):
+            return super().multi_step_forward(x_seq, *args, **kwargs)  # type: ignore[misc]
+        if not _is_functional(self.float_type()):
+            self._check(x_seq, "m")
+            return torch.stack([self.single_step_forward(x, *args, **kwargs) for x in x_seq])
+        # Not the node's own, which may run a whole sequence in float.
+        parent = neuron.BaseNode if isinstance(self, neuron.BaseNode) else base.MemoryModule
+        return parent.multi_step_forward(self, x_seq, *args, **kwargs)
+
+    def _rounded(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The states in the order of the module's memories, those that have a quantizer rounded."""
+        done: dict[int, Tensor] = {}  # a node may carry one tensor under two names
+        model = ADAPTER.describe(self)
+        assert model is not None
+        quantizers = {s.name: s.quantizer for s in model.states}
+        for name, value in zip(self._memories, states, strict=True):
+            q = quantizers.get(name)
+            if q is not None and isinstance(value, Tensor) and id(value) not in done:
+                done[id(value)] = rounder(q)(value)
+        return tuple(done.get(id(value), value) for value in states)
 
     def extra_repr(self) -> str:
         """The host's, with bits and step order."""
         return f"{super().extra_repr()}, bits={self.bits}, order={self.order!r}"  # type: ignore[misc]
 
 
-def _leak(
-    rate: float | Tensor, decay_input: bool, v_reset: float | None
-) -> dict[str, float | Tensor]:
-    """The affine charge of a leaky neuron that loses ``rate = 1/tau`` of its potential a step."""
-    return {
-        "decay": 1.0 - rate,
-        "gain": rate if decay_input else 1.0,
-        "offset": rate * v_reset if v_reset else 0.0,
-    }
+def _is_functional(cls: type[nn.Module]) -> bool:
+    """Whether a step of this class goes by ``single_step_functional_forward``."""
+    stock: Any = base.MemoryModule.single_step_functional_forward
+    return cls.single_step_functional_forward is not stock  # type: ignore[attr-defined]
+
+
+class QuantizedLoop(QuantizedNeuron):
+    """Mixin over the nodes of SpikingJelly that loop over time inside their forward pass.
+
+    What such a node keeps, it keeps for one sequence: its states are rounded after each of its
+    steps. It fires on its unrounded charge.
+    """
+
+    prefix = "Quant"
+
+    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
+        super()._take(membrane, order)
+        if membrane is not None and order != "fire_first":
+            raise ConfigError(f"a {type(self).__name__} takes order='fire_first' only.")
+
+    def neuronal_charge(self, x: Tensor) -> None:
+        """The host's; for a node that never fires it ends the step."""
+        super().neuronal_charge(x)  # type: ignore[misc]
+        if not hasattr(self, "neuronal_reset"):
+            self._round()
+
+    def neuronal_reset(self, *args: Any) -> None:
+        """The host's, which ends the step."""
+        super().neuronal_reset(*args)  # type: ignore[misc]
+        self._round()
+
+    def _round(self) -> None:
+        model = ADAPTER.describe(self)
+        assert model is not None
+        for state in model.states:
+            if state.quantizer is not None:
+                setattr(self, state.name, rounder(state.quantizer)(getattr(self, state.name)))
 
 
 class QuantLIFNode(QuantizedNode, neuron.LIFNode):  # type: ignore[misc]
@@ -240,28 +262,68 @@ class QuantLIFNode(QuantizedNode, neuron.LIFNode):  # type: ignore[misc]
     Takes all arguments of ``LIFNode``, with its defaults, then those of :class:`QuantizedNode`.
     """
 
-    tau: float
-    decay_input: bool
-
-    def _charge(self) -> dict[str, float | Tensor]:
-        return _leak(1.0 / self.tau, self.decay_input, self.v_reset)
-
 
 class QuantIFNode(QuantizedNode, neuron.IFNode):  # type: ignore[misc]
     """SpikingJelly's ``IFNode`` (no leak) with a k-bit membrane potential."""
-
-    def _charge(self) -> dict[str, float | Tensor]:
-        return {"decay": 1.0, "gain": 1.0, "offset": 0.0}
 
 
 class QuantParametricLIFNode(QuantizedNode, neuron.ParametricLIFNode):  # type: ignore[misc]
     """SpikingJelly's ``ParametricLIFNode`` (learnable ``1/tau = sigmoid(w)``), k-bit membrane."""
 
-    w: nn.Parameter
-    decay_input: bool
 
-    def _charge(self) -> dict[str, float | Tensor]:
-        return _leak(self.w.sigmoid(), self.decay_input, self.v_reset)
+class QuantGatedLIFNode(QuantizedNode, neuron.GatedLIFNode):  # type: ignore[misc]
+    """SpikingJelly's ``GatedLIFNode`` (step mode ``"m"`` only) with a k-bit membrane potential."""
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """The host's loop, which is written around its step, with the state rounded after each."""
+        if self.membrane is None:
+            return super().multi_step_functional_forward(inputs, states, **kwargs)
+        names = ("alpha", "beta", "gamma", "tau", "v_threshold", "linear_decay", "v_subreset")
+        values = [getattr(self, name).view(1, -1, 1, 1).sigmoid() for name in names]
+        quantize, v = rounder(self.membrane), states[0]
+        spike, spikes = torch.zeros_like(inputs[0][0]), []
+        for t in range(self.T):
+            conduct = self.conduct[t].view(1, -1, 1, 1).sigmoid()
+            spike, v = functional.gated_lif_step(
+                inputs[0][t], v, spike, *values, conduct, self.surrogate_function
+            )
+            spikes.append(spike)
+            v = quantize(v)
+        return (torch.stack(spikes),), (v, v)
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The host's."""
+        return base.MemoryModule.multi_step_forward(self, x_seq, *args, **kwargs)
+
+
+#: Nodes whose own sequence goes by the functional step, and does more around it.
+_OWN_SEQUENCE = (neuron.ComplementaryLIFNode,)
+
+#: Quantized nodes by the host's class, for those whose charge is affine.
+NEURONS: dict[type[nn.Module], type[QuantizedNode]] = {
+    neuron.LIFNode: QuantLIFNode,
+    neuron.IFNode: QuantIFNode,
+    neuron.ParametricLIFNode: QuantParametricLIFNode,
+}
+
+
+def _leak(rate: float | Tensor, decay_input: bool, v_reset: float | None) -> Charge:
+    """The affine charge of a leaky neuron that loses ``rate = 1/tau`` of its potential a step."""
+    gain = rate if decay_input else 1.0
+    return Charge(1.0 - rate, gain, rate * v_reset if v_reset else 0.0)
+
+
+def _charge(module: Any) -> Charge | None:
+    kind = kind_of(type(module), tuple(NEURONS))
+    if kind is neuron.IFNode:
+        return Charge(1.0, 1.0, 0.0)
+    if kind is neuron.LIFNode:
+        return _leak(1.0 / module.tau, module.decay_input, module.v_reset)
+    if kind is neuron.ParametricLIFNode:
+        return _leak(module.w.sigmoid(), module.decay_input, module.v_reset)
+    return None
 
 
 @counterpart_of(layer.Conv1d)
@@ -334,14 +396,6 @@ class BinaryConvTranspose3d(BinaryLayer, QuantConvTranspose3d):
     """SpikingJelly's ``layer.ConvTranspose3d`` with 1-bit weights, in both step modes."""
 
 
-#: Which class takes a host neuron's place, by exact type: unrelated nodes subclass these.
-NEURONS: dict[type[nn.Module], type[QuantizedNode]] = {
-    neuron.LIFNode: QuantLIFNode,
-    neuron.IFNode: QuantIFNode,
-    neuron.ParametricLIFNode: QuantParametricLIFNode,
-}
-
-
 def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers."""
     if not isinstance(conv, QuantizedWeight):
@@ -358,68 +412,133 @@ _stock_fusion = conv_bn_fusion.fuse_conv_bn_eval
 conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
 
 
-def is_spiking(module: nn.Module) -> bool:
-    """Whether ``module`` is one of SpikingJelly's spiking neurons (or ours)."""
-    return isinstance(module, neuron.BaseNode) or (
-        type(module).__module__.startswith(neuron.__name__ + ".")
-        and type(module).__name__.endswith(("Node", "PSN"))
-        and not type(module).__name__.startswith("NonSpiking")
+def _is_of_the_host(cls: Any) -> bool:
+    return _of_the_host(cls)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_the_host(cls: type) -> bool:
+    return any(
+        b.__module__.startswith(neuron.__name__) and not issubclass(b, QuantizedNeuron)
+        for b in cls.__mro__
     )
 
 
-def state(module: nn.Module) -> Tensor | None:
-    """The membrane potential the neuron keeps; ``None`` before the first step."""
-    v = getattr(module, "v", None)
-    return v if isinstance(v, Tensor) else None
+def _memories(module: Any) -> dict[str, Any]:
+    """What a module carries, and to what each is reset."""
+    if isinstance(module, base.MemoryModule):
+        reset: dict[str, Any] = module._memories_rv
+        return reset
+    if isinstance(module, (neuron.NonSpikingBaseNode, neuron.ILCBaseNode)):
+        current = {"c": 0.0} if hasattr(module, "c_decay") else {}
+        return {"v": getattr(module, "v_reset", 0.0), **current}
+    return {}
 
 
-def starts_sequence(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor | None
-) -> bool:
-    """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
-    return state(module) is None
+class _SpikingJelly(hosts.Adapter):
+    """See :class:`qsnn_ext.hosts.Adapter`."""
+
+    def describe(self, module: Any) -> NeuronModel | None:
+        """A node of SpikingJelly, or a user's module with a memory called ``v``."""
+        cls = type(module)
+        memories = _memories(module)
+        own = isinstance(module, base.MemoryModule) and "v" in memories
+        if not (own or _is_of_the_host(cls) or isinstance(module, layer.SynapseFilter)):
+            return None
+        potential = "v" if "v" in memories else next(iter(memories), None)
+        states = tuple(
+            State(
+                name,
+                held(module, name, potential),
+                None if _is_number(value) else "it has no number to start from",
+            )
+            for name, value in memories.items()
+            if not (isinstance(module, neuron.GatedLIFNode) and name == "u")  # v once more
+        )
+        v_reset = getattr(module, "v_reset", 0.0)
+        silent = (neuron.NonSpikingBaseNode, neuron.NoisyNonSpikingBaseNode)
+        threshold = getattr(module, "v_threshold", None)
+        return NeuronModel(
+            kind=(kind_of(cls, tuple(NEURONS)) or cls).__name__,
+            states=tuple(s for s in states if s.why_float is None),
+            potential=potential,
+            charge=_charge(module),
+            spiking=not isinstance(module, (*silent, layer.SynapseFilter)),
+            threshold=threshold,
+            readout=isinstance(module, silent) or _is_infinite(threshold),
+            fire=getattr(module, "surrogate_function", None),
+            reset="soft" if v_reset is None else "hard",
+            v_reset=v_reset or 0.0 if isinstance(v_reset, (float, type(None))) else 0.0,
+            detach_reset=getattr(module, "detach_reset", False),
+            order=getattr(module, "order", "fire_first"),
+            obstacle=self._obstacle(module),
+        )
+
+    def _obstacle(self, module: Any) -> str | None:
+        noisy = (neuron.NoisyBaseNode, neuron.NoisyNonSpikingBaseNode)
+        if isinstance(module, noisy):
+            return "it keeps its states inside its own forward pass"
+        if isinstance(module, base.MemoryModule) and not isinstance(module, neuron.GatedLIFNode):
+            cls: Any = type(module)
+            cls = cls.float_type() if issubclass(cls, QuantizedNeuron) else cls
+            stock: Any = base.MemoryModule.single_step_forward
+            if cls.single_step_forward is stock and not _is_functional(cls):
+                return "it runs whole sequences and has no step of its own"
+        return None
+
+    def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
+        """Any node with memories, and those that loop over time by steps of their own."""
+        if issubclass(float_type, QuantizedNeuron):
+            return float_type.remade()
+        if issubclass(float_type, base.MemoryModule):
+            return QuantizedNode.over(float_type)
+        if issubclass(float_type, (neuron.NonSpikingBaseNode, neuron.ILCBaseNode)):
+            return QuantizedLoop.over(float_type)
+        return None
+
+    def starts_sequence(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        left: Tensor | None,
+    ) -> bool:
+        """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
+        return self.state(module) is None
+
+    def reset(self, model: nn.Module) -> None:
+        """Put every memory in ``model`` back to its reset value, as ``functional.reset_net``."""
+        for module in model.modules():
+            if isinstance(module, base.MemoryModule):
+                module.reset()
+
+    def adopt(self, model: nn.Module, copied: bool) -> None:
+        """Make ``functional.reset_net`` look at ``model`` anew."""
+        functional.invalidate_reset_cache(model)
+
+    def restart(self, module: nn.Module) -> None:
+        """As ``functional.reset_net`` does, but traceable by ``torch.compile``."""
+        for node in module.modules():
+            if isinstance(node, neuron.BaseNode):
+                node.v = 0.0 if node.v_reset is None else node.v_reset
+                node.v_seq = None
+
+    def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
+        """See :func:`paper_neuron`."""
+        return paper_neuron(bits, preset, **options)
 
 
-def reset(model: nn.Module) -> None:
-    """Put every memory in ``model`` back to its reset value, as ``functional.reset_net`` does."""
-    for module in model.modules():
-        if isinstance(module, base.MemoryModule):
-            module.reset()
+def _is_infinite(threshold: object) -> bool:
+    return isinstance(threshold, float) and threshold == math.inf
 
 
-def is_neuron(module: nn.Module) -> bool:
-    """Whether ``module`` is a neuron of SpikingJelly of any kind, spiking or not (or ours)."""
-    return is_spiking(module) or type(module).__module__.startswith(neuron.__name__ + ".")
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_readout(module: nn.Module) -> bool:
-    """Whether the neuron has no threshold to reach, and so only integrates."""
-    return getattr(module, "v_threshold", None) == math.inf
-
-
-def obstacle(module: nn.Module) -> str | None:
-    """Nothing stands in the way of a node of a known type."""
-    return None
-
-
-def converted(model: nn.Module) -> None:
-    """Make ``functional.reset_net`` look at ``model`` anew."""
-    functional.invalidate_reset_cache(model)
-
-
-def copied(model: nn.Module) -> None:
-    """Nothing to do: SpikingJelly keeps no list of neurons."""
-
-
-def restart(module: nn.Module) -> None:
-    """Put the membrane potentials in ``module`` back to their reset value.
-
-    As ``functional.reset_net`` does, but traceable by ``torch.compile``.
-    """
-    for node in module.modules():
-        if isinstance(node, neuron.BaseNode):
-            node.v = 0.0 if node.v_reset is None else node.v_reset
-            node.v_seq = None
+ADAPTER = _SpikingJelly()
 
 
 def paper_neuron(bits: int | None, preset: str = "paper", **options: Any) -> QuantLIFNode:

@@ -55,6 +55,11 @@ def table(
     return [line(header), line(["-" * width for width in widths]), *map(line, cells)]
 
 
+def columns(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 2) -> str:
+    """A table whose first ``left`` columns are names and whose others are numbers."""
+    return "\n".join(table(header, rows, right=range(left, len(header))))
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The same as an HTML table; nothing in a cell is taken for markup."""
 

@@ -14,7 +14,15 @@ from qsnn_ext.errors import ConfigError
 
 Bits = Literal["32w-32u", "1w-8u", "1w-4u", "1w-2u"]
 Dataset = Literal[
-    "cifar10", "cifar100", "tinyimagenet", "dvsgesture", "dvscifar10", "digits", "digits-events"
+    "cifar10",
+    "cifar100",
+    "tinyimagenet",
+    "fashionmnist",
+    "dvsgesture",
+    "dvscifar10",
+    "nmnist",
+    "digits",
+    "digits-events",
 ]
 
 
@@ -34,13 +42,20 @@ class Config:
     """Side of the square input in pixels; none keeps the data set's own choice for this recipe."""
     augment: bool = True
     """Augment the training set as the recipe's protocol says."""
+    strong_augment: bool = True
+    """CIFAR: also AutoAugment and Cutout, as the paper does; without them random crops and flips
+    alone, which suit short runs."""
+    holdout: int = 0
+    """Training images kept aside, equally many of each class and the same ones whatever --seed;
+    every epoch is judged by them, and the test set waits for the last."""
     split: Literal["tebn", "last", "random"] = "tebn"
     """How DVS-CIFAR10 is divided into training and test set; other data sets have their own
     split."""
     batch: int = 256
     """Samples per optimizer step and process, before gradient accumulation."""
-    workers: int = 4
-    """Data loading processes; the result does not depend on their number."""
+    workers: int | None = None
+    """Data loading processes; the result does not depend on their number. None: no process where
+    whole batches are made from arrays and trained on the CPU, else four."""
     limit_batches: int | None = None
     """Use only this many training and test batches per epoch, to try a set-up out."""
 
@@ -75,6 +90,29 @@ class Config:
     strength: float = 1e-3
     """Weight lambda of the firing-rate loss."""
 
+    # -- improvements on the paper's method
+    sign_gradient: Literal["clipped", "identity", "annealed"] | None = None
+    """Pseudo-gradient of the binary weights' sign; none takes the preset's. annealed sharpens it
+    over the epochs."""
+    latent_lr: float = 1.0
+    """Factor of the learning rate for the latent weights of binary layers."""
+    latent_weight_decay: float | None = None
+    """Weight decay of the latent weights of binary layers; none takes --weight-decay."""
+    start_from: Path | None = None
+    """Folder of a run, such as one in full precision, whose last weights are the first of this
+    one."""
+    teacher: Path | None = None
+    """Folder of a run, such as one in full precision, whose answers are learnt beside the
+    labels."""
+    distillation: float = 0.5
+    """Share of the teacher's answers in the loss; the labels have the rest."""
+    temperature: float = 4.0
+    """Temperature at which answers of teacher and network are compared."""
+    loss: Literal["per_step", "mean_logits"] = "per_step"
+    """Cross entropy of every time step's logits (Eq. 18, TET), or of their mean over time."""
+    tet: float = 0.0
+    """Share of TET's second term, which draws the logits of every time step towards 1."""
+
     # -- optimization
     epochs: int = 300
     """Passes over the training set."""
@@ -96,8 +134,12 @@ class Config:
     # -- machine
     seed: int = 0
     """Seed of initialisation, data order and augmentation."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    """Number format of the arithmetic; the mixed ones keep float32 weights."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
+    """Number format of the arithmetic; the mixed ones keep float32 weights. auto takes bf16-mixed
+    where the device multiplies bfloat16 natively, else 32-true."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """How activations lie in memory; the result is the same to rounding. auto takes channels_last,
+    the faster one for convolutions on CPUs and GPUs."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     devices: int | None = None
@@ -127,7 +169,10 @@ class Config:
     """Use the paper's published setting where the recipe's default departs from it."""
 
     def __post_init__(self) -> None:
-        positive = ("batch", "width", "steps", "epochs", "lr", "accumulate", "nodes")
+        positive = (
+            *("batch", "width", "steps", "epochs", "lr", "accumulate", "nodes"),
+            *("latent_lr", "temperature"),
+        )
         optional = ("size", "limit_batches", "devices", "stop_after", "clip")
         for name in (*positive, *optional):
             value = getattr(self, name)
@@ -135,10 +180,14 @@ class Config:
                 continue
             if not value > 0 or value != value or value == float("inf"):
                 raise ConfigError(f"{flag(name)} must be greater than zero, got {value}.")
-        for name in ("strength", "momentum", "weight_decay", "warmup", "workers", "seed"):
+        zero_or_more = ("strength", "momentum", "weight_decay", "warmup", "workers", "seed")
+        for name in (*zero_or_more, "holdout", "latent_weight_decay"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        for name in ("distillation", "tet"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{flag(name)} is a share, 0 to 1; got {getattr(self, name)}.")
         if self.warmup >= self.epochs:
             raise ConfigError(
                 f"--warmup {self.warmup} leaves nothing of --epochs {self.epochs}; make it shorter."
@@ -195,8 +244,14 @@ RESUMABLE = frozenset(
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields of two :meth:`Config.to_dict` that make them different experiments."""
     names = [f.name for f in fields(Config) if f.name not in RESUMABLE]
+    # What is left to the machine is whatever the other run was given.
+    names = [n for n in names if ours.get(n) != "auto"]
+    # A run from before an option existed ran as the option's default has it.
+    defaults = Config().to_dict()
     return {
-        n: (theirs.get(n), ours.get(n)) for n in names if theirs.get(n, ours.get(n)) != ours.get(n)
+        n: (theirs.get(n), ours.get(n))
+        for n in names
+        if theirs.get(n, defaults[n]) not in (ours.get(n), "auto")
     }
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qsnn_ext.footprint import PAPER_TABLE_2, table, table_2
+from qsnn_ext.text import columns
 from recipes.engine.cli import call
 from recipes.gather import FOLDERS, follows_protocol, run_results
+from recipes.table_2 import PAPER_TABLE_2, table_2
 
 BITS = ("32w-32u", "1w-8u", "1w-4u", "1w-2u")
 
@@ -54,7 +55,7 @@ def table_1(results: Sequence[dict[str, Any]]) -> str:
                 epochs = "/".join(sorted({str(r["config"]["epochs"]) for r in runs}))
             rows.append([data, bits, f"{paper:.2f}", best, last, str(len(runs) or ""), epochs])
     head = ["data set", "bits", "paper", "ours, best", "ours, last", "runs", "epochs"]
-    return table(head, rows)
+    return columns(head, rows)
 
 
 def table_2_text() -> str:
@@ -68,7 +69,7 @@ def table_2_text() -> str:
         for bits, paper in by_bits.items():
             cells = zip(ours[batch][bits], paper, strict=True)
             rows.append([str(batch), bits, *(f"{v:.2f}" for pair in cells for v in pair)])
-    return table(head, rows)
+    return columns(head, rows)
 
 
 def main(folders: list[Path] = list(FOLDERS)) -> None:  # noqa: B006 (never changed)

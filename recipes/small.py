@@ -31,5 +31,7 @@ def on_digits(full: Config, data: str) -> Config:
         lr=0.5 if full.optimizer == "sgd" else full.lr,
         augment=False,
         workers=0,
+        precision="32-true",
+        memory_format="contiguous",
         kernels="function",  # compiling takes longer than it saves in so short a run
     )

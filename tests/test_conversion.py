@@ -113,6 +113,33 @@ def test_flow_goes_through_loops_buffers_and_weights_nobody_calls():
     assert report[""].action == "unsupported"
 
 
+def test_tied_and_normed_weights_are_read_by_their_layers_alone():
+    normed = nn.utils.spectral_norm(nn.Linear(6, 6))
+    net = nn.Sequential(nn.Linear(6, 6), lif(), nn.Linear(6, 6), lif(), nn.Linear(6, 6), lif(),
+                        normed, lif(), nn.Linear(6, 2))  # fmt: skip
+    net[4].weight = net[2].weight
+    report = quantize_(net, "1w-2u", sample=torch.rand(3, 2, 6) * 9)
+    assert bits(report, "0", "2", "4", "8") == (8, 1, 1, 8)
+    assert not any("also read" in warning for warning in report.warnings)
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.n = (
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 2),
+                lif(),
+            )
+
+        def forward(self, x):
+            return self.c(tf.linear(self.n(self.a(x)), self.b.weight, self.b.bias))
+
+    report = quantize_(Reading(), "1w-2u", sample=torch.rand(3, 2, 6))
+    assert bits(report, "a", "c") == (8, 8)
+    assert any("weights of b are also read" in warning for warning in report.warnings)
+
+
 def test_a_model_called_in_another_way():
     net = nn.Sequential(nn.Linear(6, 8), snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(8, 8),
                         snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(8, 2))  # fmt: skip

@@ -287,8 +287,8 @@ def test_rules_that_cannot_do_anything_are_errors(rules, message):
 
 
 def test_a_rule_for_one_module_that_cannot_be_quantized_is_an_error():
-    net = nn.Sequential(nn.Linear(2, 2), neuron.IzhikevichNode())
-    with pytest.raises(ConversionError, match="asks to quantize IzhikevichNode"):
+    net = nn.Sequential(nn.Linear(2, 2), neuron.DSRIFNode())
+    with pytest.raises(ConversionError, match="asks to quantize DSRIFNode"):
         quantize_(net, QuantConfig(rules=(Rule(name="1", membrane=4),)))
 
 
@@ -320,14 +320,8 @@ def _renormed(function, module):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (neuron.IzhikevichNode(), "no quantized counterpart"),
-        (neuron.PSN(T=2), "no quantized counterpart"),
-        (neuron.ILIFNode(), "no quantized counterpart"),
-        (neuron.GatedLIFNode(T=2), "no quantized counterpart"),
-        (neuron.NonSpikingLIFNode(), "no quantized counterpart"),
-        (snn.Synaptic(alpha=0.9, beta=0.8), "no quantized counterpart"),
-        (snn.RLeaky(beta=0.9, all_to_all=False), "no quantized counterpart"),
-        (snn.Leaky(beta=0.9, state_quant=lambda x: x), "state_quant of its own"),
+        (neuron.DSRIFNode(), "has no step of its own"),
+        (snn.Leaky(beta=0.9, state_quant=lambda x: x), "its own state_quant"),
         (nn.TransformerEncoderLayer(4, 2), "fused"),
         (nn.Embedding(3, 4), "Embedding is unknown"),
         (MyConv(2, 2, 3), "MyConv computes its weight in a way of its own"),

@@ -13,9 +13,10 @@ from torch import nn
 
 from qsnn_ext import footprint, models
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
-from qsnn_ext.footprint import PAPER_TABLE_2, table_2
 from qsnn_ext.layers import BinaryConv2d, BinaryLinear, QuantLinear
 from qsnn_ext.quantizers import BinaryWeight
+from recipes import table_2 as recipe
+from recipes.table_2 import PAPER_TABLE_2, table_2
 
 sj = pytest.importorskip("qsnn_ext.spikingjelly")
 CELLS = [(batch, bits, i) for batch in PAPER_TABLE_2 for bits in PAPER_TABLE_2[1] for i in range(3)]
@@ -171,7 +172,7 @@ def test_scale_that_is_not_calibrated_does_not_matter():
 def test_model_called_in_another_way():
     model = nn.Sequential(nn.Linear(4, 4), sj.QuantLIFNode(bits=2))
     result = footprint(
-        model, input_shape=(4,), time_steps=3, run=lambda m, x: [m(x_t) for x_t in x]
+        model, input_shape=(4,), time_steps=3, forward=lambda m, x: [m(x_t) for x_t in x]
     )
     assert result.layers[1].membrane_elements == 4
 
@@ -220,11 +221,8 @@ def test_wrong_shape_and_wrong_model():
 
 
 def test_command_prints_the_table(capsys, counted, monkeypatch):
-    import importlib
-
-    module = importlib.import_module("qsnn_ext.footprint")
-    monkeypatch.setattr(module, "table_2", lambda accounting="paper": counted)
-    module._main()
+    monkeypatch.setattr(recipe, "table_2", lambda accounting="paper": counted)
+    recipe._main()
     out = capsys.readouterr().out
     assert out.count("1w-2u") == 3
     assert "Largest difference from the paper: 0.008 MB" in out

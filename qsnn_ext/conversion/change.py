@@ -39,11 +39,7 @@ def quantized_layer(module: nn.Module, quantizer: Quantizer) -> type[QuantizedWe
 
 def quantized_neuron(module: nn.Module) -> Any:
     """The quantized class that can take a neuron's place, or is its class already."""
-    for host in hosts.adapters():
-        for float_type, quantized in host.NEURONS.items():
-            if type(module) in (float_type, quantized):
-                return quantized
-    return None
+    return hosts.counterpart(module)
 
 
 def change_class(module: Any, target: Target) -> None:
@@ -58,9 +54,7 @@ def change_class(module: Any, target: Target) -> None:
         return
     quantized = quantized_neuron(module)
     if type(module) is quantized:
-        del module.membrane
-        del module.order
-        module.__class__ = quantized.float_type()
+        module.to_float()
     if target.quantizer is not None:
         quantized.from_float(module, target.quantizer.to(target.device), target.order)
 

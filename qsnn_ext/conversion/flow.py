@@ -102,12 +102,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._layers = {id(layer): layer for layer in layers}
         # Storages are told apart by their address, which a weak reference keeps from serving again.
         self._sources: dict[int, tuple[StorageWeakRef, frozenset[int]]] = {}
-        self._weights = {
-            _address(p): id(module)
-            for module in (*layers, *holders)
-            for p in module._parameters.values()
-            if p is not None and not isinstance(p, nn.UninitializedParameter) and p.dim() > 1
-        }
+        # Tied weights have several owners.
+        self._weights: dict[int, set[int]] = {}
+        for module in (*layers, *holders):
+            for p in module._parameters.values():
+                if p is None or isinstance(p, nn.UninitializedParameter) or p.dim() < 2:
+                    continue
+                self._weights.setdefault(_address(p), set()).add(id(module))
         self._edges: dict[int, set[int]] = {}
         self._feeds: set[int] = set()
         self._inside: list[int] = []
@@ -151,14 +152,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choosing = _CHOOSING.get(name)
         used = [a for number, a in enumerate(args) if number != choosing]
         sources = self.sources((used, kwargs))
-        if name in _PRODUCTS:
-            owners = {self._weights.get(_address(t), 0) for t in _tensors(args)} - {0}
-            for owner in owners - set(self._inside):
-                # A product with somebody's weights outside of his call is a layer all the same.
-                self._enter(owner, sources)
-                self._seen.read.add(owner)
-                self.give(out, frozenset({owner}), anew=True)
-                return out
+        if name in _PRODUCTS and sources:
+            for tensor in _tensors(args):
+                owners = self._weights.get(_address(tensor), set())
+                if owners and owners.isdisjoint(self._inside):
+                    # A product with weights outside of their owner's call is a layer all the same.
+                    owner = min(owners)
+                    self._enter(owner, sources)
+                    self._seen.read.add(owner)
+                    self.give(out, frozenset({owner}), anew=True)
+                    return out
         if sources:
             self.give(out, sources)
             if func._schema.is_mutable:

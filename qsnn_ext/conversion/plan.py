@@ -80,7 +80,7 @@ class Unit:
     @property
     def is_neuron(self) -> bool:
         """Whether it is a neuron of a host."""
-        return any(host.is_neuron(self.module) for host in hosts.adapters())
+        return hosts.describe(self.module) is not None
 
     @property
     def is_quantized(self) -> bool:
@@ -342,15 +342,16 @@ class Plan:
             unit.bits["membrane"] = current.bits if current is not None else None
         if isinstance(wanted, str):
             return unit.settle("kept", reason)
-        # A cell with weights of its own computes, whatever it does about resets.
-        has_weights = any(is_weighted(m) or m._parameters for m in module.children())
-        readout = not has_weights and any(host.is_readout(module) for host in hosts.adapters())
-        if readout and rule is None and self.config.readouts == "keep" and current is None:
+        model = hosts.describe(module)
+        assert model is not None  # a neuron
+        if not model.states and model.obstacle is None:
+            return unit.settle("nothing", "it carries no state from one step to the next")
+        if model.readout and rule is None and self.config.readouts == "keep" and current is None:
             return unit.settle("kept", "read-out: it only integrates")
         why_not = (
             f"{unit.type} is a neuron with no quantized counterpart"
-            if quantized is None
-            else next((o for host in hosts.adapters() if (o := host.obstacle(module))), None)
+            if quantized is None and model.obstacle is None
+            else model.obstacle
         )
         if why_not is not None:
             self._forbid_request(unit, why_not)

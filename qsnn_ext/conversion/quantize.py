@@ -123,7 +123,7 @@ def quantize_(
     if inplace:
         return report
     for host in hosts.adapters():
-        host.copied(changed)
+        host.adopt(changed, copied=True)
     return changed
 
 
@@ -151,7 +151,7 @@ def _quantize(
             if unit.target is not None:
                 change_class(unit.module, unit.target)
         for host in hosts.adapters():
-            host.converted(model)
+            host.adopt(model, copied=False)
         report = plan.report()
         setattr(model, REPORT_ATTRIBUTE, report)
     return report

@@ -50,10 +50,23 @@ def _index(x: Real, parts: Sequence[Any]) -> Real:
     return result
 
 
+def _take(x: Real, steps: Sequence[int]) -> Real:
+    if len(steps) > len(x):
+        raise ValueError("it repeats time steps")
+    result: Real = x[np.asarray(steps)]
+    return result
+
+
+def _by(x: Real, by: Any) -> Real:
+    """Numbers that are spread over ``x``, and never ``x`` over them: no step enlarges an answer."""
+    numbers: Real = np.broadcast_to(np.asarray(by), x.shape)
+    return numbers
+
+
 #: Name of a step -> what it does. Time, where there is any, is the first axis of an answer.
 STEPS: dict[str, Callable[..., Real]] = {
     "shape": lambda x, keep, shape: x.reshape(*x.shape[:keep], *shape),
-    "take": lambda x, steps: x[np.asarray(steps)],
+    "take": _take,
     "last": lambda x, step: x[step],
     "sum": lambda x, dim, keep: x.sum(axis=dim, keepdims=keep),
     "mean": lambda x, dim, keep: x.mean(axis=dim, keepdims=keep),
@@ -62,8 +75,8 @@ STEPS: dict[str, Callable[..., Real]] = {
     "permute": lambda x, order: x.transpose(order),
     "flatten": lambda x, start, end: x.reshape(*x.shape[:start], -1, *x.shape[end + 1 :]),
     "index": _index,
-    "scale": lambda x, by: x * np.asarray(by),
-    "shift": lambda x, by: x + np.asarray(by),
+    "scale": lambda x, by: x * _by(x, by),
+    "shift": lambda x, by: x + _by(x, by),
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -98,7 +111,7 @@ def parse(text: str, outputs: int) -> tuple[list[list[Any]], Any]:
             )
             ok = ok and all(len(a) <= 2**16 for s in chain for a in s[1:] if isinstance(a, list))
         ok = ok and _is_form(form, outputs, 0)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
         ok = False
     if not ok:
         raise FormatError("invalid program: the metadata's description of the answer is malformed")
@@ -132,7 +145,7 @@ def _is_form(form: Any, outputs: int, depth: int) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    return text.isidentifier() and not keyword.iskeyword(text) and text[0] != "_"
+    return text.isascii() and text.isidentifier() and not keyword.iskeyword(text) and text[0] != "_"
 
 
 def apply(x: Real, steps: Sequence[Sequence[Any]]) -> Real:
@@ -144,7 +157,7 @@ def apply(x: Real, steps: Sequence[Sequence[Any]]) -> Real:
     for name, *arguments in steps:
         try:
             x = np.asarray(STEPS[name](x, *arguments))
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise FormatError(
                 f"the program's step {name!r} does not fit its answer of shape {x.shape} ({error})"
             ) from None

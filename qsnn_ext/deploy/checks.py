@@ -138,6 +138,20 @@ def states(program: Program, batch: int, state: Any) -> dict[str, IntArray]:
         if int(words.min()) < low or int(words.max()) > high:
             raise InputError(f"the state of neuron {name!r} holds words outside {low}..{high}")
         found[op.name] = words
+    for delay in program.delays:
+        v = program.values[delay.source]
+        if delay.name not in state:
+            raise InputError(f"the state lacks {delay.name!r}; it is of another program")
+        words = as_array(state[delay.name], f"the state of {delay.name!r}")
+        if not np.issubdtype(words.dtype, np.integer) or words.shape != (batch, *v.shape):
+            raise InputError(
+                f"the state of {delay.name!r} must be integers of shape {(batch, *v.shape)}"
+            )
+        if int(words.min()) < 0 or int(words.max()) >= 2**v.planes:
+            raise InputError(
+                f"the state of {delay.name!r} holds numbers outside 0..{2**v.planes - 1}"
+            )
+        found[delay.name] = words
     extra = [k for k in state if k not in found]
     if extra:
         raise InputError(

@@ -1,122 +1,38 @@
-"""Writes a program as self-contained C99: the runtime's source, the model as constants, a main."""
+"""Writes a program as a C99 library, alone or inside a project that is ready to be built."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from qsnn_ext.deploy import checks
+from qsnn_ext.deploy.boards import BOARDS, TARGETS, fits_bytes, folded, samples_header, write_board
 from qsnn_ext.deploy.image import Image, build_image
 from qsnn_ext.deploy.layout import MEMORY_LIMIT
-from qsnn_ext.deploy.program import Conv, IntArray, Program, words
-from qsnn_ext.deploy.records import LAYOUT
-from qsnn_ext.errors import ConfigError, InputTypeError
+from qsnn_ext.deploy.model import DeployedModel
+from qsnn_ext.deploy.pixels import pixel_table
+from qsnn_ext.deploy.program import IntArray, Program
+from qsnn_ext.deploy.records import LAYOUT, RECORDS
+from qsnn_ext.deploy.size import ResidentSize, compiled_size, size_of
+from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 
 Optimize: TypeAlias = Literal["size", "speed"]
+Target: TypeAlias = Literal[
+    "library", "stdio", "arduino", "platformio", "mps2-an386", "mps3-an547", "riscv32-virt"
+]
+#: Targets that run bundled samples, and so need some.
+WITH_SAMPLES = ("arduino", "platformio", *BOARDS)
 
 RUNTIME = Path(__file__).with_name("runtime")
 SOURCES = ("qsnn.c", *sorted(p.name for p in RUNTIME.glob("*.h")))
-
-_MODEL_H = """\
-/* {title}: written by qsnn_ext.deploy.export_c. */
-#ifndef QSNN_MODEL_H
-#define QSNN_MODEL_H
-
-#include "qsnn.h"
-#if QSNN_LAYOUT != {layout}
-#error "this model and the qsnn.c beside it were written by different versions; export it again"
-#endif
-
-#define QSNN_STATE_WORDS {state}
-#define QSNN_ARENA_WORDS {arena}
-#define QSNN_INPUT_WORDS {input}   /* one time step: {input_shape} */
-#define QSNN_OUTPUT_WORDS {output}  /* one time step */
-
-extern const uint32_t qsnn_model[{image}];
-{pixels}
-#endif
-"""
-
-_PIXELS_H = """\
-extern const int16_t qsnn_pixel_code[{channels}][256]; /* input codes of 8-bit pixels */
-"""
-
-_MAIN_C = """\
-/* Reads the input codes of one time step after the other (int32) and prints the answers. */
-#include <stdio.h>
-#include "model.h"
-#ifdef _WIN32
-#include <fcntl.h>
-#include <io.h>
-#endif
-
-static uint32_t state[QSNN_STATE_WORDS], arena[QSNN_ARENA_WORDS];
-static int32_t input[QSNN_INPUT_WORDS], output[QSNN_OUTPUT_WORDS];
-
-int main(void) {
-#ifdef _WIN32
-    _setmode(0, _O_BINARY); /* codes are bytes; as text they would end at the first 0x1A */
-#endif
-    setvbuf(stdin, 0, _IONBF, 0), setvbuf(stdout, 0, _IONBF, 0); /* stdio buffers are heap */
-    qsnn_reset(qsnn_model, state);
-    while (fread(input, sizeof input, 1, stdin)) {
-        qsnn_run(qsnn_model, state, arena, input, 1, 0, output);
-        for (int i = 0; i < QSNN_OUTPUT_WORDS; i++) printf("%ld\\n", (long)output[i]);
-    }
-}
-"""
-
-
-@dataclass(frozen=True)
-class ResidentSize:
-    """Memory of a program on a device, in bytes; code is not counted.
-
-    ``weights`` and ``membranes`` are what :func:`qsnn_ext.footprint` counts as such with
-    ``accounting="resident"``; its ``scales`` and ``others`` are real numbers, which became
-    ``constants`` here. All the rest is in no footprint.
-
-    Args:
-        weights: Packed weights.
-        constants: Multipliers, shifts and biases of layers, tables of neurons.
-        layout: What executing from flash adds: lists of operations, alignment, padding of rows.
-        pixels: The table from pixels to input codes, where one is written.
-        membranes: Membrane potentials of one sample, packed.
-        resets: Last spikes of neurons that reset a step later (snnTorch's ``reset_delay``), and
-            alignment of the membrane potentials.
-        activations: Spikes and currents between layers, and scratch, of one running sample.
-        io: Input codes and answers of one time step.
-    """
-
-    weights: int
-    constants: int
-    layout: int
-    pixels: int
-    membranes: int
-    resets: int
-    activations: int
-    io: int
-
-    @property
-    def flash(self) -> int:
-        """Everything that is only read."""
-        return self.weights + self.constants + self.layout + self.pixels
-
-    @property
-    def ram(self) -> int:
-        """Everything that is written to."""
-        return self.membranes + self.resets + self.activations + self.io
-
-    def __str__(self) -> str:
-        return (
-            f"flash {self.flash:,} bytes (weights {self.weights:,}, constants {self.constants:,}, "
-            f"layout {self.layout:,}, pixel table {self.pixels:,}); RAM {self.ram:,} bytes "
-            f"(membranes {self.membranes:,}, resets and alignment {self.resets:,}, activations and "
-            f"scratch {self.activations:,}, input and output {self.io:,})"
-        )
+#: What the runtime exports; every copy of it gets names of its own.
+SYMBOLS = ("qsnn_reset", "qsnn_run", "qsnn_run_part", "qsnn_run_step", "qsnn_layout")
 
 
 def resident_size(
@@ -132,7 +48,7 @@ def resident_size(
         FormatError: If the program is not valid or needs more memory than the limit.
         ConfigError: If ``optimize`` is neither.
     """
-    return _resident_size(program, _image(program, optimize, memory_limit), 0)
+    return size_of(program, _image(program, optimize, memory_limit))
 
 
 def _image(program: Program, optimize: str, memory_limit: int) -> Image:
@@ -141,49 +57,51 @@ def _image(program: Program, optimize: str, memory_limit: int) -> Image:
     return build_image(program, compact=optimize == "size", memory_limit=memory_limit)
 
 
-def _resident_size(program: Program, image: Image, pixels: int) -> ResidentSize:
-    weights = constants = membranes = 0
-    for op in program.ops:
-        if isinstance(op, Conv):
-            groups, rows, columns = op.weight.shape  # columns: words of bits, or bytes
-            weights += groups * rows * (columns if op.binary else words(8 * columns)) * 4
-        for name in ("multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value",
-                     "reading"):  # fmt: skip
-            array = getattr(op, name, None)
-            constants += array.nbytes if isinstance(array, np.ndarray) else 0
-    for neuron in program.neurons:
-        c, h, w = program.values[neuron.source].shape
-        membranes += h * w * (c if neuron.bits == 32 else neuron.bits * words(c)) * 4
-    io = program.values[0].elements + sum(program.values[i].elements for i in program.outputs)
-    return ResidentSize(
-        weights, constants, 4 * image.words.size - weights - constants, pixels, membranes,
-        4 * max(image.state_words, 1) - membranes, 4 * image.arena_words, 4 * io,
-    )  # fmt: skip
-
-
 def export_c(
     program: Program,
     folder: str | os.PathLike[str],
+    target: Target = "library",
     *,
+    name: str = "model",
+    samples: Any = None,
     pixels: IntArray | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
     optimize: Optimize = "size",
+    compiler: str | None = None,
     memory_limit: int = MEMORY_LIMIT,
     verbose: bool = True,
 ) -> ResidentSize:
-    """Write a program as C99 that needs no heap and no library but the standard one.
+    """Write a program as a C99 library that needs no heap, no floating point and no stdio.
 
-    Compile with ``cc -std=c99 -O2 *.c``; flags such as ``-march=native`` select vector code. The
+    ``NAME.h`` declares it: the model's constants as macros, ``NAME_start``, ``NAME_step``,
+    ``NAME_sum`` and ``NAME_largest``. Two exported models link together if their names differ.
+    Compile with ``cc -std=c99 -O2 -c *.c``; flags such as ``-march=native`` select vector code. The
     answers are the integers Python gives.
 
     Args:
         program: A valid program.
-        folder: Where to write ``qsnn.c``, its headers, ``model.c``, ``model.h`` and ``main.c``;
-            created if missing.
-        pixels: Table of :func:`~qsnn_ext.deploy.pixel_table`, to be written as
-            ``qsnn_pixel_code[channel][pixel]`` beside the model.
+        folder: Where to write; created if missing.
+        target: ``"library"``, or a project around it: ``"stdio"``, a program that reads input codes
+            from standard input and prints the answers; ``"arduino"``, an Arduino library with an
+            example; ``"platformio"``, a PlatformIO project; the name of a board, for bare metal
+            with start-up, linker script and Makefile (``"mps2-an386"``, a Cortex-M4;
+            ``"mps3-an547"``, a Cortex-M55; ``"riscv32-virt"``).
+        name: Of the model: prefix of every symbol and name of its files.
+        samples: Inputs that projects run: ``[N, ...]`` (shown at every step) or ``[N, T, ...]``;
+            real numbers or input codes, as :meth:`DeployedModel.codes` takes them. All targets but
+            the library and ``"stdio"`` need some.
+        pixels: Table of :func:`~qsnn_ext.deploy.pixel_table`: the library then has
+            ``NAME_pixel_code`` and ``NAME_step_pixels``, which takes 8-bit pixels.
+        mean, std: Of the normalisation the model was trained with, in place of ``pixels``; they
+            are among the constants then.
+        classes: Names of the classes; without them ``metadata["classes"]``, a list in JSON.
         optimize: ``"size"`` stores what is used and no more. ``"speed"`` also stores what makes
             layers faster: weights in the order of both ways to count, tables that decide spikes on
             bits, alignment to cache lines. The integers are the same.
+        compiler: Command with all flags, such as ``"arm-none-eabi-gcc -mcpu=cortex-m4 -Os"``:
+            compiles the library and adds code and stack to the size.
         memory_limit: Bytes that the program may take on the device.
         verbose: Print the memory it takes.
 
@@ -191,45 +109,255 @@ def export_c(
         The memory it takes.
 
     Raises:
-        ConfigError: If ``optimize`` is neither.
+        ConfigError: If a name or option is unknown, or the compiler fails.
         FormatError: If the program is not valid or needs more memory than the limit.
+        InputError: If samples, mean or std do not fit the program.
         InputTypeError: If ``pixels`` is not a table for this program.
     """
+    _check_names(target, name)
     image = _image(program, optimize, memory_limit)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    shape = program.values[0].shape
-    declaration = definition = ""
-    if pixels is not None:
-        if not isinstance(pixels, np.ndarray) or (pixels.shape, pixels.dtype) != (
-            (shape[0], 256), np.dtype(np.int16)
-        ):  # fmt: skip
-            raise InputTypeError(
-                f"pixels must be an int16 array of shape ({shape[0]}, 256): "
-                "pixel_table(program, mean, std)"
-            )
-        declaration = _PIXELS_H.format(channels=shape[0])
-        definition = _pixel_constants(pixels)
-    for name in SOURCES:
-        (target / name).write_bytes((RUNTIME / name).read_bytes())
-    size = _resident_size(program, image, 0 if pixels is None else pixels.nbytes)
-    header = _MODEL_H.format(
-        title=_identifier(program.metadata.get("model", "model")),
-        layout=LAYOUT,
-        state=max(image.state_words, 1),
-        arena=image.arena_words,
-        input=program.values[0].elements,
-        input_shape=list(shape),
-        output=sum(program.values[i].elements for i in program.outputs),
-        image=image.words.size,
-        pixels=declaration,
-    )
-    (target / "model.h").write_text(header)
-    (target / "model.c").write_text(_constants(image.words) + definition)
-    (target / "main.c").write_text(_MAIN_C)
+    if mean is not None or std is not None:
+        if pixels is not None or mean is None or std is None:
+            raise ConfigError("give mean and std, or a table of pixels, not a part of each")
+        pixels = pixel_table(program, mean, std)
+    elif pixels is not None:
+        _check_pixels(program, pixels)
+    library = _library(program, image, pixels, mean, std, _class_names(program, classes))
+    files = _project(program, target, library, samples)
+    base = Path(folder)
+    sources = []
+    for path, text in files.items():
+        path = re.sub(r"\bmodel\.", f"{name}.", path.replace("lib/model/", f"lib/{name}/"))
+        (base / path).parent.mkdir(parents=True, exist_ok=True)
+        (base / path).write_text(_named(text, name), encoding="ascii", newline="\n")
+        if path.endswith(("qsnn.c", f"{name}.c")):
+            sources.append(path)
+    code = stack = 0
+    if compiler is not None:
+        code, stack = compiled_size(base, sources, name, compiler)
+    size = size_of(program, image, 0 if pixels is None else pixels.nbytes, code, stack)
     if verbose:
-        print(f"{target}: {size}")
+        print(f"{base}: {size}")
     return size
+
+
+# -- what may be asked for -----------------------------------------------------------------------
+
+
+def _check_names(target: str, name: str) -> None:
+    known = ("library", "stdio", *WITH_SAMPLES)
+    if target not in known:
+        raise ConfigError(f"target={target!r} is unknown; choose one of {', '.join(known)}")
+    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name) or name in ("qsnn", "board", "startup"):
+        raise ConfigError(
+            f"name={name!r} must be a C identifier of small letters, digits and underscores, "
+            "other than the runtime's own names"
+        )
+
+
+def _check_pixels(program: Program, pixels: IntArray) -> None:
+    channels = program.values[0].shape[0]
+    if not isinstance(pixels, np.ndarray) or (pixels.shape, pixels.dtype) != (
+        (channels, 256), np.dtype(np.int16)
+    ):  # fmt: skip
+        raise InputTypeError(
+            f"pixels must be an int16 array of shape ({channels}, 256): "
+            "pixel_table(program, mean, std)"
+        )
+
+
+def _class_names(program: Program, classes: Sequence[str] | None) -> list[str] | None:
+    """Names of the classes as given, or as the program's metadata have them."""
+    answers = [program.values[i].elements for i in program.outputs]
+    if classes is not None:
+        names = list(classes)
+        if len(answers) != 1 or len(names) != answers[0]:
+            raise ConfigError(f"{len(names)} classes for answers of {answers} numbers")
+        return [str(n) for n in names]
+    try:
+        found = json.loads(program.metadata.get("classes", "null"))
+    except ValueError:
+        return None
+    fits = isinstance(found, list) and len(answers) == 1 and len(found) == answers[0]
+    return found if fits and all(isinstance(n, str) for n in found) else None
+
+
+def _sample_codes(program: Program, samples: Any) -> tuple[IntArray, bool]:
+    codes = DeployedModel(program, "numpy").codes(samples)
+    if codes.ndim not in (4, 5) or not len(codes):
+        raise InputError("samples must be [N, ...] or [N, T, ...], at least one")
+    static = codes.ndim == 4
+    if not static and codes.shape[1] != program.timesteps:
+        raise InputError(
+            f"samples of {codes.shape[1]} time steps; the program runs {program.timesteps}"
+        )
+    return checks.run_codes(program, len(codes), codes, program.timesteps, static), static
+
+
+# -- the files -------------------------------------------------------------------------------------
+
+
+def _project(
+    program: Program, target: str, library: dict[str, str], samples: Any
+) -> dict[str, str]:
+    """All files of a target: path in the folder -> text."""
+    if target not in WITH_SAMPLES:
+        if samples is not None:
+            raise ConfigError(f"target={target!r} takes no samples; a board or a project does")
+        if target == "stdio":
+            return {**library, "main.c": (TARGETS / "stdio" / "main.c").read_text()}
+        return library
+    if samples is None:
+        raise ConfigError(f"target={target!r} needs samples to run, such as ten test inputs")
+    bundled = samples_header(*_sample_codes(program, samples))
+    if target in BOARDS:
+        c_files = [f for f in library if f.endswith(".c")]
+        board = write_board(target, TARGETS / "bare", c_files)
+        return {**library, **board, "samples.h": bundled}
+    folder = TARGETS / "arduino"
+    sketch = (folder / "sketch.ino").read_text()
+    if target == "platformio":
+        inside = {f"lib/model/src/{path}": text for path, text in library.items()}
+        return {
+            **inside,
+            "lib/model/library.properties": (folder / "library.properties").read_text(),
+            "platformio.ini": (folder / "platformio.ini").read_text(),
+            "src/main.cpp": f"#include <Arduino.h>\n{sketch}",
+            "src/samples.h": bundled,
+        }
+    inside = {f"src/{path}": text for path, text in library.items() if path != "LICENSE"}
+    return {
+        **inside,
+        "LICENSE": library["LICENSE"],
+        "library.properties": (folder / "library.properties").read_text(),
+        "examples/samples/samples.ino": sketch,
+        "examples/samples/samples.h": bundled,
+    }
+
+
+def _library(
+    program: Program,
+    image: Image,
+    pixels: IntArray | None,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    classes: list[str] | None,
+) -> dict[str, str]:
+    """Runtime, constants and interface of a model named ``model``."""
+    folder = TARGETS / "library"
+    header, source = ((folder / f).read_text() for f in ("model.h", "model.c"))
+    extra, definitions = "", ""
+    if classes is not None:
+        count = len(classes)
+        extra += f"\nextern const char *const model_class_names[{count}];\n"
+        quoted = "".join(f"    {_quoted(n)},\n" for n in classes)
+        definitions += f"\nconst char *const model_class_names[{count}] = {{\n{quoted}}};\n"
+    if pixels is not None:
+        extra += (folder / "pixels.h").read_text()
+        definitions += _pixel_constants(pixels) + (folder / "pixels.c").read_text()
+    lo, hi = program.input_range
+    header = _filled(header, {
+        "TITLE": _identifier(program.metadata.get("model", "model")),
+        "CONSTANTS": _constants(program, mean, std, classes),
+        "CODE": "uint8_t" if fits_bytes(lo, hi) else "int16_t",
+        "STATE": max(image.state_words, 1), "ARENA": image.arena_words, "EXTRA": extra,
+    })  # fmt: skip
+    value = dict(zip(_fields("value"), _record(image, "value", _header(image)["input"]),
+                     strict=True))  # fmt: skip
+    source = _filled(source, {
+        "LAYOUT": LAYOUT, "IMAGE": image.words.size, "WORDS": _words(image),
+        "INPUT_AT": value["offset"], "INPUT_PITCH": value["stride"],
+    })  # fmt: skip
+    runtime = {name: (RUNTIME / name).read_text() for name in SOURCES}
+    renamed = "".join(f"#define {s} model_{s}\n" for s in SYMBOLS)
+    mark = "#include <stdint.h>\n"
+    assert mark in runtime["qsnn.h"]
+    renamed = f"{mark}\n/* This copy's names, so that several exported models link. */\n{renamed}"
+    runtime["qsnn.h"] = runtime["qsnn.h"].replace(mark, renamed, 1)
+    return {
+        **runtime, "model.h": header, "model.c": source + definitions,
+        "LICENSE": (folder / "LICENSE").read_text(),
+    }  # fmt: skip
+
+
+def _constants(
+    program: Program,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    classes: list[str] | None,
+) -> str:
+    """What a program means, as macros."""
+    (channels, height, width), outputs = program.values[0].shape, program.outputs
+    lo, hi = program.input_range
+    total = sum(program.values[i].elements for i in outputs)
+    reductions = {"none": 0, "sum": 1, "mean": 2}
+    rows: list[tuple[str, object, str]] = [
+        ("TIME_STEPS", program.timesteps, ""),
+        ("INPUT_CHANNELS", channels, ""),
+        ("INPUT_HEIGHT", height, ""),
+        ("INPUT_WIDTH", width, ""),
+        ("INPUT_SIZE", channels * height * width, "numbers of one time step"),
+        ("INPUT_MIN", lo if lo >= 0 else f"({lo})", ""),
+        ("INPUT_MAX", hi, ""),
+        ("INPUT_SCALE", repr(program.input_scale), "real number that a code of 1 stands for"),
+    ]
+    for what, numbers in (("INPUT_MEAN", mean), ("INPUT_STD", std)):
+        if numbers is not None:
+            listed = [float(n) for n in np.atleast_1d(np.asarray(numbers, float))]
+            rows.append((what, f"{{{', '.join(map(repr, listed))}}}", "of the normalisation"))
+    rows.append(("OUTPUT_SIZE", total, "answers of one time step"))
+    for k, index in enumerate(outputs):
+        value, number = program.values[index], "" if len(outputs) == 1 else str(k)
+        if number:
+            rows.append((f"OUTPUT{number}_SIZE", value.elements, ""))
+        meaning = "real number that an answer of 1 stands for"
+        rows.append((f"OUTPUT{number}_SCALE", repr(value.scale), meaning))
+    meaning = "of the answers over time: 0 none, 1 sum, 2 mean"
+    rows.append(("REDUCTION", reductions[program.reduction], meaning))
+    if classes is not None:
+        rows.append(("CLASSES", len(classes), "named in model_class_names"))
+    return "\n".join(
+        f"#define MODEL_{n} {v}" + (f" /* {said} */" if said else "") for n, v, said in rows
+    )
+
+
+def _fields(record: str) -> list[str]:
+    return [field for field, _ in RECORDS[record][1]]
+
+
+def _record(image: Image, record: str, offset: int) -> list[int]:
+    return [int(w) for w in image.words[offset : offset + len(_fields(record))]]
+
+
+def _header(image: Image) -> dict[str, int]:
+    return dict(zip(_fields("header"), _record(image, "header", 0), strict=True))
+
+
+def _words(image: Image) -> str:
+    listed = [f"0x{w:08x}u" for w in image.words.tolist()]
+    return "\n".join(
+        "    " + ", ".join(listed[at : at + 8]) + "," for at in range(0, len(listed), 8)
+    )
+
+
+def _pixel_constants(pixels: IntArray) -> str:
+    lines = ["", "const int16_t model_pixel_code[MODEL_INPUT_CHANNELS][256] = {"]
+    for row in pixels.tolist():
+        lines += ["    {", *folded(row, "        "), "    },"]
+    return "\n".join([*lines, "};", ""])
+
+
+def _filled(template: str, values: dict[str, object]) -> str:
+    """A template with every ``@NAME@`` replaced."""
+    return re.sub("@([A-Z_]+)@", lambda m: str(values[m[1]]), template)
+
+
+def _named(text: str, name: str) -> str:
+    """A file of the model named ``model``, for another name."""
+    text = text.replace("@NAME@", name).replace("@HEADER@", f"{name}.h")
+    text = re.sub(r"\bMODEL_", f"{name.upper()}_", text)
+    text = re.sub(r"\bmodel_(?!=)", f"{name}_", text)
+    return re.sub(r"\bmodel\.(?=[ch]\b)", f"{name}.", text)
 
 
 def _identifier(text: str) -> str:
@@ -237,20 +365,9 @@ def _identifier(text: str) -> str:
     return re.sub("[^A-Za-z0-9_]", "_", text)[:64] or "model"
 
 
-def _pixel_constants(pixels: IntArray) -> str:
-    lines = ["", f"const int16_t qsnn_pixel_code[{len(pixels)}][256] = {{"]
-    for row in pixels.tolist():
-        lines.append("    {")
-        for start in range(0, 256, 16):
-            lines.append("        " + ", ".join(map(str, row[start : start + 16])) + ",")
-        lines.append("    },")
-    return "\n".join([*lines, "};", ""])
-
-
-def _constants(words: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
-    lines = ['#include "model.h"', "", f"const uint32_t qsnn_model[{words.size}] = {{"]
-    for start in range(0, words.size, 8):
-        lines.append(
-            "    " + ", ".join(f"0x{w:08x}u" for w in words[start : start + 8].tolist()) + ","
-        )
-    return "\n".join([*lines, "};", ""])
+def _quoted(text: str) -> str:
+    """A C string; whatever is not a plain character becomes an octal escape of its UTF-8 bytes."""
+    # Neither "_" nor ".": a class named model_a is no name of ours to be replaced.
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 -+,:"
+    raw = text.encode("utf-8", "replace")
+    return '"' + "".join(chr(b) if b in plain else f"\\{b:03o}" for b in raw) + '"'

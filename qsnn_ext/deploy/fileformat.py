@@ -33,7 +33,7 @@ _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 #: Fields of the operations that are tensors of the container.
 _ARRAYS = {
     "weight", "multiplier", "shift", "bias", "leak", "threshold", "bounds", "reset_value",
-    "reading",
+    "reading", "channel", "row", "column",
 }  # fmt: skip
 
 

@@ -21,12 +21,17 @@ from qsnn_ext.deploy.program import (
     INT32_MAX,
     Add,
     Affine,
+    Concat,
     Conv,
+    Delay,
+    Gather,
     Logic,
+    Matmul,
     Neuron,
     Pool,
     Program,
     Value,
+    sources_of,
     words,
 )
 from qsnn_ext.deploy.records import CODES, Fields, narrow, size
@@ -219,6 +224,7 @@ class Layout:
         # So far known; the rest is added as it is laid out.
         self.image_words = 0
         self.state_words = sum(self._state_words(n) for n in p.neurons)
+        self.state_words += sum(self._stored(p.values[d.source], d.source) for d in p.delays)
         self.arena_words = self.workspace
 
     def _value_records(self) -> None:
@@ -272,6 +278,11 @@ class Layout:
             self.neurons[id(n)] = plan
             bits = n.state_bits if n.bits <= 8 else 32
             self.slots.append(StateSlot(n.name, state, shape, bits))
+        self._delays: dict[int, int] = {}
+        for d in self.program.delays:
+            v = self.program.values[d.source]
+            self._delays[id(d)] = self._state.take(self._stored(v, d.source))
+            self.slots.append(StateSlot(d.name, self._delays[id(d)], v.shape, v.planes))
 
     def _parameter(self, plan: Plan, name: str, count: int) -> None:
         offset = self._image.take(count) if count else 0
@@ -303,6 +314,29 @@ class Layout:
             plan.fields.update(
                 second=self._value(op.sources[1]), function=_code("logic", op.function)
             )
+        elif isinstance(op, Gather):
+            plan = self._record("gather", step)
+            for name in ("channel", "row", "column"):
+                self._parameter(plan, name, getattr(op, name).size)
+            c, h, w = self.program.values[op.source].shape
+            stays = np.array_equal(op.channel, np.arange(c) * h * w)
+            plan.fields["in_order"] = int(stays)
+        elif isinstance(op, Concat):
+            plan = self._record("concat", step)
+            self._parameter(plan, "list", len(op.sources))
+            plan.fields["count"] = len(op.sources)
+        elif isinstance(op, Matmul):
+            plan = self._record("matmul", step)
+            c, h, w = self.program.values[op.sources[0]].shape
+            plan.fields.update(
+                second=self._value(op.sources[1]), heads=op.heads,
+                inner=h * w if op.transpose[0] else c // op.heads,
+                columns=self.program.values[op.target].shape[0] // op.heads,
+                flip_first=int(op.transpose[0]), flip_second=int(op.transpose[1]),
+            )  # fmt: skip
+        elif isinstance(op, Delay):
+            plan = self._record("keep" if step.keep else "delay", step)
+            plan.fields["state"] = self._delays[id(op)]
         elif isinstance(op, Pool):
             plan = self._record("pool", step)
             plan.fields["window"] = _window(op.kernel, op.stride, op.padding, (1, 1))
@@ -313,7 +347,7 @@ class Layout:
 
     def _record(self, name: str, step: Step) -> Plan:
         r = step.residual
-        source = step.op.sources[0] if isinstance(step.op, Add | Logic) else step.op.source
+        source = sources_of(step.op)[0]
         fields = {
             "kind": _code("kind", name), "source": self._value(source),
             "target": self._value(step.target), "add": 0 if r is None else self._value(r.value),

@@ -116,11 +116,11 @@ class DeployedModel:
             if not np.isfinite(x).all():
                 raise InputError("the input contains NaN or infinity")
             x = x.astype(np.float64)
-            if self._prologue is not None:
-                behind = (-1,) + (1,) * (rank - 1)
-                gain, bias = (c if c.size == 1 else c.reshape(behind) for c in self._prologue)
-                x = x * gain + bias
             with np.errstate(over="ignore"):  # a code saturates, whatever is too large
+                if self._prologue is not None:
+                    behind = (-1,) + (1,) * (rank - 1)
+                    gain, bias = (c if c.size == 1 else c.reshape(behind) for c in self._prologue)
+                    x = x * gain + bias
                 x = np.rint(x / self.program.input_scale)
             self._say_clipped(x)
         elif not np.issubdtype(x.dtype, np.integer):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from qsnn_ext.deploy.fileformat import dump_program, parse_program
-from qsnn_ext.deploy.program import Add, Affine, Conv, Logic, Neuron, Pool, Program
+from qsnn_ext.deploy.program import Add, Affine, Conv, Logic, Neuron, Pool, Program, sources_of
 from qsnn_ext.deploy.reference import unpack_weight
 from qsnn_ext.errors import FormatError, LoweringError, MissingDependencyError
 
@@ -210,7 +210,7 @@ def _keys(program: Program) -> dict[str, str]:
 
 
 def _source(op: Any) -> int:
-    return int(op.sources[0] if isinstance(op, Add | Logic) else op.source)
+    return sources_of(op)[0]
 
 
 def _like(array: np.ndarray[Any, Any], flat: bool) -> np.ndarray[Any, Any]:

@@ -11,7 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from qsnn_ext.deploy.layout import Layout, Plan
-from qsnn_ext.deploy.program import INT32_MAX, Add, Affine, Conv, IntArray, Neuron, words
+from qsnn_ext.deploy.program import (
+    INT32_MAX,
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    Gather,
+    IntArray,
+    Neuron,
+    words,
+)
 from qsnn_ext.deploy.schedule import Step
 
 Words = npt.NDArray[np.uint32]
@@ -39,6 +49,11 @@ def parameters_of_step(layout: Layout, step: Step, plan: Plan) -> dict[str, IntA
     if isinstance(op, Add):
         records = [layout.value_records[i].offset for i in op.sources]
         found["list"] = np.asarray(list(zip(records, op.factors, strict=True)), np.int32)
+    if isinstance(op, Concat):
+        records = [layout.value_records[i].offset for i in op.sources]
+        found["list"] = np.asarray(records, np.int32)
+    if isinstance(op, Gather):
+        found.update(channel=op.channel, row=op.row, column=op.column)
     if isinstance(op, Conv | Affine) and areas["multiplier"].words:
         found["multiplier"], found["bias"] = op.multiplier, op.bias
         found["shift"] = op.shift.astype(np.int32)

@@ -11,6 +11,7 @@ need no checks at run time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -219,13 +220,84 @@ class Neuron:
         return 0 if self.bits == 32 else 2 ** (self.bits - 1) - 1
 
 
-Op: TypeAlias = Conv | Affine | Add | Logic | Pool | Neuron
-OP_TYPES: dict[str, type[Any]] = {t.__name__: t for t in (Conv, Affine, Add, Logic, Pool, Neuron)}
+@dataclass(eq=False)
+class Gather:
+    """Elements in another order: ``y[c, h, w] = x[channel[c] + row[h] + column[w]]``.
+
+    ``x`` is counted as it lies, in the order channels, height, width; where one of the three
+    numbers is -1 the result is 0. This is a permutation of axes, a slice, a repetition, a padding
+    with zeros or with copies of what is inside.
+
+    Args:
+        name: Module path.
+        source, target: Indices of values of equal planes.
+        channel: int32 ``[C]``, each -1 or more, as in ``row`` and ``column``.
+        row: int32 ``[H]``.
+        column: int32 ``[W]``.
+    """
+
+    name: str
+    source: int
+    target: int
+    channel: IntArray
+    row: IntArray
+    column: IntArray
+
+
+@dataclass(eq=False)
+class Concat:
+    """Values side by side along their channels."""
+
+    name: str
+    sources: tuple[int, ...]
+    target: int
+
+
+@dataclass(eq=False)
+class Matmul:
+    """Products of matrices, one for each head: attention.
+
+    A value ``[heads * n, H, W]`` is ``heads`` matrices of ``H * W`` rows, its pixels, and ``n``
+    columns, the channels of the head. Per head, ``y = op(a) b`` with ``op(a)`` the matrix or its
+    transpose, and likewise ``b``.
+
+    Args:
+        name: Module path.
+        sources: Indices of ``a`` and ``b``.
+        target: Index of the product.
+        heads: Number of matrices in each.
+        transpose: Whether ``a``, and whether ``b``, is transposed first.
+    """
+
+    name: str
+    sources: tuple[int, int]
+    target: int
+    heads: int
+    transpose: tuple[bool, bool]
+
+
+@dataclass(eq=False)
+class Delay:
+    """``y`` is what ``x`` was one time step before, 0 at the first: recurrence.
+
+    ``x`` holds counts or spikes, and may be written by a later operation: it is taken at the end of
+    the step.
+    """
+
+    name: str
+    source: int
+    target: int
+
+
+Op: TypeAlias = Conv | Affine | Add | Logic | Pool | Neuron | Gather | Concat | Matmul | Delay
+OP_TYPES: dict[str, type[Any]] = {
+    t.__name__: t for t in (Conv, Affine, Add, Logic, Pool, Neuron, Gather, Concat, Matmul, Delay)
+}
 
 
 def sources_of(op: Op) -> tuple[int, ...]:
     """Indices of the values an operation reads."""
-    return op.sources if isinstance(op, Add | Logic) else (op.source,)
+    return op.sources if isinstance(op, Add | Logic | Concat | Matmul) else (op.source,)
 
 
 def targets_of(op: Op) -> tuple[int, ...]:
@@ -256,7 +328,8 @@ class Program:
             ``"tuple"``) and ``answer`` (:func:`qsnn_ext.deploy.answers.parse`), what the host makes
             of the outputs; ``input_gain`` and ``input_bias``, what it does to the input before
             that becomes codes (``x * gain + bias``, one number or one per channel, separated by
-            commas); ``model``, the name of its class.
+            commas); ``views``, JSON of the order in which the model holds a neuron's values; and
+            ``model``, the name of its class.
     """
 
     values: list[Value]
@@ -272,6 +345,11 @@ class Program:
     def neurons(self) -> list[Neuron]:
         """The neuron operations, in order."""
         return [op for op in self.ops if isinstance(op, Neuron)]
+
+    @property
+    def delays(self) -> list[Delay]:
+        """The operations that remember a value for a step, in order."""
+        return [op for op in self.ops if isinstance(op, Delay)]
 
     @property
     def input_rank(self) -> int:
@@ -369,13 +447,17 @@ class _Validator:
                 raise _fail(op.name, "two operations have this name")
             op_names.add(op.name)
             for i in sources_of(op):
-                if not (type(i) is int and 0 <= i < len(p.values)) or self.range[i] is None:
+                known = type(i) is int and 0 <= i < len(p.values)
+                if not known or (self.range[i] is None and not isinstance(op, Delay)):
                     raise _fail(op.name, "it reads a value that was not written before")
             for i in targets_of(op):
                 if not (type(i) is int and 0 < i < len(p.values)) or self.range[i] is not None:
                     raise _fail(op.name, "it writes a value that does not exist or exists already")
             check = getattr(self, f"_{type(op).__name__.lower()}")
             check(op)
+        for delay in p.delays:
+            if self.range[delay.source] is None:
+                raise _fail(delay.name, "it delays a value that is never written")
         if not p.outputs or len(p.outputs) > 16:
             raise _fail("program", "it needs 1 to 16 outputs")
         for i in p.outputs:
@@ -403,6 +485,23 @@ class _Validator:
         if len(parts) != len(p.outputs) or not set(parts) <= {"1", "2", "3"}:
             raise _fail("metadata", f"impossible ranks {ranks[:40]!r} of {len(p.outputs)} outputs")
         _ = p.answer, p.prologue  # malformed ones raise
+        self._views()
+
+    def _views(self) -> None:
+        """Loops over the elements of a neuron's value stay within it."""
+        size = {n.name: self.p.values[n.source].elements for n in self.p.neurons}
+        try:
+            views = json.loads(self.p.metadata.get("views", "{}"))
+            for name, loops in views.items():
+                count, last = 1, 0
+                for times, stride in loops:
+                    if type(times) is not int or type(stride) is not int or stride < 0:
+                        raise ValueError("no loop")
+                    count, last = count * times, last + (times - 1) * stride
+                if not 1 <= count <= size[name] or not 0 <= last < size[name]:
+                    raise ValueError("beyond the value")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise _fail("metadata", "views do not fit the neurons") from None
 
     # -- small checks ------------------------------------------------------------------------
 
@@ -571,6 +670,68 @@ class _Validator:
         if op.function != "sum" and src.planes != dst.planes:
             raise _fail(op.name, "it must keep the bit planes")
         self._set(op.name, op.target, lo, hi)
+
+    def _gather(self, op: Gather) -> None:
+        src, dst = self.p.values[op.source], self.p.values[op.target]
+        if src.planes != dst.planes:
+            raise _fail(op.name, "it must keep the bit planes")
+        reach = 0
+        zeros = False
+        for what, n in zip(("channel", "row", "column"), dst.shape, strict=True):
+            array = self._array(f"{op.name} {what}", getattr(op, what), np.int32, [n])
+            if int(array.min()) < -1:
+                raise _fail(op.name, f"{what} must hold numbers of -1 or more")
+            zeros = zeros or int(array.min()) < 0
+            reach += max(int(array.max()), 0)
+        if reach >= src.elements:
+            raise _fail(op.name, f"it reaches element {reach} of {src.elements}")
+        lo, hi = self._interval(op.source)
+        self._set(op.name, op.target, *((min(lo, 0), max(hi, 0)) if zeros else (lo, hi)))
+
+    def _concat(self, op: Concat) -> None:
+        dst = self.p.values[op.target]
+        if not isinstance(op.sources, tuple) or not 2 <= len(op.sources) <= 64:
+            raise _fail(op.name, "it needs 2 to 64 sources")
+        values = [self.p.values[i] for i in op.sources]
+        if any(v.shape[1:] != dst.shape[1:] for v in values):
+            raise _fail(op.name, "its operands differ in height or width")
+        if sum(v.shape[0] for v in values) != dst.shape[0]:
+            raise _fail(op.name, "its channels are not those of its operands together")
+        if any((v.planes == 0) != (dst.planes == 0) for v in values):
+            raise _fail(op.name, "it cannot turn int32 into bit planes or back")
+        lows, highs = zip(*(self._interval(i) for i in op.sources), strict=True)
+        self._set(op.name, op.target, min(lows), max(highs))
+
+    def _matmul(self, op: Matmul) -> None:
+        dst = self.p.values[op.target]
+        ok = isinstance(op.sources, tuple) and len(op.sources) == 2
+        ok = ok and isinstance(op.transpose, tuple) and len(op.transpose) == 2
+        if not ok or not all(type(t) is bool for t in op.transpose):
+            raise _fail(op.name, "it needs two sources, and whether each is transposed")
+        values = [self.p.values[i] for i in op.sources]
+        if not (type(op.heads) is int and op.heads >= 1):
+            raise _fail(op.name, "it needs at least one head")
+        if any(v.shape[0] % op.heads for v in (*values, dst)):
+            raise _fail(op.name, "heads must divide the channels")
+        sizes = []
+        for v, flipped in zip((*values, dst), (*op.transpose, False), strict=True):
+            rows, columns = v.shape[1] * v.shape[2], v.shape[0] // op.heads
+            sizes.append((columns, rows) if flipped else (rows, columns))
+        (i, k), (same, j), product = sizes
+        if k != same or product != (i, j):
+            raise _fail(op.name, f"matrices {sizes[0]} and {sizes[1]} do not make {product}")
+        ends = [a * b for a in self._interval(op.sources[0]) for b in self._interval(op.sources[1])]
+        lo, hi = k * min(ends), k * max(ends)
+        if max(-lo, hi) > INT32_MAX:
+            raise _fail(op.name, f"its sums may reach {max(-lo, hi)}: exceeds int32")
+        self._set(op.name, op.target, lo, hi)
+
+    def _delay(self, op: Delay) -> None:
+        src, dst = self.p.values[op.source], self.p.values[op.target]
+        if src.shape != dst.shape or src.planes != dst.planes or dst.planes == 0:
+            raise _fail(op.name, "it delays counts or spikes, and keeps their shape and planes")
+        # Whatever is written to the source fits its planes; that is checked there.
+        self._set(op.name, op.target, 0, 2**dst.planes - 1)
 
     def _neuron(self, op: Neuron) -> None:
         src, dst = self.p.values[op.source], self.p.values[op.target]

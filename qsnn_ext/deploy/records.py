@@ -22,7 +22,22 @@ INT32_MAX = 2**31 - 1
 
 #: Numbers that stand for words, as C enumerations ``QSNN_<GROUP>_<NAME>``.
 CODES: dict[str, tuple[str, ...]] = {
-    "kind": ("events", "codes", "groups", "rows", "affine", "add", "logic", "pool", "fire"),
+    "kind": (
+        "events",
+        "codes",
+        "groups",
+        "rows",
+        "affine",
+        "add",
+        "logic",
+        "pool",
+        "fire",
+        "gather",
+        "concat",
+        "matmul",
+        "delay",
+        "keep",
+    ),
     "method": ("measure", "events", "dense"),
     "pool": ("max", "sum", "repeat"),
     "logic": ("and", "iand"),
@@ -227,6 +242,40 @@ RECORDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "pool": ("Pooling", (("step:step", ""), ("window:window", ""), ("function", ""))),
     "fire": ("A neuron on its own", (("step:step", ""),)),
+    "gather": (
+        "Elements in another order. Parameters are offsets into the image",
+        (
+            ("step:step", ""),
+            ("channel", ""),
+            ("row", ""),
+            ("column", ""),
+            ("in_order", "whether channels stay where they are"),
+        ),
+    ),
+    "concat": (
+        "Values side by side",
+        (("step:step", ""), ("list", "in the image: value records"), ("count", "")),
+    ),
+    "matmul": (
+        "Products of matrices, pixels by channels of a head",
+        (
+            ("step:step", ""),
+            ("second", "value record"),
+            ("heads", ""),
+            ("inner", "length of a sum"),
+            ("columns", "of the product"),
+            ("flip_first", "whether its rows are channels"),
+            ("flip_second", ""),
+        ),
+    ),
+    "delay": (
+        "A value of the time step before: read at its place, kept at the end of the step",
+        (("step:step", ""), ("state", "in the state area")),
+    ),
+    "keep": (
+        "The end of a delay",
+        (("step:step", ""), ("state", "in the state area")),
+    ),
 }  # fmt: skip
 
 

@@ -16,9 +16,13 @@ from qsnn_ext.deploy.program import (
     WIDE_LIMIT,
     Add,
     Affine,
+    Concat,
     Conv,
+    Delay,
+    Gather,
     IntArray,
     Logic,
+    Matmul,
     Neuron,
     Pool,
     Program,
@@ -85,6 +89,27 @@ def pool(op: Pool, x: IntArray) -> IntArray:
     fill = 0 if op.function == "sum" else np.iinfo(np.int64).min
     w = windows(x, op.kernel, op.stride, op.padding, fill=int(fill))
     result: IntArray = w.sum(axis=(4, 5)) if op.function == "sum" else w.max(axis=(4, 5))
+    return result
+
+
+def gather(op: Gather, x: IntArray) -> IntArray:
+    """Elements in another order, zeros where a number is -1."""
+    c, h, w = (a.astype(np.int64) for a in (op.channel, op.row, op.column))
+    index = c[:, None, None] + h[:, None] + w
+    inside = (c[:, None, None] >= 0) & (h[:, None] >= 0) & (w >= 0)
+    taken = x.reshape(x.shape[0], -1)[:, np.where(inside, index, 0)]
+    result: IntArray = np.where(inside, taken, 0)
+    return result
+
+
+def matmul(op: Matmul, a: IntArray, b: IntArray, shape: tuple[int, int, int]) -> IntArray:
+    """Products of matrices whose rows are pixels and whose columns are channels of a head."""
+    matrices = []
+    for x, flipped in zip((a, b), op.transpose, strict=True):
+        m = x.reshape(x.shape[0], op.heads, x.shape[1] // op.heads, -1)  # [N, heads, columns, rows]
+        matrices.append(m if flipped else m.swapaxes(2, 3))
+    product = matrices[0] @ matrices[1]  # exact: int64
+    result: IntArray = product.swapaxes(2, 3).reshape(a.shape[0], *shape)
     return result
 
 
@@ -175,6 +200,9 @@ class ReferenceSession:
             )
             for op in self.program.neurons
         }
+        for op in self.program.delays:
+            shape = (self.batch, *self.program.values[op.source].shape)
+            self._state[op.name] = np.zeros(shape, np.int64)
 
     def state(self) -> dict[str, IntArray]:
         """A copy of all states: name of neuron -> int32 ``[N, C, H, W]`` of state words."""
@@ -208,6 +236,8 @@ class ReferenceSession:
         for op in self.program.ops:
             for target, result in zip(targets_of(op), self._execute(op, live), strict=True):
                 live[target] = result
+        for op in self.program.delays:
+            self._state[op.name] = live[op.source]
         self.trace = live
         return [live[i].astype(np.int32) for i in self.program.outputs]
 
@@ -224,6 +254,16 @@ class ReferenceSession:
             return [a & b if op.function == "and" else (1 - a) & b]
         if isinstance(op, Pool):
             return [pool(op, live[op.source])]
+        if isinstance(op, Gather):
+            return [gather(op, live[op.source])]
+        if isinstance(op, Concat):
+            return [np.concatenate([live[i] for i in op.sources], axis=1)]
+        if isinstance(op, Matmul):
+            shape = self.program.values[op.target].shape
+            a, b = (live[i] for i in op.sources)
+            return [matmul(op, a, b, shape)]
+        if isinstance(op, Delay):
+            return [self._state[op.name]]
         spike, new, membrane = fire(op, live[op.source], self._state[op.name])
         self._state[op.name] = new
         return [spike] if membrane is None else [spike, membrane]

@@ -9,6 +9,7 @@ from qsnn_ext.deploy.program import (
     Add,
     Affine,
     Conv,
+    Delay,
     Neuron,
     Op,
     Program,
@@ -35,22 +36,28 @@ class Step:
         target: Value that is written when no neuron follows.
         residual: Sum with another value.
         neuron: Neuron that takes the result; the operation itself if it is one.
+        keep: Whether it is the end of a delay, where the value is stored for the next step.
     """
 
     op: Op
     target: int
     residual: Residual | None = None
     neuron: Neuron | None = None
+    keep: bool = False
 
     @property
     def reads(self) -> set[int]:
         """Values that are read."""
+        if isinstance(self.op, Delay):
+            return {self.op.source} if self.keep else set()
         more = () if self.residual is None else (self.residual.value,)
         return {*sources_of(self.op), *more}
 
     @property
     def writes(self) -> set[int]:
         """Values that are written."""
+        if self.keep:
+            return set()
         return set(targets_of(self.neuron)) if self.neuron is not None else {self.target}
 
 
@@ -94,7 +101,7 @@ def schedule(program: Program) -> list[Step]:
                 step.neuron = following
                 absorbed.add(id(following))
         steps.append(step)
-    return steps
+    return steps + [Step(op, op.target, keep=True) for op in program.delays]
 
 
 def place(

@@ -1,13 +1,14 @@
-"""Fused operations: one file per operation, each beside the eager code it replaces.
+"""Fused operations, each beside the eager code it replaces.
 
 Modules pick them by themselves; :func:`use_backend` forces a choice. What each costs, saves for
 backward and was measured to take is in ``docs/performance.md``.
 """
 
 from qsnn_ext.kernels.backend import current_backend, use_backend
-from qsnn_ext.kernels.lif import LIFOptions, LIFResult, lif_multi_step, lif_multi_step_eager
-from qsnn_ext.kernels.neuron import covers, run_delayed_step, run_layer, spike_count
-from qsnn_ext.kernels.surrogates import Surrogate, recognise
+from qsnn_ext.kernels.layer import rounding, run_layer, spike_count
+from qsnn_ext.kernels.lif import LIFResult, lif_multi_step
+from qsnn_ext.kernels.options import LIFOptions
+from qsnn_ext.kernels.surrogates import Surrogate, recognize
 from qsnn_ext.kernels.watching import COUNTERS, is_watched, uncounted
 
 __all__ = [
@@ -15,13 +16,11 @@ __all__ = [
     "LIFOptions",
     "LIFResult",
     "Surrogate",
-    "covers",
     "current_backend",
     "is_watched",
     "lif_multi_step",
-    "lif_multi_step_eager",
-    "recognise",
-    "run_delayed_step",
+    "recognize",
+    "rounding",
     "run_layer",
     "spike_count",
     "uncounted",

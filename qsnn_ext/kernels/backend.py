@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
 
-Backend = Literal["auto", "compiled", "function", "eager"]
+Backend = Literal["auto", "compiled", "blocked", "function", "eager"]
 
 _log = logging.getLogger(__name__)
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
@@ -54,10 +54,10 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (compiled where a compiler works and the layer is neither tiny nor run
-            over many steps, else ``"function"``; a layer no kernel covers runs ``"eager"``),
-            ``"compiled"`` (an error of the compiler is raised), ``"function"`` (no compilation) or
-            ``"eager"`` (the reference loop in plain autograd).
+        name: ``"auto"`` (the first of the following that covers the layer and pays),
+            ``"compiled"`` (an error of the compiler is raised), ``"blocked"`` (the CPU, in blocks
+            that stay in its cache), ``"function"`` (plain tensor operations) or ``"eager"`` (the
+            reference loop in plain autograd). What a backend does not cover, ``"function"`` runs.
 
     Raises:
         ConfigError: unknown name.
@@ -94,44 +94,44 @@ class Core:
 
     Args:
         fn: pure function of tensors.
-        free: per argument, how many of its last dimensions are symbols of the compiled code.
-        plain: does the same, and runs in place of ``fn`` where nothing is compiled.
+        dynamic_dims: per argument, how many of its last dimensions are symbols of the code.
+        fallback: does the same, and runs in place of ``fn`` where nothing is compiled.
         steps: how many time steps it runs.
     """
 
     def __init__(
         self,
         fn: Callable[..., Any],
-        free: tuple[int, ...],
-        plain: Callable[..., Any] | None = None,
+        dynamic_dims: tuple[int, ...],
+        fallback: Callable[..., Any] | None = None,
         steps: int = 1,
     ) -> None:
         self._fn = fn
         self._steps = steps
-        self._plain = plain or fn
-        self._free = free
+        self._fallback = fallback or fn
+        self._dynamic_dims = dynamic_dims
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Tensor | None) -> Any:
         """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
         global _broken
         if not compiles(max(a.numel() for a in args if a is not None), self._steps):
-            return self._plain(*args)
+            return self._fallback(*args)
         # Tensors that are no views: the compiler ties its code to the shape of a view's base too.
         args = tuple(None if a is None else a.data for a in args)
         if self._compiled is not None:
             return self._compiled(*args)
-        for tensor, count in zip(args, self._free, strict=True):
+        for tensor, count in zip(args, self._dynamic_dims, strict=True):
             if tensor is not None:
                 for dim in range(tensor.dim() - count, tensor.dim()):
                     if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
-                        return self._plain(*args)
+                        return self._fallback(*args)
                     torch._dynamo.mark_dynamic(tensor, dim)
         compiled = torch.compile(_with_own_code(self._fn), fullgraph=True)
         try:
             result = compiled(*args)
         except Exception as error:
-            result = self._plain(*args)  # an error of the caller shows itself here
+            result = self._fallback(*args)  # an error of the caller shows itself here
             if _chosen.get() == "compiled":
                 raise
             _broken = f"{type(error).__name__}: {error}"
@@ -174,29 +174,31 @@ _cores: dict[Hashable, Core] = {}
 
 def core(
     key: tuple[Hashable, ...],
-    like: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     size: int,
-    free: tuple[int, ...],
+    dynamic_dims: tuple[int, ...],
     build: Callable[[], Any],
-    plain: Callable[..., Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
     steps: int = 1,
 ) -> Core:
     """The core of these options, built on first use.
 
     Args:
         key: everything ``build`` depends on.
-        like: tensor whose dtype and device the core is for.
+        dtype: of the tensors it is for.
+        device: where these lie.
         size: length of its loops: short and long ones have a core each, because the compiler
             decides between serial and parallel loops by the first size it sees.
-        free: see :class:`Core`.
+        dynamic_dims: see :class:`Core`.
         build: makes the function.
-        plain: see :class:`Core`.
+        fallback: see :class:`Core`.
         steps: see :class:`Core`.
     """
-    full = (key, like.dtype, like.device, size >= PARALLEL_FROM, torch.get_num_threads())
+    full = (key, dtype, device, size >= PARALLEL_FROM, torch.get_num_threads())
     found = _cores.get(full)
     if found is None:
-        found = _cores[full] = Core(build(), free, plain, steps)
+        found = _cores[full] = Core(build(), dynamic_dims, fallback, steps)
     return found
 
 

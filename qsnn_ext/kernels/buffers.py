@@ -57,7 +57,7 @@ def sequence(like: Tensor, steps: int, size: int) -> tuple[Tensor | None, tuple[
     return whole, tuple(rows)
 
 
-def like(x: Tensor) -> tuple[Tensor, ...]:
+def reusable_like(x: Tensor) -> tuple[Tensor, ...]:
     """An unwritten contiguous tensor of the shape of ``x``; none where little is gained."""
     whole, rows = sequence(x, 1, x.numel())
     return () if whole is None else (rows[0].view(x.shape),)

@@ -1,8 +1,9 @@
-"""The multi-step LIF recurrence with a quantized membrane potential, as one operation.
+"""The steps of a layer of neurons with a quantized membrane potential, as one operation.
 
-``qsnn_ext::lif_multi_step`` runs all ``T`` steps of :func:`qsnn_ext.functional.lif_step` and has an
-analytic backward. :func:`lif_multi_step_eager` is the loop it replaces; the two agree bit for bit
-in float32 (``tanh`` excepted: see ``docs/performance.md``).
+``qsnn_ext::lif_multi_step`` runs all ``T`` steps of :func:`qsnn_ext.functional.lif_step`, or of
+:func:`qsnn_ext.functional.delayed_lif_step`, and has an analytic backward. Its backends
+(:mod:`qsnn_ext.kernels.backends`) agree with the eager loop bit for bit in float32 (``tanh``
+excepted: see ``docs/performance.md``).
 
 Cost of a layer of ``M`` neurons: the scale of each step is a maximum over all of them, so the
 forward is ``T + 1`` passes over ``M`` values; the backward is one pass over everything.
@@ -15,336 +16,19 @@ nothing that is saved grows with the options.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import autocast, blocked, buffers
+from qsnn_ext.kernels import autocast, backends, buffers
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
-
-AlphaMode = Literal["dynamic", "running", "given"]
-Save = Literal["nothing", "input", "charge"]
-
-
-@dataclass(frozen=True)
-class LIFOptions:
-    """Everything about a layer that is compiled into its core.
-
-    Attributes:
-        surrogate: firing rule and pseudo-gradient.
-        bits: width of the membrane potential, 2 to 8; 0 leaves it in floating point.
-        scale: ``"max"`` or ``"absmax"``.
-        alpha: ``"dynamic"`` (this step's maximum), ``"given"``, or ``"running"`` (given, and moved
-            towards the maximum after each step, as frozen mode does while training).
-        momentum: weight of the newest step of ``"running"``.
-        squash: whether ``tanh`` comes before rounding.
-        order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
-        reset: ``"hard"``, ``"soft"`` or ``"none"``.
-        v_reset: target of the hard reset.
-        detach_reset: whether the spike inside the reset is a constant of the backward pass.
-        save: what the forward keeps for the backward.
-    """
-
-    surrogate: Surrogate
-    bits: int = 2
-    scale: F.MembraneScale = "max"
-    alpha: AlphaMode = "dynamic"
-    momentum: float = 0.1
-    squash: bool = False
-    order: F.StepOrder = "fire_first"
-    reset: F.Reset = "hard"
-    v_reset: float = 0.0
-    detach_reset: bool = False
-    save: Save = "nothing"
-
-    def encode(self, save: Save | None = None) -> str:
-        """One string: operations of ``torch.library`` take tensors, numbers and strings.
-
-        Args:
-            save: in place of the option's own.
-        """
-        s = self.surrogate
-        return (
-            f"{s.kind},{s.a!r},{s.b!r},{int(s.strict)},{self.bits},{self.scale},{self.alpha},"
-            f"{self.momentum!r},{int(self.squash)},{self.order},{self.reset},{self.v_reset!r},"
-            f"{int(self.detach_reset)},{save or self.save}"
-        )
-
-
-@functools.cache
-def _decode(text: str) -> LIFOptions:
-    (
-        kind,
-        a,
-        b,
-        strict,
-        bits,
-        scale,
-        alpha,
-        momentum,
-        squash,
-        order,
-        reset,
-        v_reset,
-        detach,
-        save,
-    ) = text.split(",")
-    return LIFOptions(
-        Surrogate(kind, float(a), float(b), strict == "1"),
-        int(bits),
-        scale,  # type: ignore[arg-type]
-        alpha,  # type: ignore[arg-type]
-        float(momentum),
-        squash == "1",
-        order,  # type: ignore[arg-type]
-        reset,  # type: ignore[arg-type]
-        float(v_reset),
-        detach == "1",
-        save,  # type: ignore[arg-type]
-    )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float32 for half precision, else the tensor's own: steps are computed in this dtype."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def _narrowed(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values rounded to half precision ``dtype``, still float32.
-
-    The compiler drops a conversion to half precision and back. Bit for bit the same is rounding the
-    integers that the floats are.
-    """
-    if not torch.compiler.is_compiling():
-        return v.to(dtype).to(v.dtype)
-    dropped = 16 if dtype == torch.bfloat16 else 13
-    bits = v.view(torch.int32)
-    up = ((bits >> dropped) & 1) + ((1 << (dropped - 1)) - 1)  # half to even
-    rounded = ((bits + up) & (-1 << dropped)).view(torch.float32)
-    if dtype == torch.float16:
-        # Its exponents end earlier at both ends.
-        rounded = torch.where(v.abs() < 2.0**-14, (v * 2.0**24).round() * 2.0**-24, rounded)
-        infinite = torch.where(v > 0, torch.inf, -torch.inf)
-        rounded = torch.where(v.abs() >= 65520.0, infinite, rounded)
-    return torch.where(v.isnan(), v, rounded)
-
-
-# --------------------------------------------------------------------------- pieces of a step
-
-
-def _charge(v: Tensor | None, x: Tensor, params: Tensor) -> Tensor:
-    driven = params[1] * x
-    return (driven if v is None else params[0] * v + driven) + params[2]
-
-
-def _fired(h: Tensor, params: Tensor, o: LIFOptions) -> Tensor:
-    return h > params[3] if o.surrogate.strict else h >= params[3]
-
-
-def _reset(h: Tensor, fired: Tensor, params: Tensor, o: LIFOptions) -> Tensor:
-    if o.reset == "hard":
-        return torch.where(fired, h * 0.0 + o.v_reset, h)  # NaN of infinity, as the host's (1-s)*h
-    if o.reset == "soft":
-        return torch.where(fired, h - params[3], h)
-    return h
-
-
-def _maximum(v: Tensor, o: LIFOptions) -> Tensor:
-    """:func:`qsnn_ext.functional.membrane_alpha`."""
-    v = v if o.scale == "max" else v.abs()
-    return torch.where(torch.isfinite(v), v, -torch.inf if o.scale == "max" else 0.0).amax()
-
-
-def _round(v: Tensor, alpha: Tensor, o: LIFOptions) -> Tensor:
-    """The value of :func:`qsnn_ext.functional.symmetric_codes`, bit for bit."""
-    n = F.levels(o.bits)
-    empty = alpha <= 0
-    zero = v * 0.0  # NaN where v is NaN or infinite
-    if n == 1 and o.alpha == "dynamic":
-        # round(v/alpha) is 1 exactly where v > alpha/2 (a tie goes to 0, which is even): for
-        # floats v > alpha/2 implies that the rounded quotient exceeds 1/2. No division.
-        half = torch.where(empty, torch.inf, alpha * 0.5)
-        return torch.where(v > half, alpha, torch.where(v < -half, -alpha, 0.0)) + zero
-    ratio = v / torch.where(empty, torch.inf, alpha)
-    return (torch.round(ratio.clamp(-1, 1) * n) + zero) * torch.where(empty, 0.0, alpha / n)
-
-
-def _unround(grad: Tensor, v: Tensor, alpha: Tensor, o: LIFOptions) -> Tensor:
-    """Straight-through gradient of :func:`_round` for (squashed) potentials ``v``."""
-    if o.scale == "absmax" and o.alpha == "dynamic":
-        inside = torch.where(alpha > 0, grad, 0.0)  # nothing exceeds its own maximum
-    else:
-        inside = torch.where(v.abs() <= torch.where(alpha > 0, alpha, -1.0), grad, 0.0)
-    return inside * (1 - v * v) if o.squash else inside
-
-
-# --------------------------------------------------------------------------- cores
-
-
-def _collect(values: list[Tensor], rows: tuple[Tensor, ...]) -> Tensor | None:
-    """One value per step: written into the rows if there are any, or else stacked."""
-    if not rows:
-        return torch.stack(values)
-    for row, value in zip(rows, values, strict=True):
-        row.copy_(value)
-    return None
-
-
-def _forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
-    """``(x, v, params, alpha, *out) -> spikes, last v, alphas [T + 1], counts [T] (, charges)``.
-
-    With ``out``, ``T + 1`` tensors ``[M]``, spikes and last v are written into them and ``None`` is
-    returned for both.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-
-    def quantize(v: Tensor, running: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        if o.squash:
-            v = torch.tanh(v)
-        if o.alpha == "dynamic":
-            alpha = _maximum(v, o)
-            return _round(v, alpha, o), alpha, None
-        assert running is not None
-        alpha = running
-        if o.alpha == "running":
-            observed = _maximum(v, o).clamp(min=0)
-            alpha = torch.where(alpha > 0, alpha, observed)  # 0: no value yet
-            running = alpha + o.momentum * (observed - alpha)
-        return _round(v, alpha, o), alpha, running
-
-    def forward(
-        x: Tensor, v: Tensor | None, params: Tensor, running: Tensor | None, *out: Tensor
-    ) -> Any:
-        spikes, alphas, counts, charges = [], [], [], []
-        state = None if v is None else v.to(params.dtype)
-        for t in range(steps):
-            h = _charge(state, x[t].to(params.dtype), params)
-            if o.save == "charge":
-                charges.append(h)
-            if o.bits and o.order == "quantize_first":
-                h, alpha, running = quantize(h, running)
-                alphas.append(alpha)
-            fired = _fired(h, params, o)
-            spikes.append(fired.to(dtype))
-            counts.append(B.count(fired))
-            state = _reset(h, fired, params, o)
-            if o.bits and o.order == "fire_first":
-                state, alpha, running = quantize(state, running)
-                alphas.append(alpha)
-            if half:
-                state = _narrowed(state, dtype)
-        assert state is not None
-        last = params.new_zeros(()) if running is None else running
-        alphas = alphas or [params.new_zeros(())] * steps
-        results = (
-            _collect(spikes, out[:steps]),
-            buffers.collect(state.to(dtype), out[steps:]),
-            torch.stack([*alphas, last]),
-            torch.stack(counts),
-        )
-        return (*results, torch.stack(charges)) if o.save == "charge" else results
-
-    return forward
-
-
-def _backward_core(
-    o: LIFOptions, steps: int, dtype: torch.dtype, need_v: bool, need_params: bool
-) -> Callable[..., Any]:
-    """``(g_spikes, g_v, g_counts, saved, v, params, alphas, *rows) -> g_x, g_v0 (, g_params)``.
-
-    With ``rows``, ``T`` tensors ``[M]``, ``g_x`` is written into them and ``None`` is returned.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    derivative = DERIVATIVES[o.surrogate.kind]
-    quantize_first = bool(o.bits) and o.order == "quantize_first"
-    fire_first = bool(o.bits) and o.order == "fire_first"
-
-    def squash(v: Tensor) -> Tensor:
-        return torch.tanh(v) if o.squash else v
-
-    def backward(
-        g_spikes: Tensor | None,
-        g_v: Tensor | None,
-        g_counts: Tensor,
-        saved: Tensor,
-        v: Tensor | None,
-        params: Tensor,
-        alphas: Tensor,
-        *rows: Tensor,
-    ) -> Any:
-        # The charges, and the state each of them started from where it is known.
-        charges: list[Tensor] = []
-        before: list[Tensor | None] = []
-        state = None if v is None else v.to(params.dtype)
-        for t in range(steps):
-            step = saved[t].to(params.dtype)
-            before.append(state)
-            charges.append(step if o.save == "charge" else _charge(state, step, params))
-            if o.save == "charge" or t == steps - 1:
-                continue
-            h = _round(squash(charges[t]), alphas[t], o) if quantize_first else charges[t]
-            state = _reset(h, _fired(h, params, o), params, o)
-            if fire_first:
-                state = _round(squash(state), alphas[t], o)
-            if half:
-                state = _narrowed(state, dtype)
-
-        g_x: list[Tensor] = []
-        g_params: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
-        g_state = None if g_v is None else g_v.to(params.dtype)
-        for t in reversed(range(steps)):
-            charge = charges[t]
-            h = _round(squash(charge), alphas[t], o) if quantize_first else charge
-            fired = _fired(h, params, o)
-            g_fired = g_counts[t].to(params.dtype)
-            if g_spikes is not None:
-                g_fired = g_fired + g_spikes[t].to(params.dtype)
-            g_h: Tensor | None = None
-            if g_state is not None:
-                if fire_first:
-                    after = squash(_reset(h, fired, params, o))
-                    g_state = _unround(g_state, after, alphas[t], o)
-                g_h = torch.where(fired, 0.0, g_state) if o.reset == "hard" else g_state
-                if o.reset == "soft":
-                    if not o.detach_reset:
-                        g_fired = g_fired - g_state * params[3]
-                    if need_params:
-                        g_params[3] = g_params[3] - B.total(torch.where(fired, g_state, 0.0))
-                elif o.reset == "hard" and not o.detach_reset:
-                    g_fired = g_fired + g_state * (o.v_reset - h)
-            slope = g_fired * derivative(h - params[3], o.surrogate.a, o.surrogate.b)
-            g_h = slope if g_h is None else g_h + slope
-            if need_params:
-                g_params[3] = g_params[3] - B.total(slope)
-            if quantize_first:
-                g_h = _unround(g_h, squash(charge), alphas[t], o)
-            g_x.append((params[1] * g_h).to(dtype))
-            if need_params:
-                previous = before[t]
-                if previous is not None:
-                    g_params[0] = g_params[0] + B.total(g_h * previous)
-                g_params[1] = g_params[1] + B.total(g_h * saved[t].to(params.dtype))
-                g_params[2] = g_params[2] + B.total(g_h)
-            g_state = params[0] * g_h
-        assert g_state is not None
-        results = [_collect(g_x[::-1], rows)]
-        if need_v:
-            results.append(g_state.to(dtype))
-        if need_params:
-            zero = params.new_zeros(())
-            results.append(torch.stack([zero + g for g in g_params]))
-        return tuple(results)
-
-    return backward
-
-
-# --------------------------------------------------------------------------- the operation
+from qsnn_ext.kernels.backends import Call, eager
+from qsnn_ext.kernels.grid import compute_dtype
+from qsnn_ext.kernels.options import LIFOptions, Save, decode
+from qsnn_ext.kernels.recurrence import needs_first_state
 
 
 class _Layout:
@@ -400,7 +84,8 @@ def _lif_op(
     Args:
         x: input ``[T, N, ...]``.
         v: state before the first step ``[N, ...]``; ``None`` is zero.
-        params: decay, gain, offset, threshold ``[4]``, in the compute dtype.
+        params: decay, gain, offset, threshold ``[4]`` and, for the delayed reset, the next float
+            above the threshold ``[5]``, in the compute dtype.
         alpha: 0-dim scale, for ``"given"`` and ``"running"``.
         options: :meth:`LIFOptions.encode`.
 
@@ -409,28 +94,18 @@ def _lif_op(
         last, the running scale afterwards ``[T + 1]``; spikes of each step ``[T]`` (float32);
         charges like the input with ``save="charge"``, else empty.
     """
-    o = _decode(options)
+    o = decode(options)
     layout = _Layout(x)
     steps = x.shape[0]
     if not x.numel():
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
     whole, rows = buffers.sequence(x, steps, flat.shape[1])
-    out = (*rows, *buffers.like(flat[0]))
-    key = ("lif_forward", options, steps, v is None, alpha is None)
-    core = B.core(
-        key,
-        x,
-        flat.shape[1],
-        (1, 1, 0, 0, *[1] * len(out)),
-        lambda: _forward_core(o, steps, x.dtype),
-        blocked.forward(o, x.dtype, _forward_core(o, steps, x.dtype))
-        if blocked.covers(o, x)
-        else None,
-        steps,
-    )
+    out = (*rows, *buffers.reusable_like(flat[0]))
+    call = Call("forward", o, steps, x.dtype, x.device, flat.shape[1], (v is None, alpha is None))
     with torch.no_grad():
-        spikes, last, alphas, counts, *charges = core(
+        spikes, last, alphas, counts, *charges = backends.run(
+            call,
             flat,
             layout.state(v, x.dtype),
             params.detach(),
@@ -473,7 +148,7 @@ def _(
         layout.state_like(x),
         params.new_empty(steps + 1),
         x.new_empty(steps, dtype=torch.float32),
-        layout.like(x) if _decode(options).save == "charge" else x.new_empty(0),
+        layout.like(x) if decode(options).save == "charge" else x.new_empty(0),
     )
 
 
@@ -490,8 +165,8 @@ def _lif_backward_op(
     need_v: bool,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input and first state (or empty), like them, and of params ``[4]``."""
-    o = _decode(options)
+    """Gradients of input and first state (or empty), like them, and of params."""
+    o = decode(options)
     layout = _Layout(saved)
     steps = saved.shape[0]
     if not saved.numel():
@@ -499,26 +174,16 @@ def _lif_backward_op(
         return layout.like(saved), g_v0, torch.zeros_like(params)
     flat = layout.sequence(saved)
     whole, rows = buffers.sequence(saved, steps, flat.shape[1])
-    key = (
-        ("lif_backward", options, steps, need_v, need_params),
-        (g_spikes is None, g_v is None, v is None),
-    )
-    core = B.core(
-        key,
-        saved,
-        flat.shape[1],
-        (1, 1, 0, 1, 1, 0, 0, *[1] * len(rows)),
-        lambda: _backward_core(o, steps, saved.dtype, need_v, need_params),
-        blocked.backward(o, saved.dtype, need_v)
-        if blocked.covers(o, saved) and not need_params
-        else None,
-        steps,
+    absent = (g_spikes is None, g_v is None, v is None)
+    call = Call(
+        "backward", o, steps, saved.dtype, saved.device, flat.shape[1], absent, need_v, need_params
     )
     if g_counts is None:
         g_counts = params.new_zeros(steps, dtype=torch.float32)
     with torch.no_grad():
         results = list(
-            core(
+            backends.run(
+                call,
                 None if g_spikes is None else layout.sequence(g_spikes),
                 layout.state(g_v, saved.dtype),
                 g_counts.detach(),
@@ -559,9 +224,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.options = options
     _, _, alphas, _, charges = output
-    if _decode(options).save == "charge":
-        # Only a gradient of params would need the first state, and then the input is saved.
-        ctx.save_for_backward(charges, None, params, alphas)
+    o = decode(options)
+    if o.save == "charge":
+        # A gradient of params would need the first state too, and then the input is saved.
+        ctx.save_for_backward(charges, v if needs_first_state(o) else None, params, alphas)
     else:
         ctx.save_for_backward(x, v, params, alphas)
 
@@ -622,20 +288,40 @@ class LIFResult:
 
 @functools.lru_cache(maxsize=256)
 def _constant_params(
-    values: tuple[float, float, float, float], dtype: torch.dtype, device: torch.device
+    values: tuple[float, ...], delayed: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+        params = torch.tensor(values, dtype=dtype, device=device)
+        return _with_above(params) if delayed else params
 
 
-def _params(values: tuple[float | Tensor, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if not any(isinstance(value, Tensor) for value in values):
-        if torch.compiler.is_compiling():
-            return torch.tensor(values, dtype=dtype, device=device)
-        return _constant_params(values, dtype, device)
-    return torch.stack(
+def _with_above(params: Tensor) -> Tensor:
+    theta = params.detach()[3:]
+    return torch.cat([params, torch.nextafter(theta, torch.full_like(theta, torch.inf))])
+
+
+def _params(
+    values: tuple[float | Tensor, ...], delayed: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
+        # Reading a number costs less than stacking tensors, but waits for other devices than the
+        # CPU. Nothing is kept by identity: whoever writes to a decay is heard.
+        numbers = [n for value in values if (n := _number(value)) is not None]
+        if len(numbers) == len(values):
+            return _constant_params(tuple(numbers), delayed, dtype, device)
+    params = torch.stack(
         [torch.as_tensor(value, dtype=dtype, device=device).reshape(()) for value in values]
     )
+    return _with_above(params) if delayed else params
+
+
+def _number(value: float | Tensor) -> float | None:
+    """The value as a number, where reading it waits for nothing and loses no gradient."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cpu" or (value.requires_grad and torch.is_grad_enabled()):
+        return None
+    return float(value.item())
 
 
 def fits(*values: float | Tensor) -> bool:
@@ -657,8 +343,9 @@ def lif_multi_step(
 ) -> LIFResult:
     """All time steps of a leaky integrate-and-fire layer with a quantized membrane potential.
 
-    The recurrence is :func:`qsnn_ext.functional.lif_step`'s. float16 and bfloat16 inputs are
-    computed in float32 within a step; what is carried and returned has the input's dtype.
+    The recurrence is :func:`qsnn_ext.functional.lif_step`'s, with ``options.delayed``
+    :func:`qsnn_ext.functional.delayed_lif_step`'s. float16 and bfloat16 inputs are computed in
+    float32 within a step; what is carried and returned has the input's dtype.
 
     Args:
         x: input ``[T, N, ...]``; channels-last memory stays so.
@@ -675,24 +362,29 @@ def lif_multi_step(
         See :class:`LIFResult`.
 
     Raises:
-        ConfigError: ``alpha`` missing or superfluous, or unknown backend.
+        ConfigError: ``alpha`` missing or superfluous, unknown backend, or a delayed reset in half
+            precision, which cannot say on which side of the threshold a state is.
     """
-    if (alpha is None) == (options.bits > 0 and options.alpha != "dynamic"):
+    o = options
+    if (alpha is None) == (bool(o.bits) and o.alpha != "dynamic"):
         raise ConfigError(
-            f"alpha mode {options.alpha!r} takes {'no alpha' if alpha is not None else 'an alpha'}."
+            f"alpha mode {o.alpha!r} takes {'no alpha' if alpha is not None else 'an alpha'}."
         )
     if backend is not None and backend != B.current_backend():
         with B.use_backend(backend):
             return lif_multi_step(
-                x, v, options,
-                decay=decay, gain=gain, offset=offset, threshold=threshold, alpha=alpha,
-            )  # fmt: skip
-    if B.current_backend() == "eager":
-        return lif_multi_step_eager(
-            x, v, options, decay=decay, gain=gain, offset=offset, threshold=threshold, alpha=alpha
-        )
+                x, v, o, decay=decay, gain=gain, offset=offset, threshold=threshold, alpha=alpha
+            )
     dtype = compute_dtype(x)
-    params = _params((decay, gain, offset, threshold), dtype, x.device)
+    if o.delayed:
+        if dtype != x.dtype:
+            raise ConfigError(f"a delayed reset needs currents in float32, got {x.dtype}.")
+        v = torch.zeros_like(x[0]) if v is None else v
+    if B.current_backend() == "eager":
+        return _run_eagerly(
+            x, v, o, decay=decay, gain=gain, offset=offset, threshold=threshold, alpha=alpha
+        )
+    params = _params((decay, gain, offset, threshold), o.delayed, dtype, x.device)
     needed = torch.is_grad_enabled() and (
         x.requires_grad or params.requires_grad or (v is not None and v.requires_grad)
     )
@@ -703,9 +395,8 @@ def lif_multi_step(
         narrow = dtype != x.dtype
         recompute = v is None and _recompute(x)
         save = "input" if params.requires_grad or narrow or recompute else "charge"
-    text = options.encode(save)
     spikes, last, alphas, counts, _ = torch.ops.qsnn_ext.lif_multi_step(
-        x, v, params, None if alpha is None else alpha.to(dtype), text
+        x, v, params, None if alpha is None else alpha.to(dtype), o.encode(save)
     )
     alphas = alphas.detach()
     return LIFResult(spikes, last, alphas[:-1], alphas[-1], counts)
@@ -716,77 +407,19 @@ def _recompute(x: Tensor) -> bool:
     return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel(), x.shape[0]))
 
 
-def lif_multi_step_eager(
-    x: Tensor,
-    v: Tensor | None,
-    options: LIFOptions,
-    *,
-    decay: float | Tensor,
-    gain: float | Tensor = 1.0,
-    offset: float | Tensor = 0.0,
-    threshold: float | Tensor = 1.0,
-    alpha: Tensor | None = None,
-    surrogate: Callable[[Tensor], Tensor] | None = None,
+def _run_eagerly(
+    x: Tensor, v: Tensor | None, o: LIFOptions, *, alpha: Tensor | None, **numbers: float | Tensor
 ) -> LIFResult:
-    """The reference: a loop of :func:`qsnn_ext.functional.lif_step` in plain autograd.
-
-    Takes and returns what :func:`lif_multi_step` does, and any ``surrogate`` callable in place of
-    the one named in ``options``.
-    """
-    o = options
+    """The reference: the eager loop with the quantizer and the surrogate that the options name."""
     dtype = compute_dtype(x)
-    fire = surrogate or (lambda x: _EagerSurrogate.apply(x, o.surrogate))  # type: ignore[no-untyped-call]
-    running = None if alpha is None else alpha.to(dtype)
-    alphas: list[Tensor] = []
-
-    def quantize(u: Tensor) -> Tensor:
-        nonlocal running
-        squashed = torch.tanh(u) if o.squash else u
-        used = F.membrane_alpha(squashed, o.scale) if running is None else running
-        if o.alpha == "running":
-            observed = F.membrane_alpha(squashed, o.scale).clamp(min=0)
-            used = torch.where(used > 0, used, observed)
-            running = used + o.momentum * (observed - used)
-        alphas.append(used)
-        return F.quantize_symmetric(squashed, used, o.bits)
-
-    state = torch.zeros_like(x[0]) if v is None else v.to(x.dtype)
-    spikes = []
-    for step in x:
-        spike, after = F.lif_step(
-            step.to(dtype),
-            state.to(dtype),
-            decay=decay,
-            gain=gain,
-            offset=offset,
-            threshold=threshold,
-            reset=o.reset,
-            v_reset=o.v_reset,
-            detach_reset=o.detach_reset,
-            surrogate=fire,
-            quantize=quantize if o.bits else None,
-            order=o.order,
-        )
-        spikes.append(spike.to(x.dtype))
-        state = after.to(x.dtype)
-    stacked = torch.stack(spikes)
+    rounding = eager.Rounding(o, None if alpha is None else alpha.to(dtype))
+    spikes, state = eager.run(
+        x, v, numbers,
+        reset=o.reset, v_reset=o.v_reset, detach_reset=o.detach_reset, delayed=o.delayed,
+        order=o.order, fire=eager.surrogate(o.surrogate), quantize=rounding if o.bits else None,
+    )  # fmt: skip
+    alphas = rounding.alphas
     scales = torch.stack(alphas) if alphas else x.new_zeros(x.shape[0], dtype=dtype)
-    counts = stacked.flatten(1).sum(1, dtype=torch.promote_types(torch.float32, dtype)).float()
-    last = x.new_zeros((), dtype=dtype) if running is None else running
-    return LIFResult(stacked, state, scales, last, counts)
-
-
-class _EagerSurrogate(torch.autograd.Function):
-    """A :class:`Surrogate` as the callable that the eager loop wants."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, options: Surrogate) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.options = options
-        return (x > 0 if options.strict else x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        o = ctx.options
-        return grad * DERIVATIVES[o.kind](x, o.a, o.b), None
+    counts = spikes.flatten(1).sum(1, dtype=torch.promote_types(torch.float32, dtype)).float()
+    last = x.new_zeros((), dtype=dtype) if rounding.running is None else rounding.running
+    return LIFResult(spikes, state, scales, last, counts)

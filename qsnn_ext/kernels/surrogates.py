@@ -1,10 +1,10 @@
-"""Surrogate gradients in closed form, and how to recognise a host's.
+"""Surrogate gradients in closed form, and how to recognize a host's.
 
 A fused kernel cannot call a Python callable per neuron, so it asks for the kind of the surrogate
 and its numbers. Each derivative below is the one the host's own backward computes. A surrogate that
-is not recognised is no error: the neuron then runs the eager loop.
+is not recognized is no error: the neuron then runs the eager loop.
 
-Hosts are recognised by the names of their classes and closures; neither is imported.
+Hosts are recognized by the names of their classes and closures; neither is imported.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _numbers(kind: str, values: list[Any], strict: bool) -> Surrogate | None:
     return Surrogate(kind, a, b, strict)
 
 
-def recognise(surrogate: Any) -> Surrogate | None:
+def recognize(surrogate: Any) -> Surrogate | None:
     """The closed form of a surrogate function, or ``None`` where there is none.
 
     Args:

@@ -125,10 +125,12 @@ def _weight_op(
     Returns:
         ``alpha * sign(What)`` ``[C, K]``, mean and deviation of the groups, alpha ``[C, 1]``.
     """
-    out = buffers.like(w)
+    out = buffers.reusable_like(w)
     key = ("binary_weight", standardize, scale)
-    free = (2, *[2] * len(out))
-    core = B.core(key, w, w.numel(), free, lambda: _forward_core(standardize, scale))
+    dynamic_dims = (2, *[2] * len(out))
+    core = B.core(
+        key, w.dtype, w.device, w.numel(), dynamic_dims, lambda: _forward_core(standardize, scale)
+    )
     with torch.no_grad():
         value, mean, std, alpha = core(w.detach(), *out)
     return out[0] if out else value, mean, std, alpha
@@ -161,10 +163,17 @@ def _weight_backward_op(
     """Gradient of the latent weights ``[C, K]``."""
     # One value per channel is as free a length as the channels of ``w``; one per layer is fixed.
     groups = 1 if standardize == "channel" else 0
-    out = buffers.like(w)
-    free = (2, 2, groups, groups, 1, 0, *[2] * len(out))
+    out = buffers.reusable_like(w)
+    dynamic_dims = (2, 2, groups, groups, 1, 0, *[2] * len(out))
     key = ("binary_weight_backward", standardize, gradient)
-    core = B.core(key, w, w.numel(), free, lambda: _backward_core(standardize, gradient))
+    core = B.core(
+        key,
+        w.dtype,
+        w.device,
+        w.numel(),
+        dynamic_dims,
+        lambda: _backward_core(standardize, gradient),
+    )
     with torch.no_grad():
         value: Tensor = core(
             g.detach().contiguous(),
@@ -391,7 +400,7 @@ def _options(quantizer: Quantizer, differentiable: bool) -> tuple[Any, ...]:
 
 def _copied(weight: Tensor) -> Tensor:
     """A contiguous copy, in memory that served before where the weights are large."""
-    given = buffers.like(weight)
+    given = buffers.reusable_like(weight)
     copy = given[0] if given else torch.empty_like(weight, memory_format=torch.contiguous_format)
     return copy.copy_(weight)
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from qsnn_ext.errors import ConfigError, DataError
 
-from . import cifar, digits, dvscifar10, dvsgesture, tinyimagenet
+from . import cifar, digits, dvscifar10, dvsgesture, fashionmnist, nmnist, tinyimagenet
 from .files import Facts
 
 __all__ = [
@@ -55,13 +55,15 @@ _SPECS = {
         DataSpec("cifar10", 10, 3, (32, 32), False, None),
         DataSpec("cifar100", 100, 3, (32, 32), False, None),
         DataSpec("tinyimagenet", 200, 3, (64, 64), False, None),
+        DataSpec("fashionmnist", 10, 1, (28, 28), False, None),
         DataSpec("dvsgesture", 11, 2, (48, 48), True, 16),
         DataSpec("dvscifar10", 10, 2, (48, 48), True, 10),
+        DataSpec("nmnist", 10, 2, (34, 34), True, 10),
         DataSpec("digits", 10, 1, (16, 16), False, None),
         DataSpec("digits-events", 10, 2, (32, 32), True, 10),
     )
 }
-_FIXED_SIZE = ("cifar10", "cifar100", "tinyimagenet")
+_FIXED_SIZE = ("cifar10", "cifar100", "tinyimagenet", "fashionmnist")
 
 NAMES = tuple(_SPECS)
 
@@ -69,8 +71,10 @@ OFFICIAL: dict[str, Facts] = {
     "cifar10": cifar.CIFAR10,
     "cifar100": cifar.CIFAR100,
     "tinyimagenet": tinyimagenet.TINYIMAGENET,
+    "fashionmnist": fashionmnist.FASHIONMNIST,
     "dvsgesture": dvsgesture.DVSGESTURE,
     "dvscifar10": dvscifar10.DVSCIFAR10,
+    "nmnist": nmnist.NMNIST,
 }
 """What is published about each data set, and what the files found are checked against."""
 
@@ -112,6 +116,7 @@ def datasets(
     size: int | None = None,
     steps: int | None = None,
     augment: bool = True,
+    strong: bool = True,
     split: str = "tebn",
     data_seed: int = 0,
     cache: str | Path | None = None,
@@ -129,6 +134,7 @@ def datasets(
         size: As for :func:`spec`.
         steps: As for :func:`spec`.
         augment: Whether the training set is augmented (never the test set).
+        strong: Whether CIFAR's augmentation has AutoAugment and Cutout, or crop and flip alone.
         split: How DVS-CIFAR10 is divided: "tebn", "last" or "random".
         data_seed: Seed of the random split and of the simulated event camera. It is part of the
             data, so keep it when the seed of the training changes.
@@ -156,8 +162,14 @@ def datasets(
     common: dict[str, Any] = {"augment": augment, "download": download}
     if name == "tinyimagenet":
         return tinyimagenet.load(root, facts, **common)
+    if name == "fashionmnist":
+        return fashionmnist.load(root, facts, **common)
+    if name == "nmnist":
+        return nmnist.load(
+            root, facts, steps=wanted.steps or 1, size=side, augment=augment, cache=cache
+        )
     if not wanted.events:
-        return cifar.load(name, root, facts, **common)
+        return cifar.load(name, root, facts, strong=strong, cache=cache, **common)
     common |= {"steps": wanted.steps, "size": side, "cache": cache}
     if name == "dvsgesture":
         return dvsgesture.load(root, facts, **common)

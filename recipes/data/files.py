@@ -52,6 +52,7 @@ class Facts:
         train: Number of training samples.
         test: Number of test samples.
         members: MD5 of the unpacked files, where the format needs it (CIFAR's pickles).
+        mean: Mean of the training pixels by channel, 0 to 255; none is not checked.
 
     """
 
@@ -61,6 +62,7 @@ class Facts:
     train: int
     test: int
     members: Mapping[str, str] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
 
 
 def md5_of(path: Path) -> str:
@@ -129,7 +131,7 @@ def _download(archive: Archive, facts: Facts, path: Path, root: Path) -> None:
 
 
 @contextmanager
-def _hidden_folder(goal: Path) -> Iterator[Path]:
+def hidden_folder(goal: Path) -> Iterator[Path]:
     """A folder beside ``goal``, removed in the end; one that a killed process left goes as well."""
     for old in goal.parent.glob(f".{goal.name}.*.partial"):
         with suppress(OSError):  # another process may have cleared it
@@ -190,7 +192,7 @@ def unpack(path: Path, goal: Path, top: str | None = None) -> None:
     """
     unpacker = _unpack_zip if path.suffix == ".zip" else _unpack_tar
     try:
-        with _hidden_folder(goal) as folder:
+        with hidden_folder(goal) as folder:
             unpacker(path, folder)
             inside = folder / (top or goal.name)
             if not inside.is_dir():

@@ -82,8 +82,10 @@ class FrameArray(Dataset[tuple[Tensor, int]]):
         frames: NDArray[Any],
         labels: Sequence[int],
         transform: FrameTransform | None = None,
+        found: str = "",
     ):
         self.frames, self.labels, self.transform = frames, list(labels), transform
+        self.found = found
 
     def __len__(self) -> int:
         return len(self.labels)

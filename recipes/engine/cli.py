@@ -22,6 +22,7 @@ GROUPS = {
     "data": "data",
     "network": "network",
     "wsdr": "weight-spike dual regulation",
+    "sign_gradient": "improvements on the paper's method",
     "epochs": "optimization",
     "seed": "machine",
     "out": "run",

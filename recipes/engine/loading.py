@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default
 
 from qsnn_ext.errors import ConfigError, TrainingError
 from recipes.config import Config
+from recipes.engine import setting
 
 
 def mix(*parts: int) -> int:
@@ -122,15 +123,37 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getitems__(self, draws: list[Draw]) -> Any:
+        """A batch: made at once where the data set can, else sample by sample."""
+        if not self.batched:
+            return [self[draw] for draw in draws]
+        x, labels = self.samples.batch([d.index for d in draws], [d.seed for d in draws])
+        wrong = ((labels < 0) | (labels >= self.classes)).nonzero()
+        if len(wrong):
+            self._refuse(draws[int(wrong[0])].index, int(labels[wrong[0]]))
+        return x, labels
+
+    @property
+    def batched(self) -> bool:
+        """Whether whole batches come from the data set, as two tensors."""
+        return hasattr(self.samples, "batch")
+
+    def _refuse(self, index: int, label: int) -> None:
+        raise TrainingError(
+            f"Sample {index} of {self.name} has label {label}, but there are only "
+            f"{self.classes} classes (0 to {self.classes - 1}). Check the data set."
+        )
+
     def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, int]:
         with seeded(draw.seed):
             x, label = self.samples[draw.index]
         if not 0 <= int(label) < self.classes:
-            raise TrainingError(
-                f"Sample {draw.index} of {self.name} has label {int(label)}, but there are only "
-                f"{self.classes} classes (0 to {self.classes - 1}). Check the data set."
-            )
+            self._refuse(draw.index, int(label))
         return x, int(label)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class Loading(LightningDataModule):
@@ -141,18 +164,32 @@ class Loading(LightningDataModule):
         train: Training set of (x, label).
         test: Test set of (x, label).
         classes: Number of classes.
+        held_out: Samples that epochs are judged by, if not by the test set.
         collate: How samples become a batch; none stacks them along a new first dimension.
 
     """
 
     def __init__(
-        self, config: Config, train: Any, test: Any, classes: int, collate: Any = None
+        self,
+        config: Config,
+        train: Any,
+        test: Any,
+        classes: int,
+        collate: Any = None,
+        held_out: Any = None,
     ) -> None:
         super().__init__()
         self.config, self.collate = config, collate or default_collate
         self.train = SeededDataset(train, classes, f"the {config.data} training set")
         self.test = SeededDataset(test, classes, f"the {config.data} test set")
-        for part in (self.train, self.test):
+        self.found = ""  # in words, what was found where
+        self.held_out = None
+        if held_out is not None:
+            name = f"the held-out part of the {config.data} training set"
+            self.held_out = SeededDataset(held_out, classes, name)
+        for part in (self.train, self.test, self.held_out):
+            if part is None:
+                continue
             if len(part) == 0:
                 raise ConfigError(f"{part.name} is empty: check the data set.")
 
@@ -161,6 +198,10 @@ class Loading(LightningDataModule):
         return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
+        """What epochs are judged by, in its own order: held-out samples, or the test set."""
+        return self._loader(self.held_out or self.test, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[Any]:
         """The whole test set in its own order."""
         return self._loader(self.test, shuffle=False)
 
@@ -183,11 +224,12 @@ class Loading(LightningDataModule):
             raise ConfigError(
                 f"{samples.name} has too few samples ({len(samples)}) for {world} processes."
             )
+        processes = setting.workers(config, samples.batched)
         return DataLoader(
             samples,
             batch_sampler=batches,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
-            collate_fn=self.collate,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            collate_fn=_as_it_is if samples.batched else self.collate,
             pin_memory=torch.cuda.is_available(),
         )

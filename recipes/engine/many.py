@@ -1,4 +1,4 @@
-"""Several runs side by side, one process and one CPU thread each."""
+"""Several runs side by side, one process each, which share the CPU's threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def run_all(
     workers = min(processes or os.cpu_count() or 1, len(todo))
     # Fresh processes: a forked one would inherit the threads of an already used torch.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(threads,)
+    ) as pool:
         futures = {pool.submit(_run, config): config for config in todo}
         try:
             for future in as_completed(futures):
@@ -76,10 +79,10 @@ def finished(config: Config) -> dict[str, Any] | None:
     return None if differences(config.to_dict(), result["config"]) else result
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from qsnn_ext import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.errors import DivergenceError, TrainingError
 from recipes.config import Config
+from recipes.engine import setting
 from recipes.engine.loading import mix
-from recipes.engine.networks import uses_annealing
+from recipes.engine.networks import binary_layers, uses_annealing
 from recipes.engine.rates import RateMeter
+from recipes.engine.teacher import Teacher
 
 
 class Tally:
@@ -56,11 +58,19 @@ class Training(LightningModule):
         config: The run.
         model: Network giving logits [T, N, classes].
         steps_per_epoch: Optimizer steps in one epoch, for the schedules.
+        teacher: Network whose answers are learnt beside the labels.
 
     """
 
-    def __init__(self, config: Config, model: nn.Module, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        steps_per_epoch: int,
+        teacher: Teacher | None = None,
+    ) -> None:
         super().__init__()
+        self.teacher = teacher  # no module: its weights are no part of this one's checkpoints
         self.config, self.model, self.steps_per_epoch = config, model, steps_per_epoch
         self.regularizer: WSDRRegularizer | None = None
         if config.regularized:
@@ -79,13 +89,25 @@ class Training(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [T, N, classes] of images [N, C, H, W] or frames [T, N, C, H, W]."""
-        logits: Tensor = self.model(x)
+        logits: Tensor = self.model(setting.arranged(x, self.config.memory_format))
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy averaged over time steps and samples (first term of Eq. 18)."""
+        """Cross entropy averaged over time steps and samples (first term of Eq. 18).
+
+        ``mean_logits`` takes that of the logits averaged over time instead, and ``tet`` mixes in
+        the second term of TET (Deng et al., ICLR 2022), the squared distance of every time step's
+        logits from 1.
+        """
         steps = logits.shape[0]
-        return nnf.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(steps))
+        if self.config.loss == "mean_logits":
+            loss = nnf.cross_entropy(logits.mean(0).float(), labels)
+        else:
+            loss = nnf.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(steps))
+        if self.config.tet:
+            distance = (logits.float() - 1).square().mean()
+            loss = (1 - self.config.tet) * loss + self.config.tet * distance
+        return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of one batch; data parallel training averages its gradient over processes."""
@@ -95,7 +117,12 @@ class Training(LightningModule):
         term: Tensor | float = 0.0
         if self.regularizer is not None:
             term = self.regularizer()
-        total = loss + term
+        share = self.config.distillation
+        if self.teacher is not None and share:
+            taught = self.teacher.loss(x, logits)
+            total = (1 - share) * loss + share * taught + term
+        else:
+            total = loss + term
         # A neuron makes no spike of NaN, so a bad input need not show in the loss.
         if not (torch.isfinite(total) and torch.isfinite(x).all()):
             self._stop(x, total, index)
@@ -109,6 +136,14 @@ class Training(LightningModule):
         # Also taken here, so that no spikes of the test set are left in the next training step's.
         term = 0.0 if self.regularizer is None else self.regularizer()
         self.test_tally.add(logits, labels, self.loss(logits, labels), term)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Likewise, for the one look at the test set that runs with held-out samples take."""
+        self.validation_step(batch, index)
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting answers; the spikes counted stay those of the last epoch."""
+        self.test_tally = Tally(self.device)
 
     def _stop(self, x: Tensor, loss: Tensor, index: int) -> None:
         where = f"in epoch {self.current_epoch + 1}, batch {index + 1}"
@@ -162,6 +197,14 @@ class Training(LightningModule):
         """The optimizer and a cosine from the highest rate to zero, after the warm-up."""
         config = self.config
         groups = decay_groups(self.model, config.weight_decay)
+        if config.latent_lr != 1 or config.latent_weight_decay is not None:
+            decay = config.latent_weight_decay
+            groups = split_latent(
+                self.model,
+                groups,
+                lr=config.lr * config.latent_lr,
+                weight_decay=config.weight_decay if decay is None else decay,
+            )
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -193,6 +236,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def split_latent(
+    model: nn.Module, groups: list[dict[str, Any]], **options: float
+) -> list[dict[str, Any]]:
+    """Parameter groups in which the latent weights of binary layers have a group of their own.
+
+    Args:
+        model: The network.
+        groups: Its parameter groups.
+        options: Of the latent weights' group: ``lr`` and ``weight_decay``.
+
+    """
+    latent = [layer.weight for layer in binary_layers(model)]
+    theirs = {id(weight) for weight in latent}
+    others = [
+        {**group, "params": [p for p in group["params"] if id(p) not in theirs]} for group in groups
+    ]
+    return [*others, {"params": latent, **options}]
 
 
 def first_nonfinite(training: Training, x: Tensor) -> str:

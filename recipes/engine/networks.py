@@ -30,8 +30,13 @@ def build(config: Config, spec: Any) -> nn.Module:
         host=config.host,
         neuron=neuron_options(config),
     )
+    changes: dict[str, Any] = {}
     if not config.standardized:
-        unstandardize(model)
+        changes["standardize"] = None  # the sign of latent weights as they are: plain Q-SNN
+    if config.sign_gradient is not None:
+        changes["gradient"] = config.sign_gradient
+    if changes:
+        change_weights(model, **changes)
     return model
 
 
@@ -47,11 +52,15 @@ def neuron_options(config: Config) -> dict[str, Any]:
     return options
 
 
-def unstandardize(model: nn.Module) -> None:
-    """Let every binary layer take the sign of its latent weights as they are (plain Q-SNN)."""
-    for module in model.modules():
-        if isinstance(getattr(module, "quantizer", None), BinaryWeight):
-            module.quantizer = BinaryWeight(**{**module.quantizer.options(), "standardize": None})
+def change_weights(model: nn.Module, **options: Any) -> None:
+    """Give the quantizer of every binary layer other options."""
+    for module in binary_layers(model):
+        module.quantizer = BinaryWeight(**{**module.quantizer.options(), **options})
+
+
+def binary_layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer with 1-bit weights."""
+    return [m for m in model.modules() if isinstance(getattr(m, "quantizer", None), BinaryWeight)]
 
 
 def uses_annealing(model: nn.Module) -> bool:

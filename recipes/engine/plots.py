@@ -24,14 +24,16 @@ def plot_run(result: dict[str, Any], path: Path) -> None:
     figure, ((loss, accuracy), (rate, layers)) = plt.subplots(
         2, 2, figsize=(11, 7), layout="constrained"
     )
-    for part, style in (("train", "C0"), ("test", "C1")):
-        loss.plot(epochs, [e[f"{part}_loss"] for e in history], style, label=part)
-        accuracy.plot(epochs, [e[f"{part}_accuracy"] for e in history], style, label=part)
+    judged = "held_out" if "held_out_accuracy" in history[-1] else "test"
+    for part, style in (("train", "C0"), (judged, "C1")):
+        label = part.replace("_", "-")
+        loss.plot(epochs, [e[f"{part}_loss"] for e in history], style, label=label)
+        accuracy.plot(epochs, [e[f"{part}_accuracy"] for e in history], style, label=label)
     loss.set(xlabel="epoch", ylabel="cross entropy")
-    accuracy.plot(result["best_epoch"], result["best_accuracy"], "k*", label="best test epoch")
+    accuracy.plot(result["best_epoch"], result["best_accuracy"], "k*", label="best epoch")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     rate.plot(epochs, [e["firing_rate"] for e in history], "C2")
-    rate.set(xlabel="epoch", ylabel="mean firing rate (test)", ylim=(0, None))
+    rate.set(xlabel="epoch", ylabel="mean firing rate", ylim=(0, None))
     names, values = list(result["layer_rates"]), list(result["layer_rates"].values())
     layers.bar(range(len(values)), values, color="C2")
     layers.axhline(0.5, color="grey", linestyle=":", linewidth=1)

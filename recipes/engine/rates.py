@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qsnn_ext import functional
 from recipes.engine.networks import hidden_weights, spiking_layers
 
 
@@ -68,7 +68,7 @@ class RateMeter:
 
 def entropy(rate: float) -> float:
     """Entropy of a layer's spikes in nats (Eq. 14)."""
-    return -sum(p * math.log(p) for p in (rate, 1 - rate) if 0 < p < 1)
+    return functional.entropy(torch.tensor(rate, dtype=torch.float64)).item() + 0.0
 
 
 def sign_probabilities(model: nn.Module) -> dict[str, float]:

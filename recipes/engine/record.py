@@ -17,21 +17,25 @@ from recipes.engine.rates import entropy, sign_probabilities
 class Record(Callback):
     """Measures each epoch, prints one line, and keeps the history in the checkpoints.
 
+    Args:
+        judged: What epochs are judged by: ``"test"`` set or ``"held_out"`` samples.
+
     Attributes:
         history: One dictionary per finished epoch.
-        best: The entry with the highest test accuracy; the earliest where several share it.
+        best: The entry with the highest accuracy; the earliest where several share it.
         is_best: Whether the newest entry is that one.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, judged: str = "test") -> None:
+        self.judged = judged
         self.history: list[dict[str, Any]] = []
         self._started = self._trained = 0.0
 
     @property
     def best(self) -> dict[str, Any]:
-        """The entry with the highest test accuracy."""
-        return max(self.history, key=lambda entry: entry["test_accuracy"])
+        """The entry with the highest accuracy on what epochs are judged by."""
+        return max(self.history, key=lambda entry: entry[f"{self.judged}_accuracy"])
 
     @property
     def is_best(self) -> bool:
@@ -69,8 +73,8 @@ class Record(Callback):
             "train_loss": train["loss"],
             "regularization": train["regularization"],
             "train_accuracy": train["accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            f"{self.judged}_loss": test["loss"],
+            f"{self.judged}_accuracy": test["accuracy"],
             # Over all neurons, so wide layers count for more; the layers' own rates are beside it.
             "firing_rate": spikes / max(1, sum(rate.numel() for rate in neurons.values())),
             "layer_rates": rates,
@@ -86,7 +90,8 @@ class Record(Callback):
         line = (
             f"epoch {entry['epoch']:>3}/{epochs}"
             f"  train: loss {entry['train_loss']:.4f}, accuracy {entry['train_accuracy']:6.2f} %"
-            f"  test: loss {entry['test_loss']:.4f}, accuracy {entry['test_accuracy']:6.2f} %"
+            f"  {self.judged.replace('_', ' ')}: loss {entry[f'{self.judged}_loss']:.4f}, "
+            f"accuracy {entry[f'{self.judged}_accuracy']:6.2f} %"
             f"  firing rate {entry['firing_rate']:.4f}"
             f"  {entry['throughput']:.0f} samples/s"
         )
@@ -102,9 +107,9 @@ class Record(Callback):
         if not isinstance(trainer.logger, TensorBoardLogger):
             return
         board, step = trainer.logger.experiment, entry["epoch"]
-        for key in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
-            part, name = key.split("_", 1)
-            board.add_scalar(f"{name}/{part}", entry[key], step)
+        for part in ("train", self.judged):
+            for name in ("loss", "accuracy"):
+                board.add_scalar(f"{name}/{part}", entry[f"{part}_{name}"], step)
         for key in ("regularization", "firing_rate", "throughput", "lr"):
             board.add_scalar(key, entry[key], step)
         for name, rate in entry["layer_rates"].items():

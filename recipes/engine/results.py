@@ -65,6 +65,7 @@ def collect(
     history: list[dict[str, Any]],
     best: dict[str, Any],
     device: torch.device,
+    test: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The result of a finished run.
 
@@ -74,19 +75,24 @@ def collect(
         history: One entry per epoch.
         best: The entry of the best epoch.
         device: Where it was trained.
+        test: Accuracy and loss on the test set, of a run judged by held-out samples that is done.
 
     Returns:
-        Plain values, ready for JSON. ``last_accuracy`` is the accuracy after the last epoch;
-        ``best_accuracy`` is the highest of all epochs, chosen on the test set itself and therefore
-        optimistic. Both are percentages.
+        Plain values, ready for JSON. ``last_accuracy`` is that of the last epoch and
+        ``best_accuracy`` the highest of all epochs, in percent, on the test set (the latter chosen
+        on it and therefore optimistic). With ``--holdout`` epochs are judged by the held-out
+        samples: ``best_accuracy`` and ``held_out_accuracy`` (of the last epoch) are theirs, and
+        ``last_accuracy`` is that of the one look at the test set, none before it was taken.
 
     """
     last = history[-1]
     return {
         "recipe": config.recipe,
         "variant": config.variant,
-        "last_accuracy": last["test_accuracy"],
-        "best_accuracy": best["test_accuracy"],
+        "last_accuracy": (test or last).get("test_accuracy"),
+        "test_loss": (test or last).get("test_loss"),
+        "held_out_accuracy": last.get("held_out_accuracy"),
+        "best_accuracy": best.get("held_out_accuracy", best.get("test_accuracy")),
         "best_epoch": best["epoch"],
         "seed": config.seed,
         "parameters": sum(p.numel() for p in model.parameters()),

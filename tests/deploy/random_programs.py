@@ -7,8 +7,12 @@ import numpy as np
 from qsnn_ext.deploy.program import (
     Add,
     Affine,
+    Concat,
     Conv,
+    Delay,
+    Gather,
     Logic,
+    Matmul,
     Neuron,
     Pool,
     Program,
@@ -235,6 +239,95 @@ class RandomProgram:
         )  # fmt: skip
         return target
 
+    def gather(self, source) -> int:
+        """A permutation, a slice, a padding or a repetition; channels may stay where they are."""
+        rng, v = self.rng, self.values[source]
+        c, h, w = v.shape
+        shape = [int(rng.integers(1, 2 * n + 1)) for n in v.shape]
+        tables = [rng.integers(-1, n, m) for n, m in zip(v.shape, shape, strict=True)]
+        kind = self.pick("any", "channels", "turned")
+        if kind == "channels":
+            shape[0], tables[0] = c, np.arange(c)
+        tables = [np.where(t < 0, -1, t * s) for t, s in zip(tables, (h * w, w, 1), strict=True)]
+        if kind == "turned":  # channels become columns
+            shape = (w, h, c)
+            tables = [np.arange(w), np.arange(h) * w, np.arange(c) * h * w]
+        target = self.value(shape, v.planes)
+        self.ops.append(
+            Gather(f"op{len(self.ops)}", source, target, *(t.astype(np.int32) for t in tables))
+        )
+        return target
+
+    def concat(self, source) -> int:
+        v = self.values[source]
+        others = [
+            i
+            for i, o in enumerate(self.values)
+            if o.shape[1:] == v.shape[1:] and (o.planes == 0) == (v.planes == 0)
+        ]
+        sources = (source, *(int(self.pick(*others)) for _ in range(int(self.rng.integers(1, 3)))))
+        planes = max(self.values[i].planes for i in sources)
+        channels = sum(self.values[i].shape[0] for i in sources)
+        target = self.value((channels, *v.shape[1:]), planes)
+        self.ops.append(Concat(f"op{len(self.ops)}", sources, target))
+        return target
+
+    def matmul(self, source) -> int:
+        """With itself, with another value, or with a part of one that fits."""
+        rng, v = self.rng, self.values[source]
+        c, h, w = v.shape
+        heads = int(rng.choice([g for g in range(1, c + 1) if c % g == 0]))
+        flips = (bool(rng.integers(2)), bool(rng.integers(2)))
+        rows, columns = h * w, c // heads
+        i, k = (columns, rows) if flips[0] else (rows, columns)
+        other = source
+        if (columns if flips[1] else rows) != k:  # bring another value into shape
+            j = int(rng.integers(1, 6))
+            shape = (heads * (k if flips[1] else j), j if flips[1] else k, 1)
+            base = int(self.pick(*range(len(self.values))))
+            b = self.values[base].shape
+            tables = [
+                (rng.integers(0, n, m) * s).astype(np.int32)
+                for n, m, s in zip(b, shape, (b[1] * b[2], b[2], 1), strict=True)
+            ]
+            other = self.value(shape, self.values[base].planes)
+            self.ops.append(Gather(f"op{len(self.ops)}", base, other, *tables))
+        second = self.values[other]
+        rows, columns = second.shape[1] * second.shape[2], second.shape[0] // heads
+        j = rows if flips[1] else columns
+        pixels = (h, w) if not flips[0] else (i, 1)
+        counts = v.planes and second.planes
+        most = k * (2**v.planes - 1) * (2**second.planes - 1)
+        planes = most.bit_length() if counts and most < 2**16 else 0
+        target = self.value((heads * j, *pixels), planes)
+        self.ops.append(Matmul(f"op{len(self.ops)}", (source, other), target, heads, flips))
+        return target
+
+    def delay(self, source) -> int:
+        """A value of the step before, among them of one that is written later."""
+        v = self.values[source]
+        if v.planes == 0:
+            return self.affine(source)
+        target = self.value(v.shape, v.planes)
+        op = Delay(f"op{len(self.ops)}", source, target)
+        first = next((k for k, o in enumerate(self.ops) if o.target == source), len(self.ops))
+        self.ops.insert(first if self.rng.random() < 0.5 else len(self.ops), op)
+        return target
+
+    def recurrent(self, source) -> int:
+        """A neuron whose spikes of the step before come back through a convolution."""
+        v = self.values[source]
+        if v.planes:
+            source = self.affine(source)
+        last = self.value(v.shape, 1)
+        delay = Delay(f"op{len(self.ops)}", -1, last)
+        self.ops.append(delay)
+        back = self.same_conv(last)
+        total = self.value(v.shape, 0)
+        self.ops.append(Add(f"op{len(self.ops)}", (source, back), (1, 1), total))
+        delay.source = self.neuron(total)
+        return delay.source
+
     def grow(self, length: int) -> Program:
         last = 0
         for _ in range(length):
@@ -246,6 +339,7 @@ class RandomProgram:
             planes = self.values[last].planes
             options = ["conv"] * (3 if planes or last == 0 else 0) + ["neuron"] * 3
             options += ["pool", "affine"] + ["combine"] * (3 if same else 0)
+            options += ["gather", "concat", "matmul", "delay", "recurrent"]
             if last == 0:
                 options = ["conv", "conv", "conv", "neuron", "affine"]
             kind = self.pick(*options)

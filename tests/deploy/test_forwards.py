@@ -226,12 +226,58 @@ MULTI = {  # [T, N, C, H, W]
     "no neuron between": lambda net, x: net.head(
         net.spike(net.pointwise(net.depthwise(net.stem(x))))
     ).mean(0),
+    "channel cat": lambda net, x: (
+        lambda s: net.head(net.spike(net.both(torch.cat([s, net.mid(s) + s], dim=2)))).mean(0)
+    )(net.stem(x)),
+    "pixel cat": lambda net, x: (
+        lambda s: torch.cat([s[..., :3], s[..., 3:].flip(-1)], dim=-1).flatten(2)[:, :, ::7]
+    )(body(net, x)),
+    "reflect": lambda net, x: padded(net, x, "reflect"),
+    "circular": lambda net, x: padded(net, x, "circular"),
+    "replicate": lambda net, x: padded(net, x, "replicate"),
+    "zeros": lambda net, x: padded(net, x, "constant"),
+    "pixel shuffle": lambda net, x: net.tail(F.pixel_shuffle(body(net, x).flatten(0, 1), 2)).view(
+        4, 3, -1
+    ),
+    "pixel unshuffle": lambda net, x: F.pixel_unshuffle(body(net, x).flatten(0, 1), 2).view(
+        4, 3, -1
+    ),
+    "channel shuffle": lambda net, x: net.head(
+        net.mid(F.channel_shuffle(net.stem(x).flatten(0, 1), 4).view(4, 3, 8, 6, 6))
+    ).mean(0),
+    "chunks": lambda net, x: (lambda a, b: net.head(torch.cat([b, a * b], 2)).mean(0))(
+        *body(net, x).chunk(2, dim=2)
+    ),
+    "crop": lambda net, x: body(net, x)[:, :, 2:7:2, 1:-1, ::2].flatten(2),
+    "roll": lambda net, x: net.head(torch.roll(body(net, x), (1, -2), (-1, -2))).mean(0),
+    "down": lambda net, x: F.interpolate(body(net, x).flatten(0, 1), size=3).view(4, 3, -1),
+    "rotated": lambda net, x: net.head(body(net, x).transpose(-1, -2).flip(-1)).mean(0),
+    "channels last": lambda net, x: net.fc(body(net, x).permute(0, 1, 3, 4, 2)).mean((2, 3)),
     "blank": lambda net, x: net.head(body(net, x + 0 * x)).mean(0),
 }  # fmt: skip
 
 
+def padded(net, x, mode):
+    s = F.pad(net.stem(x).flatten(0, 1), (1, 1, 1, 1), mode=mode).view(4, 3, 8, 8, 8)
+    return net.head(net.spike(net.inner(s))).mean(0)
+
+
+def inner():
+    kept = nn.Sequential(layer.Conv2d(8, 8, 3, step_mode="m"))
+    qsnn_ext.quantize_(kept, qsnn_ext.QuantConfig(weight=1, first=1, last=1))
+    return kept[0]
+
+
 def parts(how):
+    if how in ("reflect", "circular", "replicate", "zeros"):
+        return {"spike": QuantLIFNode(step_mode="m"), "inner": inner()}
     found = {
+        "channel cat": {
+            "spike": QuantLIFNode(step_mode="m"),
+            "both": _converted(layer.Conv2d(16, 8, 1, step_mode="m"), 1),
+        },
+        "pixel shuffle": {"tail": _converted(nn.Conv2d(2, 3, 3), 1)},
+        "channels last": {"fc": own.QuantLinear(8, 5)},
         "masked by spikes": {"stem_again": QuantLIFNode(step_mode="m")},
         "affine after mean": {"bn": nn.BatchNorm2d(8)},
         "learned scale": {
@@ -445,6 +491,20 @@ def per_step():
         own.QuantConv2d(2, 4, 3), QLeaky(beta=0.5, init_hidden=True), nn.Flatten(),
         own.QuantLinear(64, 10), QLeaky(beta=0.5, init_hidden=True, output=True),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
+def test_convolutions_that_pad_with_what_is_there(mode):
+    torch.manual_seed(0)
+    conv = layer.Conv2d(8, 8, (3, 5), padding=(1, 2), padding_mode=mode, step_mode="m")
+    net = Net(lambda net, x: net.head(net.spike(net.conv(net.stem(x)))).mean(0),
+              conv=_converted(conv, 1), spike=QuantLIFNode(step_mode="m"))  # fmt: skip
+    answers_alike(net, grid(4, 3, 2, 6, 6))
+    one = nn.Sequential(
+        _converted(layer.Conv1d(2, 8, 3, padding=1, padding_mode=mode, step_mode="m"), 8),
+        QuantLIFNode(step_mode="m"),
+    )
+    answers_alike(one, grid(4, 3, 2, 9))
 
 
 def test_models_called_once_per_step():

@@ -1,4 +1,4 @@
-"""QLeaky's fused step against its plain tensor operations."""
+"""QLeaky's fused step, with the reset delayed or in the step, against the eager loop."""
 
 import itertools
 
@@ -96,15 +96,61 @@ def test_regularizer_takes_the_count():
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-def test_opcheck(reset):
-    options = LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, reset=reset, save="charge")
-    x, mem = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    params = torch.tensor([0.8, 1.0, 1.0000001])
-    args = (x, mem, params, None, options.encode())
-    torch.library.opcheck(torch.ops.qsnn_ext.leaky_step.default, args)
-    _, _, alphas, _, charge = torch.ops.qsnn_ext.leaky_step(x.detach(), *args[1:])
-    args = (torch.randn(3, 4), None, None, charge, mem, params, alphas, options.encode(), True)
-    torch.library.opcheck(torch.ops.qsnn_ext.leaky_step_backward.default, args)
+@pytest.mark.parametrize("save", ["charge", "input"])
+def test_opcheck(reset, save):
+    options = LIFOptions(
+        Surrogate("atan", 2.0, 0.0, True), 4, reset=reset, delayed=True, save=save
+    ).encode()
+    x, mem = torch.randn(2, 3, 4, requires_grad=True), torch.randn(3, 4)
+    params = torch.tensor([0.8, 1.0, 0.0, 1.0, 1.0000001])
+    op = torch.ops.qsnn_ext.lif_multi_step.default
+    torch.library.opcheck(op, (x, mem, params, None, options))
+    _, _, alphas, _, charges = op(x.detach(), mem, params, None, options)
+    saved = charges if save == "charge" else x.detach()
+    args = (torch.randn(2, 3, 4), None, None, saved, mem, params, alphas, options, True)
+    op = torch.ops.qsnn_ext.lif_multi_step_backward.default
+    torch.library.opcheck(op, (*args, save == "input"))
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft", "none"])
+@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
+@pytest.mark.parametrize("learn", [False, True])
+def test_several_delayed_steps_at_once(reset, order, learn):
+    """Gradients of input, state, decay and threshold through time, either way of saving."""
+    for bits, squash, scale in itertools.product((None, 2, 4), (None, "tanh"), ("max", "absmax")):
+        options = LIFOptions(
+            Surrogate("atan", 2.0, 0.0, True), bits, scale, squash=squash, order=order,
+            reset=reset, delayed=True,
+        )  # fmt: skip
+        results = []
+        for backend in ("eager", "function"):
+            torch.manual_seed(1)
+            x = (torch.randn(4, 30) * 1.5).requires_grad_()
+            v = torch.randn(30, requires_grad=True)
+            numbers = {
+                name: torch.tensor(value, requires_grad=learn)
+                for name, value in (("decay", 0.7), ("threshold", 1.0))
+            }
+            r = kernels.lif_multi_step(x, v, options, backend=backend, **numbers)
+            weight = torch.randn(4, 30)
+            ((r.spikes * weight).sum() + (r.v * weight[0]).sum()).backward()
+            leaves = [x, v, *(numbers.values() if learn else ())]
+            results.append(([r.spikes, r.v, r.alphas], [leaf.grad for leaf in leaves]))
+        (eager, eager_grads), (fused, fused_grads) = results
+        assert all(map(torch.equal, fused, eager))
+        for got, expected in zip(fused_grads, eager_grads, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_whoever_writes_to_decay_and_threshold_is_heard():
+    """Also writes that bump no version counter."""
+    node, x = QLeaky(0.8, bits=4), torch.randn(3, 2, 5)
+    run(node, x, "function")
+    node.beta.data.fill_(0.3)
+    node.threshold.data.fill_(0.2)
+    fused, plain = run(node, x, "function"), run(node, x, "eager")
+    assert torch.equal(fused[1], plain[1])
+    assert torch.equal(fused[0], plain[0])
 
 
 @pytest.mark.slow
@@ -118,14 +164,16 @@ def test_compiled():
         torch.testing.assert_close(compiled[2], plain[2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reset", ["zero", "none"])
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
 @pytest.mark.parametrize("learn", [False, True])
 def test_immediate_reset_equals_plain_operations(reset, order, learn, monkeypatch):
     """Reset in the same step, with decay and threshold learnt or not."""
     calls = []
-    run_layer = kernels.run_layer
-    monkeypatch.setattr(kernels, "run_layer", lambda *a, **k: calls.append(1) or run_layer(*a, **k))
+    stock = kernels.layer.lif_multi_step
+    monkeypatch.setattr(
+        kernels.layer, "lif_multi_step", lambda *a, **k: calls.append(1) or stock(*a, **k)
+    )
     options = itertools.product((2, 8), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1, 0.3))
     for bits, squash, surrogate, graded, theta in options:
         node = QLeaky(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qsnn_ext import kernels
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import LIFOptions, Surrogate, lif_multi_step, lif_multi_step_eager
+from qsnn_ext.kernels import LIFOptions, Surrogate, lif_multi_step
 from qsnn_ext.kernels import backend as kernel_backend
 
 SIGMOID = Surrogate("sigmoid", 4.0, 0.0, False)
@@ -62,14 +62,14 @@ RESETS = ("hard", "soft", "none")
 ORDERS = ("fire_first", "quantize_first")
 
 
-@pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
 @pytest.mark.parametrize("scale", ["max", "absmax"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("reset", RESETS)
 def test_every_option(bits, scale, order, reset):
     x, v = torch.randn(3, 5, 7) * 1.5, torch.randn(5, 7)
     for mode, squash, detach, state, v_reset in itertools.product(
-        ALPHAS if bits else ("dynamic",), (False, True), (False, True), (None, v), (0.0, -0.3)
+        ALPHAS if bits else ("dynamic",), (None, "tanh"), (False, True), (None, v), (0.0, -0.3)
     ):
         options = LIFOptions(SIGMOID, bits, scale, mode, 0.1, squash, order, reset, v_reset, detach)
         alpha = None if mode == "dynamic" else torch.tensor(0.9)
@@ -78,7 +78,7 @@ def test_every_option(bits, scale, order, reset):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("bits", [0, 2, 4])
+@pytest.mark.parametrize("bits", [None, 2, 4])
 def test_learnable_parameters(order, reset, bits):
     x, v = torch.randn(4, 5, 7) * 1.5, torch.randn(5, 7)
     options = LIFOptions(SIGMOID, bits, order=order, reset=reset)
@@ -93,7 +93,7 @@ def test_learnable_parameters(order, reset, bits):
 @given(
     shape=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     steps=st.integers(1, 4),
-    bits=st.sampled_from([0, 2, 4, 8]),
+    bits=st.sampled_from([None, 2, 4, 8]),
     kind=st.sampled_from(["normal", "zero", "negative", "threshold"]),
     order=st.sampled_from(ORDERS),
     reset=st.sampled_from(RESETS),
@@ -110,18 +110,20 @@ def test_odd_inputs(shape, steps, bits, kind, order, reset, scale, dtype, seed):
     assert_equal(both(options, x), gradient_tolerance=tolerance)
 
 
-@pytest.mark.parametrize("bits", [0, 2, 3, 8])
+@pytest.mark.parametrize("bits", [None, 2, 3, 8])
 @pytest.mark.parametrize("scale", ["max", "absmax"])
 @pytest.mark.parametrize("reset", RESETS)
 def test_many_blocks(bits, scale, reset, monkeypatch):
     """The uncompiled recurrence over several blocks of neurons, the last of them shorter."""
-    monkeypatch.setattr("qsnn_ext.kernels.blocked.NEURONS", 16)
+    monkeypatch.setattr("qsnn_ext.kernels.backends.blocked.NEURONS", 16)
     x, v = torch.randn(4, 7, 11) * 1.5, torch.randn(7, 11)
     for squash, gain, decay, offset, state in itertools.product(
-        (False, True), (1.0, 0.4), (0.5, 0.7), (0.0, 0.1), (None, v)
+        (None, "tanh"), (1.0, 0.4), (0.5, 0.7), (0.0, 0.1), (None, v)
     ):
         options = LIFOptions(SIGMOID, bits, scale, squash=squash, reset=reset)
-        assert_equal(both(options, x, state, gain=gain, decay=decay, offset=offset))
+        assert_equal(
+            both(options, x, state, backend="blocked", gain=gain, decay=decay, offset=offset)
+        )
 
 
 @pytest.mark.parametrize("surrogate", [
@@ -132,7 +134,7 @@ def test_many_blocks(bits, scale, reset, monkeypatch):
 def test_float64_gradients(surrogate, detach, reset):
     """Relative to the largest gradient, with no allowance for rounding to float32."""
     x, v = torch.randn(5, 9, 13, dtype=torch.float64) * 1.5, torch.randn(9, 13).double()
-    for bits, order, squash in itertools.product((0, 2, 4, 8), ORDERS, (False, True)):
+    for bits, order, squash in itertools.product((None, 2, 4, 8), ORDERS, (None, "tanh")):
         options = LIFOptions(
             surrogate, bits, order=order, squash=squash, reset=reset, detach_reset=detach
         )
@@ -143,7 +145,7 @@ def test_float64_gradients(surrogate, detach, reset):
 
 def test_bfloat16_is_computed_in_float32():
     x = torch.randn(3, 40).to(torch.bfloat16)
-    options = LIFOptions(SIGMOID, 0, reset="none")
+    options = LIFOptions(SIGMOID, None, reset="none")
     v = torch.zeros(40)
     for t in range(3):
         v = (0.5 * v + x[t].float()).to(torch.bfloat16).float()
@@ -201,7 +203,7 @@ def test_saves_at_most_the_input(save):
 
 def test_both_ways_of_saving_agree():
     x = torch.randn(4, 30) * 1.5
-    for order, squash in itertools.product(ORDERS, (False, True)):
+    for order, squash in itertools.product(ORDERS, (None, "tanh")):
         options = LIFOptions(SIGMOID, 4, order=order, squash=squash)
         grads = []
         for recompute in (True, False):
@@ -225,7 +227,7 @@ def test_count_carries_the_gradient_of_the_rate():
 @pytest.mark.parametrize("options", [
     LIFOptions(SIGMOID),
     LIFOptions(SIGMOID, 4, alpha="running", save="charge"),
-    LIFOptions(Surrogate("atan", 2.0, 0.0, True), 0, reset="soft", save="input"),
+    LIFOptions(Surrogate("atan", 2.0, 0.0, True), None, reset="soft", save="input"),
 ], ids=["inference", "running", "float"])  # fmt: skip
 def test_opcheck(options):
     alpha = torch.tensor(0.8) if options.alpha == "running" else None
@@ -256,13 +258,13 @@ def test_wrong_use_is_an_error():
 
 
 def test_options_survive_the_string():
-    from qsnn_ext.kernels.lif import _decode
+    from qsnn_ext.kernels.options import decode
 
     options = LIFOptions(
-        Surrogate("slope_above", 0.1, 1e-30, True), 8, "absmax", "given", 0.3, True,
-        "quantize_first", "soft", -0.25, True, "charge",
+        Surrogate("slope_above", 0.1, 1e-30, True), 8, "absmax", "given", 0.3, "tanh",
+        "quantize_first", "soft", -0.25, True, True, "charge",
     )  # fmt: skip
-    assert _decode(options.encode()) == options
+    assert decode(options.encode()) == options
 
 
 def test_no_compiler_is_no_error(caplog):
@@ -286,14 +288,14 @@ def test_no_compiler_is_no_error(caplog):
     kernel_backend.clear()
     assert len(caplog.records) == 1
     assert "no compiler here" in caplog.text
-    expected = lif_multi_step_eager(x, None, LIFOptions(SIGMOID), decay=0.5)
+    expected = lif_multi_step(x, None, LIFOptions(SIGMOID), decay=0.5, backend="eager")
     assert torch.equal(first.spikes, expected.spikes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     LIFOptions(SIGMOID, 2),
-    LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash=True),
+    LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash="tanh"),
     LIFOptions(Surrogate("triangle", 1.0, 0.0, False), 8, order="quantize_first", reset="soft"),
 ], ids=["2", "4-running-tanh", "8-algorithm1-soft"])  # fmt: skip
 def test_compiled(options):

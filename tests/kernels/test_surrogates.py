@@ -1,10 +1,10 @@
-"""Every recognised surrogate has the gradient that its own library computes."""
+"""Every recognized surrogate has the gradient that its own library computes."""
 
 import pytest
 import torch
 
 from qsnn_ext import functional as F
-from qsnn_ext.kernels.surrogates import DERIVATIVES, recognise
+from qsnn_ext.kernels.surrogates import DERIVATIVES, recognize
 
 
 def check(function):
@@ -12,7 +12,7 @@ def check(function):
     x = x[(x.abs() - 1 / 3).abs() > 1e-4].requires_grad_()
     spikes = function(x)
     spikes.sum().backward()
-    known = recognise(function)
+    known = recognize(function)
     assert known is not None
     expected = (x > 0 if known.strict else x >= 0).float()
     assert torch.equal(spikes, expected)
@@ -28,13 +28,13 @@ def check(function):
 def test_spikingjelly(name, alpha):
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
     check(getattr(surrogate, name)(alpha=alpha))
-    assert recognise(getattr(surrogate, name)(alpha=alpha, spiking=False)) is None
+    assert recognize(getattr(surrogate, name)(alpha=alpha, spiking=False)) is None
 
 
 def test_spikingjelly_slopes():
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
     check(surrogate.LeakyKReLU(leak=0.2, k=1.5))
-    assert recognise(surrogate.NonzeroSignLogAbs()) is None
+    assert recognize(surrogate.NonzeroSignLogAbs()) is None
 
 
 @pytest.mark.parametrize("make", [
@@ -49,14 +49,14 @@ def test_snntorch(make):
 
 def test_snntorch_unknown():
     surrogate = pytest.importorskip("snntorch.surrogate")
-    assert recognise(surrogate.triangular()) is None
-    assert recognise(surrogate.custom_surrogate(lambda x, g, s: g)) is None
-    assert recognise(lambda x: x) is None
+    assert recognize(surrogate.triangular()) is None
+    assert recognize(surrogate.custom_surrogate(lambda x, g, s: g)) is None
+    assert recognize(lambda x: x) is None
 
 
 def test_snntorch_sigmoid_far_below_the_threshold_is_zero():
     surrogate = pytest.importorskip("snntorch.surrogate")
-    known = recognise(surrogate.sigmoid())
+    known = recognize(surrogate.sigmoid())
     assert DERIVATIVES[known.kind](torch.tensor(-9.0), known.a, known.b) == 0
 
 

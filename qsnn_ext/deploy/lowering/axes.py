@@ -20,6 +20,7 @@ import torch
 from qsnn_ext.deploy.lowering.draft import Array, Atom, Axes, Axis, Constant, Draft, Shape
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.program import Gather, IntArray
 
 
 def sample_axes(shape: Sequence[int], lead: str) -> tuple[Shape, Axes]:
@@ -192,6 +193,15 @@ def select(draft: Draft, a: Array, index: Any) -> Array:
         parts.append(Ellipsis)
     at = next(i for i, p in enumerate(parts) if p is Ellipsis)
     parts[at : at + 1] = [slice(None)] * (len(a.axes) - given)
+    dims = [dim for dim, part in enumerate(parts) if part is not None]
+    for place, dim in enumerate(dims):  # slices of axes that were joined move elements
+        part, axis = parts[dim], a.axes[place]
+        plain = isinstance(part, int | slice) and not isinstance(part, bool)
+        if len(axis) < 2 or labels(axis) & {"T", "N"} or not plain or part == slice(None):
+            continue
+        chosen = range(size_of(axis))[part]
+        a = pick(draft, a, place, [chosen] if isinstance(chosen, int) else list(chosen))
+        parts[dim] = 0 if isinstance(chosen, int) else slice(None)
     axes: list[Axis] = []
     source = iter(a.axes)
     for part in parts:
@@ -205,6 +215,8 @@ def select(draft: Draft, a: Array, index: Any) -> Array:
             )
         if isinstance(part, slice) and part == slice(None):
             axes.append(axis)
+            continue
+        if not axis and part == 0:
             continue
         a, taken = _cut(draft, a, axis, part)
         if isinstance(part, slice):
@@ -228,10 +240,6 @@ def _cut(draft: Draft, a: Array, axis: Axis, part: int | slice) -> tuple[Array, 
         return replace(a, steps=frozenset(chosen)), (Atom("T", len(places)),)
     if "N" in labels(axis) or "T" in labels(axis):
         raise draft.fail("it picks samples of the batch", "answer for every sample alike")
-    if len(axis) > 1:
-        raise draft.fail(
-            "it takes a slice of axes that were flattened into one", "slice before flattening"
-        )
     atom = axis[0]
     start = list(a.start)
     start["CHW".index(atom.label)] += places[0] * atom.stride
@@ -269,12 +277,10 @@ def stack(draft: Draft, items: Sequence[Any], dim: int) -> Array:
 
 
 def is_natural(draft: Draft, a: Array) -> bool:
-    """Whether the axes of one sample are channels, height, width in order, each whole."""
-    flat = joined(tuple(atom for axis in rest_axes(draft, a) for atom in axis))
-    expected = tuple(
-        Atom(label, n) for label, n in zip("CHW", draft.shape(a), strict=True) if n > 1
-    )
-    return flat == expected and a.start == (0, 0, 0)
+    """Whether the axes of one sample are channels, height and width as they are stored."""
+    rest = rest_axes(draft, a)
+    expected = per_sample_axes((), draft.shape(a), len(rest))
+    return 1 <= len(rest) <= 3 and rest == expected and a.start == (0, 0, 0)
 
 
 def is_whole(draft: Draft, a: Array) -> bool:
@@ -312,16 +318,107 @@ def natural(draft: Draft, a: Array) -> Array:
 
 def whole(draft: Draft, a: Array) -> Array:
     """The array, as a value of its own elements and no others."""
-    return a if is_whole(draft, a) else arrange(draft, a)
+    return a if is_whole(draft, a) else arrange(draft, a, heads=True)
 
 
-def arrange(draft: Draft, a: Array) -> Array:
-    """Move the elements into the order in which the model sees them."""
-    raise draft.fail(
-        f"it needs the elements of a tensor of shape {sizes(a)} in another order than they are "
-        "stored in",
-        "keep channels, height and width in order; a program moves no data",
-    )
+def arrange(draft: Draft, a: Array, heads: bool = False) -> Array:
+    """Move the elements into the order in which the model sees them.
+
+    The result's channels, height and width are the axes of one sample; of more than three the
+    first are joined.
+
+    Args:
+        draft: The program so far.
+        a: The array.
+        heads: Join all axes in front that channels were split into.
+    """
+    draft.check_input(a)
+    a = settle(draft, a)
+    lead, rest = lead_axes(draft, a), rest_axes(draft, a)
+    while len(rest) > 3 or (
+        heads and len(rest) > 1 and all(labels(axis) <= {"C"} for axis in rest[:2])
+    ):
+        rest = ((*rest[0], *rest[1]), *rest[2:])
+    groups: tuple[Axis, ...] = {1: (*rest, (), ()), 2: (*rest[:1], (), *rest[1:])}.get(
+        len(rest), rest
+    ) or ((), (), ())
+    shape = (size_of(groups[0]), size_of(groups[1]), size_of(groups[2]))
+    _, h, w = draft.shape(a)
+    unit = {"C": h * w, "H": w, "W": 1}
+    start = a.start[0] * h * w + a.start[1] * w + a.start[2]
+    tables = []
+    for group in groups:
+        table = np.zeros(1, np.int64)
+        for atom in group:
+            step = np.arange(atom.size) * atom.stride * unit[atom.label]
+            table = np.add.outer(table, step).reshape(-1)
+        tables.append(table)
+    # What runs backwards counts from its end: every table holds numbers of 0 or more.
+    for table in tables:
+        start += int(table.min())
+        table -= table.min()
+    tables[0] += start
+    base = gather(draft, a.index, shape, tables)
+    axes: list[Axis] = []
+    for label, axis in zip("CHW", groups, strict=True):
+        stride = size_of(axis)
+        for atom in axis:
+            stride //= atom.size
+            axes.append((Atom(label, atom.size, stride),))
+    loops_of = iter(axes)
+    seen = tuple(joined(tuple(next(loops_of)[0] for _ in axis)) for axis in rest_axes(draft, a))
+    return replace(a, base=base, axes=(*lead, *seen), start=(0, 0, 0), raw=False)
+
+
+def gather(draft: Draft, source: int, shape: Shape, tables: Sequence[IntArray]) -> int:
+    """A value of other elements of ``source``: see :class:`~qsnn_ext.deploy.program.Gather`."""
+    channel, row, column = (table.astype(np.int32) for table in tables)
+    value = draft.values[source]
+    key = ("gather", source, shape, channel.tobytes(), row.tobytes(), column.tobytes())
+    name = "arrange" if draft.where == "the model" else f"{draft.where}.arrange"
+    return draft.write(
+        key, name, (shape, value.planes, value.scale, draft.largest[source]),
+        lambda name, target: Gather(name, source, target, channel, row, column),
+    )  # fmt: skip
+
+
+def pick(draft: Draft, a: Array, dim: int, index: Sequence[int]) -> Array:
+    """Elements ``index`` along an axis of a sample, in any order; -1 is a zero."""
+    if labels(a.axes[dim]) & {"T", "N"}:
+        raise draft.fail("it reorders the batch or time steps", "leave both as they are")
+    draft.check_input(a)
+    a = settle(draft, a)
+    front = len(lead_axes(draft, a))
+    # The axis in front of a sample becomes the channels.
+    order = [*range(front), dim, *(i for i in range(front, len(a.axes)) if i != dim)]
+    moved = natural(draft, permute(a, order))
+    c, h, w = draft.shape(moved)
+    if c != size_of(moved.axes[front]):
+        moved = arrange(draft, moved)
+        c, h, w = draft.shape(moved)
+    table = np.array([i * h * w if i >= 0 else -1 for i in index], np.int64)
+    shape = (len(index), h, w)
+    base = gather(draft, moved.index, shape, [table, np.arange(h) * w, np.arange(w)])
+    axes = (*moved.axes[:front], full("C", len(index)), *moved.axes[front + 1 :])
+    picked = replace(moved, base=base, axes=axes, raw=False)
+    return permute(picked, [order.index(i) for i in range(len(order))])
+
+
+def padded_index(draft: Draft, n: int, before: int, after: int, mode: str) -> list[int]:
+    """Which of ``n`` elements stand where after padding; -1 is a zero."""
+    places = np.arange(-before, n + after)
+    if mode == "constant":
+        found = np.where((places >= 0) & (places < n), places, -1)
+    elif mode == "circular":
+        found = places % n
+    elif mode == "replicate":
+        found = np.clip(places, 0, n - 1)
+    elif mode == "reflect":
+        period = max(2 * (n - 1), 1)
+        found = np.abs((places + n - 1) % period - (n - 1)) if n > 1 else np.zeros_like(places)
+    else:
+        raise draft.fail(f"padding of mode {mode!r} cannot be lowered", "pad with zeros")
+    return [int(i) for i in found]
 
 
 def along(draft: Draft, a: Array, values: Real, what: str) -> Real:

@@ -26,7 +26,7 @@ from qsnn_ext.deploy.lowering.axes import (
 )
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Membrane, NeuronUse
 from qsnn_ext.deploy.lowering.layers import affine
-from qsnn_ext.deploy.lowering.neurons import NeuronModel, fits_unit, read_neuron
+from qsnn_ext.deploy.lowering.neurons import Constants, fits_unit, read_neuron
 from qsnn_ext.deploy.lowering.pooling import once_per_step
 from qsnn_ext.deploy.lowering.settle import NEURON_BITS, READOUT_BITS, settle
 
@@ -119,7 +119,7 @@ def lower_neuron(
     return spiked, after, not over_time and _returns_membrane(inner)
 
 
-def _per_channel(draft: Draft, model: NeuronModel, module: Any, x: Array) -> None:
+def _per_channel(draft: Draft, model: Constants, module: Any, x: Array) -> None:
     """Leak and threshold that are tensors, in the order of the value's channels."""
     for what, name in (("leak", "decay"), ("threshold", "theta")):
         host = getattr(module, {"decay": "beta", "theta": "threshold"}[name], None)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from qsnn_ext.deploy.lowering.neurons import NeuronModel, Real
+from qsnn_ext.deploy.lowering.neurons import Constants, Real
 from qsnn_ext.deploy.lowering.tracing import error_at
 from qsnn_ext.deploy.program import IntArray, Op, Value
 from qsnn_ext.errors import LoweringError
@@ -161,7 +161,7 @@ class NeuronUse:
     """All calls of one neuron on one current."""
 
     name: str
-    model: NeuronModel
+    model: Constants
     source: int
     spikes: int
     unit: float  # real value of one unit of the current

@@ -25,8 +25,6 @@ from qsnn_ext.deploy.lowering.neurons import integer_neuron
 from qsnn_ext.deploy.lowering.operands import as_array
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.program import (
-    Add,
-    Logic,
     Neuron,
     Op,
     Program,
@@ -229,18 +227,19 @@ def _integer(use: NeuronUse, values: list[Value]) -> Neuron:
 def _prune(program: Program) -> Program:
     """Drop operations no output depends on, and renumber the values."""
     needed = set(program.outputs)
-    kept: list[Op] = []
-    for op in reversed(program.ops):
-        if needed & set(targets_of(op)):
-            needed |= set(sources_of(op))
-            kept.append(op)
-    kept.reverse()
+    size = 0
+    while size != len(needed):  # again where a delay reads what is written after it
+        size = len(needed)
+        for op in reversed(program.ops):
+            if needed & set(targets_of(op)):
+                needed |= set(sources_of(op))
+    kept = [op for op in program.ops if needed & set(targets_of(op))]
     used = [0, *(t for op in kept for t in targets_of(op))]
     number = {old: new for new, old in enumerate(used)}
     ops: list[Op] = []
     for op in kept:
         changes: dict[str, Any] = {"target": number[op.target]}
-        if isinstance(op, Add | Logic):
+        if hasattr(op, "sources"):
             changes["sources"] = tuple(number[i] for i in op.sources)
         else:
             changes["source"] = number[op.source]

@@ -11,12 +11,18 @@ import torch
 from torch import nn
 
 from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add, lower_multiply
+from qsnn_ext.deploy.lowering.attention import lower_matmul
 from qsnn_ext.deploy.lowering.axes import (
     along,
     expand,
+    full,
     has_time,
     labels,
+    lead_axes,
+    natural,
+    padded_index,
     permute,
+    pick,
     regroup,
     select,
     sizes,
@@ -30,12 +36,13 @@ from qsnn_ext.deploy.lowering.draft import (
     Filling,
     Membrane,
 )
-from qsnn_ext.deploy.lowering.layers import lower_batch_norm, real
+from qsnn_ext.deploy.lowering.layers import affine, lower_batch_norm, real
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.operands import as_array, as_tensor
 from qsnn_ext.deploy.lowering.pooling import lower_mean, lower_pool, repeat_pixels
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.lowering.tracing import Event
+from qsnn_ext.deploy.program import Concat
 
 
 @dataclass(frozen=True)
@@ -434,7 +441,166 @@ def _cat(draft: Draft, call: Call) -> Any:
 
 def concatenate(draft: Draft, arrays: list[Array], dim: int) -> Array:
     """Tensors side by side along an axis of a sample."""
-    raise draft.fail("this concatenation cannot be lowered", "add instead")
+    arrays = [settle(draft, a) for a in arrays]
+    front = len(lead_axes(draft, arrays[0]))
+    if dim < front:
+        raise draft.fail("it joins samples of the batch", "answer for every sample alike")
+    order = [*range(front), dim, *(i for i in range(front, len(arrays[0].axes)) if i != dim)]
+    back = [order.index(i) for i in range(len(order))]
+    moved = [natural(draft, permute(a, order)) for a in arrays]
+    steps = {a.steps for a in moved if a.steps is not None}
+    if len(steps) > 1 or any(a.reduction != "none" for a in moved):
+        raise draft.fail("it joins different time steps", "let only neurons carry anything on")
+    unit = min(a.scale for a in moved)
+    counts = all(draft.values[a.index].planes for a in moved)
+    if any(a.scale != unit for a in moved) or not (
+        counts or not any(draft.values[a.index].planes for a in moved)
+    ):
+        scales = [np.full(1, 1.0), np.zeros(1)]
+        moved = [settle(draft, affine(draft, a, *scales)) for a in moved]
+        unit = min(a.scale for a in moved)
+        if any(a.scale != unit for a in moved):
+            raise draft.fail(
+                "it joins tensors of different scales", "join spikes, or normalise all alike"
+            )
+        counts = False
+    shapes = [draft.shape(a) for a in moved]
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    sources = tuple(a.index for a in moved)
+    planes = max(draft.values[i].planes for i in sources) if counts else 0
+    base = draft.write(
+        ("concat", sources), "cat" if draft.where == "the model" else f"{draft.where}.cat",
+        (shape, planes, unit, max(draft.largest[i] for i in sources)),
+        lambda name, target: Concat(name, sources, target),
+    )  # fmt: skip
+    axes = (*moved[0].axes[:front], full("C", shape[0]), *moved[0].axes[front + 1 :])
+    joined = Array(base, axes, unit, steps=next(iter(steps), None))
+    return permute(joined, back)
+
+
+@_named("matmul", "bmm")
+def _matmul(draft: Draft, call: Call) -> Any:
+    return lower_matmul(draft, *_operands(draft, call))
+
+
+@_named("rmatmul")
+def _rmatmul(draft: Draft, call: Call) -> Any:
+    b, a = _operands(draft, call)
+    return lower_matmul(draft, a, b)
+
+
+@_named("einsum")
+def _einsum(draft: Draft, call: Call) -> Any:
+    """Products of two operands whose letters are batches, rows, sums and columns."""
+    equation = call.args[0]
+    operands = [as_tensor(draft, a) for a in _flat(call.args[1:])]
+    letters, _, out = equation.replace(" ", "").partition("->")
+    terms = letters.split(",")
+    ok = out and "." not in equation and len(terms) == len(operands) == 2
+    if not ok or any(len(set(t)) != len(t) for t in (*terms, out)):
+        raise draft.fail(f"einsum of {equation!r} cannot be lowered", "write a matmul")
+    a, b = terms
+    shared = [c for c in a if c in b and c in out]
+    summed = [c for c in a if c in b and c not in out]
+    rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+    if len(summed) != 1 or len(rows) != 1 or len(columns) != 1 or len(out) != len(shared) + 2:
+        raise draft.fail(f"einsum of {equation!r} cannot be lowered", "write a matmul")
+    wanted = [*shared, *rows, *columns]
+    x = permute(operands[0], [a.index(c) for c in (*shared, *rows, *summed)])
+    y = permute(operands[1], [b.index(c) for c in (*shared, *summed, *columns)])
+    return permute(lower_matmul(draft, x, y), [wanted.index(c) for c in out])
+
+
+def _flat(values: Any) -> list[Any]:
+    return [x for v in values for x in (_flat(v) if isinstance(v, tuple | list) else [v])]
+
+
+# --------------------------------------------------------------------------- pixels elsewhere
+
+
+@_named("pixel_shuffle")
+def _pixel_shuffle(draft: Draft, call: Call) -> Any:
+    a, r = call.array(draft), call.get(1, "upscale_factor")
+    *lead, c, h, w = sizes(a)
+    n = len(lead)
+    split = regroup(draft, a, [*lead, c // r**2, r, r, h, w])
+    mixed = permute(split, [*range(n), n, n + 3, n + 1, n + 4, n + 2])
+    return regroup(draft, mixed, call.shapes[0])
+
+
+@_named("pixel_unshuffle")
+def _pixel_unshuffle(draft: Draft, call: Call) -> Any:
+    a, r = call.array(draft), call.get(1, "downscale_factor")
+    *lead, c, h, w = sizes(a)
+    n = len(lead)
+    split = regroup(draft, a, [*lead, c, h // r, r, w // r, r])
+    mixed = permute(split, [*range(n), n, n + 2, n + 4, n + 1, n + 3])
+    return regroup(draft, mixed, call.shapes[0])
+
+
+@_named("channel_shuffle")
+def _channel_shuffle(draft: Draft, call: Call) -> Any:
+    a, groups = call.array(draft), call.get(1, "groups")
+    *lead, c, h, w = sizes(a)
+    n = len(lead)
+    split = regroup(draft, a, [*lead, groups, c // groups, h, w])
+    mixed = permute(split, [*range(n), n + 1, n, n + 2, n + 3])
+    return regroup(draft, mixed, call.shapes[0])
+
+
+@_named("flip", "fliplr", "flipud")
+def _flip(draft: Draft, call: Call) -> Any:
+    a = call.array(draft)
+    dims = {"fliplr": (1,), "flipud": (0,)}.get(call.name) or _flat(
+        call.args[1:] or [call.kwargs.get("dims")]
+    )
+    for dim in dims:
+        index = list(range(sizes(a)[dim]))[::-1]
+        a = pick(draft, a, dim % len(a.axes), index)
+    return a
+
+
+@_named("roll")
+def _roll(draft: Draft, call: Call) -> Any:
+    a = call.array(draft)
+    shifts, dims = _flat([call.get(1, "shifts")]), _flat([call.get(2, "dims")])
+    if None in dims:
+        raise draft.fail("roll without dims cannot be lowered", "name the axes")
+    for shift, dim in zip(shifts, dims, strict=True):
+        n = sizes(a)[dim]
+        a = pick(draft, a, dim % len(a.axes), [(i - shift) % n for i in range(n)])
+    return a
+
+
+@_named("index_select")
+def _index_select(draft: Draft, call: Call) -> Any:
+    a, dim, index = call.array(draft), call.get(1, "dim"), _value(call.get(2, "index"))
+    if not isinstance(index, torch.Tensor):
+        raise draft.fail("it selects what depends on the input", "select fixed places")
+    return pick(draft, a, dim % len(a.axes), [int(i) % sizes(a)[dim] for i in index])
+
+
+@_named("repeat_interleave")
+def _repeat_interleave(draft: Draft, call: Call) -> Any:
+    a, times, dim = call.array(draft), call.get(1, "repeats"), call.get(2, "dim")
+    if not isinstance(times, int) or dim is None:
+        raise draft.fail("this repetition cannot be lowered", "give one number and an axis")
+    return pick(draft, a, dim % len(a.axes), [i // times for i in range(sizes(a)[dim] * times)])
+
+
+@_named("pad")
+def _pad(draft: Draft, call: Call) -> Any:
+    a, widths, mode = call.array(draft), call.get(1, "pad"), call.get(2, "mode", "constant")
+    value = call.get(3, "value", 0)
+    if mode == "constant" and value not in (0, None):
+        raise draft.fail(f"padding with {value} cannot be lowered", "pad with zeros")
+    for k in range(len(widths) // 2):
+        dim = len(a.axes) - 1 - k
+        n = sizes(a)[dim]
+        index = padded_index(draft, n, widths[2 * k], widths[2 * k + 1], mode)
+        if index != list(range(n)):
+            a = pick(draft, a, dim, index)
+    return a
 
 
 # --------------------------------------------------------------------------- sums and windows

@@ -21,15 +21,17 @@ from qsnn_ext.deploy.lowering.axes import (
     is_whole,
     lead_axes,
     natural,
+    padded_index,
     per_sample_axes,
     permute,
+    pick,
     rest_axes,
     size_of,
     sizes,
 )
 from qsnn_ext.deploy.lowering.draft import Array, Draft, Geometry, PendingConv, Shape
 from qsnn_ext.deploy.lowering.neurons import Real
-from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, settle
+from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, rescaled, settle
 from qsnn_ext.deploy.program import IntArray, output_size, words
 
 
@@ -39,10 +41,6 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
         raise draft.fail(
             "three-dimensional convolutions are not part of the integer program",
             "use two-dimensional ones, with time as steps",
-        )
-    if module.padding_mode != "zeros":
-        raise draft.fail(
-            f"padding_mode={module.padding_mode!r} cannot be lowered", "pad with zeros"
         )
     codes, alpha = _weight_codes(draft, module)
     one = isinstance(module, nn.Conv1d)
@@ -59,19 +57,51 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
     else:
         p = (0, module.padding[0]) if one else module.padding
         padding = (int(p[0]), int(p[1]), int(p[0]), int(p[1]))
-    geometry = Geometry(tuple(stride), padding, tuple(dilation), module.groups)
     rank = len(rest_axes(draft, x))
     if rank != (2 if one else 3):
         raise draft.fail(
             f"its input has {rank} axes besides batch and time",
             f"give it {'[C, L]' if one else '[C, H, W]'} per sample",
         )
-    x = natural(draft, _convolvable(draft, x, codes))
-    pointwise = kernel == (1, 1) and geometry == Geometry(groups=module.groups)
-    if one and draft.shape(x)[1] > 1 and not pointwise:
+    if module.padding_mode != "zeros":
+        x = settle(draft, x)
+        for place, (first, last) in enumerate((padding[::2], padding[1::2])[-rank + 1 :]):
+            dim = len(x.axes) - rank + 1 + place
+            index = padded_index(draft, sizes(x)[dim], first, last, module.padding_mode)
+            x = pick(draft, x, dim, index)
+        padding = (0, 0, 0, 0)
+    geometry = Geometry(tuple(stride), padding, tuple(dilation), module.groups)
+    x = _convolvable(draft, x, codes)
+    if kernel == (1, 1) and geometry == Geometry(groups=module.groups):
+        y = _pointwise(draft, module, x, codes, alpha, geometry, len(lead_axes(draft, x)))
+        if y is not None:
+            return y
+    x = natural(draft, x)
+    if one and draft.shape(x)[1] > 1:
         x = arrange(draft, x)  # rows that were flattened become one
     y = _convolve(draft, module, x, codes, alpha, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
+
+
+def _pointwise(
+    draft: Draft,
+    module: Any,
+    x: Array,
+    codes: IntArray,
+    alpha: Real,
+    geometry: Geometry,
+    channel: int,
+) -> Array | None:
+    """A layer that looks at one pixel, whatever the order of pixels; None if that is not all.
+
+    ``channel`` is the axis of the channels.
+    """
+    if not is_whole(draft, x) or x.axes[channel] != full("C", draft.shape(x)[0]):
+        return None
+    y = _convolve(draft, module, x, codes, alpha, geometry)
+    axes = list(x.axes)
+    axes[channel] = full("C", codes.shape[0])
+    return replace(y, axes=tuple(axes))
 
 
 def lower_linear(draft: Draft, module: Any, x: Array) -> Array:
@@ -80,15 +110,22 @@ def lower_linear(draft: Draft, module: Any, x: Array) -> Array:
     lead, rest = lead_axes(draft, x), rest_axes(draft, x)
     x = _convolvable(draft, x, codes[:, :, None, None])
     if all(size_of(axis) == 1 for axis in rest[:-1]):
-        x = natural(draft, x)
+        x = natural(draft, replace(x, axes=(*lead, rest[-1])))
         codes = codes.reshape(codes.shape[0], *draft.shape(x))
         y = _convolve(draft, module, x, codes, alpha, Geometry())
         return replace(y, axes=(*lead, *rest[:-1], full("C", codes.shape[0])))
-    if not (is_whole(draft, x) and rest[-1] == full("C", draft.shape(x)[0])):
-        x = arrange(draft, permute(x, [*range(len(lead)), -1, *range(len(lead), len(x.axes) - 1)]))
-        x = permute(x, [*range(len(lead)), *range(len(lead) + 1, len(x.axes)), len(lead)])
-    y = _convolve(draft, module, x, codes[:, :, None, None], alpha, Geometry())
-    return replace(y, axes=(*x.axes[:-1], full("C", codes.shape[0])))
+    last = len(x.axes) - 1
+    found = _pointwise(draft, module, x, codes[:, :, None, None], alpha, Geometry(), last)
+    if found is None:
+        x = arrange(draft, permute(x, [*range(len(lead)), last, *range(len(lead), last)]))
+        x = permute(x, [*range(len(lead)), *range(len(lead) + 1, last + 1), len(lead)])
+        found = _pointwise(draft, module, x, codes[:, :, None, None], alpha, Geometry(), last)
+    if found is None:
+        raise draft.fail(
+            f"it reads features of a tensor of shape {sizes(x)} that lie apart",
+            "put the features into the last axis by a reshape or permutation",
+        )
+    return found
 
 
 def lower_norm(draft: Draft, module: Any, x: Array) -> Array:
@@ -210,8 +247,7 @@ def _convolvable(draft: Draft, x: Array, codes: IntArray) -> Array:
         return settle(draft, x, min(room, CURRENT_BITS))
     current = draft.values[x.index].planes == 0 and x.index != draft.input
     if current and total * draft.largest[x.index] >= 2**31:
-        again = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
-        return settle(draft, again, room)
+        return rescaled(draft, x, room)
     return x
 
 

@@ -1,7 +1,6 @@
-"""Reads the neurons of both hosts into one description, and turns that into integers.
+"""Takes the constants of a neuron from its description, and turns them into integers.
 
-The description is real-valued and host-free; :func:`integer_neuron` is the one place where leak,
-threshold and quantization become fixed point.
+:func:`integer_neuron` is the one place where leak, threshold and quantization become fixed point.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from qsnn_ext import hosts
 from qsnn_ext.deploy.program import INT32_MAX, WIDE_LIMIT, Neuron
 from qsnn_ext.errors import LoweringError
+from qsnn_ext.quantizers import MembraneQuantizer
 
 Real = npt.NDArray[np.float64]
 
 
 @dataclass
-class NeuronModel:
-    """One step of a neuron: ``h = decay*carried + gain*x + offset``, fire, reset, quantize.
+class Constants:
+    """One step of a neuron in numbers: charge ``h = decay*carried + gain*x + offset``, fire, reset.
 
     Args:
         decay, theta: Arrays of 1 or C entries.
@@ -64,17 +65,13 @@ class NeuronModel:
         return theta + reset + max(self.alpha, 0.0) * (self.bits != 32)
 
 
-def _names(module: nn.Module) -> set[str]:
-    return {base.__name__ for base in type(module).__mro__}
-
-
 def _array(value: Any) -> Real:
     tensor = torch.as_tensor(value).detach().to(torch.float64).cpu()
     return np.atleast_1d(np.asarray(tensor.numpy(), np.float64).reshape(-1))
 
 
-def read_neuron(name: str, module: nn.Module) -> NeuronModel:
-    """Describe a neuron of either host.
+def read_neuron(name: str, module: nn.Module) -> Constants:
+    """The constants of a neuron of any host.
 
     Args:
         name: Module path, for messages.
@@ -83,27 +80,52 @@ def read_neuron(name: str, module: nn.Module) -> NeuronModel:
     Raises:
         LoweringError: For neurons with no integer equivalent; says why.
     """
-    bases = _names(module)
-    if "Leaky" in bases:
-        model = _read_leaky(name, module)
-    elif {"LIFNode", "IFNode", "ParametricLIFNode"} & bases:
-        model = _read_spikingjelly(name, module, bases)
-    else:
+    model = hosts.describe(module)
+    if model is not None and "inhibition" in vars(module) and module.inhibition:
+        raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
+    if model is None or model.charge is None or model.fire is None or model.threshold is None:
         raise LoweringError(
             f"{name}: a {type(module).__name__} has no integer form; neurons that "
             "can be lowered are LIFNode, IFNode, ParametricLIFNode and Leaky, and their "
             "quantized versions"
         )
-    if bool(np.isposinf(model.theta).all()):
-        model.silent, model.reset, model.theta = True, "none", np.ones(1)
-        model.delayed, model.order = False, "fire_first"
-    if not (model.theta > 0).all() or not np.isfinite(model.theta).all():
+    if model.obstacle is not None:
+        raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
+    if (_array(model.graded) != 1.0).any():
+        raise LoweringError(
+            f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
+        )
+    charge = model.charge
+    bits, alpha, squash = _membrane(name, model.quantizer)
+    if bits == 32 and model.reset == "soft" and _resets_twice(module):
+        raise LoweringError(
+            f"{name}: a float membrane potential with reset_delay=False and subtraction can "
+            "be reset twice; use reset_delay=True"
+        )
+    constants = Constants(
+        decay=_array(charge.decay), theta=_array(model.threshold), gain=_number(charge.gain),
+        offset=_number(charge.offset), reset=model.reset, v_reset=model.v_reset,
+        v_initial=model.v_reset, strict=_strict(model.fire), delayed=model.delayed, bits=bits,
+        alpha=alpha, squash=squash, order=model.order,
+    )  # fmt: skip
+    if bool(np.isposinf(constants.theta).all()):
+        constants.silent, constants.reset, constants.theta = True, "none", np.ones(1)
+        constants.delayed, constants.order = False, "fire_first"
+    if not (constants.theta > 0).all() or not np.isfinite(constants.theta).all():
         raise LoweringError(f"{name}: its threshold is not a positive number; set one above 0")
-    return model
+    return constants
 
 
-def _membrane(name: str, module: nn.Module) -> tuple[int, float, bool]:
-    quantizer: Any = getattr(module, "membrane", None)
+def _resets_twice(module: Any) -> bool:
+    """Whether the float neuron resets in its step and, above the threshold still, in the next."""
+    return not getattr(module, "reset_delay", True)
+
+
+def _number(value: Any) -> float:
+    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+
+
+def _membrane(name: str, quantizer: MembraneQuantizer | None) -> tuple[int, float, bool]:
     if quantizer is None:
         return 32, 1.0, False
     if quantizer.mode != "frozen" or not quantizer.calibrated:
@@ -119,62 +141,7 @@ def _strict(surrogate: Any) -> bool:
     return not bool(surrogate(torch.zeros(1)).item() >= 0.5)
 
 
-def _read_spikingjelly(name: str, module: Any, bases: set[str]) -> NeuronModel:
-    kind = type(module).__name__
-    if kind not in {"LIFNode", "IFNode", "ParametricLIFNode"} and "QuantizedNode" not in bases:
-        raise LoweringError(f"{name}: a {kind} has no integer form; use a plain LIFNode")
-    hard = module.v_reset is not None
-    v_reset = float(module.v_reset) if hard else 0.0
-    if "IFNode" in bases:
-        decay, gain, offset = 1.0, 1.0, 0.0
-    else:
-        parametric = "ParametricLIFNode" in bases
-        rate = float(module.w.detach().sigmoid()) if parametric else 1.0 / float(module.tau)
-        decay, gain = 1.0 - rate, rate if module.decay_input else 1.0
-        offset = rate * v_reset
-    bits, alpha, squash = _membrane(name, module)
-    return NeuronModel(
-        decay=np.array([decay]), theta=_array(module.v_threshold), gain=gain, offset=offset,
-        reset="hard" if hard else "soft", v_reset=v_reset, v_initial=v_reset,
-        strict=_strict(module.surrogate_function), delayed=False, bits=bits, alpha=alpha,
-        squash=squash, order=getattr(module, "order", "fire_first"),
-    )  # fmt: skip
-
-
-def _read_leaky(name: str, module: Any) -> NeuronModel:
-    if type(module).__name__ not in ("Leaky", "QLeaky"):
-        raise LoweringError(f"{name}: a {type(module).__name__} has no integer form; use Leaky")
-    if module.inhibition:
-        raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
-    if module.state_quant:
-        raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
-    if float(module.graded_spikes_factor) != 1.0:
-        raise LoweringError(
-            f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
-        )
-    bits, alpha, squash = _membrane(name, module)
-    mechanism = module.reset_mechanism
-    resets: dict[str, Literal["hard", "soft", "none"]] = {
-        "subtract": "soft",
-        "zero": "hard",
-        "none": "none",
-    }
-    model = NeuronModel(
-        decay=_array(module.beta.clamp(0, 1)), theta=_array(module.threshold), gain=1.0,
-        offset=0.0, reset=resets[mechanism],
-        v_reset=0.0, v_initial=0.0, strict=_strict(module.spike_grad),
-        delayed=bool(module.reset_delay), bits=bits, alpha=alpha, squash=squash,
-        order=getattr(module, "order", "fire_first"),
-    )  # fmt: skip
-    if not model.delayed and model.reset == "soft" and bits == 32:
-        raise LoweringError(
-            f"{name}: a float membrane potential with reset_delay=False and subtraction can "
-            "be reset twice; use reset_delay=True"
-        )
-    return model
-
-
-def fits_unit(m: NeuronModel, unit: float) -> bool:
+def fits_unit(m: Constants, unit: float) -> bool:
     """Whether whole units of the current are fine enough for the neuron's constants."""
     one = unit * m.gain
     constants = [m.decay * m.v_reset + m.offset, np.array([m.v_reset])]
@@ -212,7 +179,7 @@ def _first_at_or_above(real: Any, strict: bool) -> Real:
 
 def integer_neuron(
     name: str,
-    m: NeuronModel,
+    m: Constants,
     source: int,
     target: int,
     unit: float,
@@ -327,7 +294,7 @@ def integer_neuron(
     )  # fmt: skip
 
 
-def _bounds(m: NeuronModel, n: int, alpha: float, one: float) -> npt.NDArray[np.int32]:
+def _bounds(m: Constants, n: int, alpha: float, one: float) -> npt.NDArray[np.int32]:
     """Integers from which on each code is reached: ``code = (number of bounds <= v) - n``.
 
     Code c begins at ``(c - 1/2) * alpha/n``; on the boundary itself rounding half to even gives
@@ -348,7 +315,7 @@ def _bounds(m: NeuronModel, n: int, alpha: float, one: float) -> npt.NDArray[np.
 
 def _wide(
     name: str,
-    m: NeuronModel,
+    m: Constants,
     source: int,
     target: int,
     one: float,

@@ -23,7 +23,7 @@ from qsnn_ext.deploy.lowering.axes import (
     whole,
 )
 from qsnn_ext.deploy.lowering.draft import Array, Axis, Draft, Geometry, PendingConv, Shape
-from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.settle import rescaled, settle
 from qsnn_ext.deploy.program import Pool, output_size
 
 _ONE_DIMENSIONAL = (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d)
@@ -106,7 +106,8 @@ def lower_mean(draft: Draft, a: Array, dims: Any, total: bool, keepdim: bool = F
             "a mean over the batch makes a sample depend on its batch",
             "average over time, height, width or channels",
         )
-    a = settle(draft, a)
+    a = whole(draft, settle(draft, a))
+    over = {d: labels(a.axes[d]) for d in chosen}
     pixels = [d for d in chosen if over[d] and over[d] <= {"H", "W"}]
     if pixels:
         a = _over_pixels(draft, a, pixels, total)
@@ -237,8 +238,11 @@ def _window(
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
 ) -> Array:
+    area = kernel[0] * kernel[1]
     x = settle(draft, x)
-    source, area = x.index, kernel[0] * kernel[1]
+    if function == "sum" and draft.values[x.index].planes == 0:
+        x = rescaled(draft, x, 30 - area.bit_length())
+    source = x.index
     if kernel == (1, 1) and stride == (1, 1) and not any(padding):
         return x
     value, high = draft.values[source], draft.largest[source]

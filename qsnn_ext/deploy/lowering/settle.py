@@ -105,3 +105,14 @@ def _fixed_point(
         unit, multiplier.astype(np.int64).astype(np.int32), shift.astype(np.uint8),
         integers.astype(np.int64).astype(np.int32), int(top / unit) + 4,
     )  # fmt: skip
+
+
+def rescaled(draft: Draft, a: Array, bits: int) -> Array:
+    """A settled current in a unit so coarse that its largest value has ``bits`` bits."""
+    if draft.largest[a.index] < 2**bits:
+        return a
+    channels = draft.shape(a)[0]
+    pending = replace(
+        a, gain=np.full(channels, a.scale), bias=np.zeros(channels), origin=f"{draft.where}.scale"
+    )
+    return settle(draft, pending, bits)

@@ -13,12 +13,14 @@
 #define qsnn_reset QSNN_JOIN(qsnn_reset, QSNN_SUFFIX)
 #define qsnn_run QSNN_JOIN(qsnn_run, QSNN_SUFFIX)
 #define qsnn_run_part QSNN_JOIN(qsnn_run_part, QSNN_SUFFIX)
+#define qsnn_run_step QSNN_JOIN(qsnn_run_step, QSNN_SUFFIX)
 void qsnn_reset(const uint32_t *image, uint32_t *state);
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output);
 void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
                    int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
                    int32_t workers, void (*wait)(void *), void *waiting);
+void qsnn_run_step(const uint32_t *image, uint32_t *state, uint32_t *arena, int32_t *output);
 #endif
 
 /* ---- convolution of bits with single-bit weights ----------------------------------------------- */
@@ -310,6 +312,119 @@ static void run_pool(const context *x, const qsnn_pool *op, share rows) {
     }
 }
 
+/* The number in one channel of one pixel. */
+static int32_t element(const context *x, const qsnn_value *v, int32_t pixel, int32_t channel) {
+    const uint32_t *bits;
+    int32_t p, sum = 0;
+    if (v->planes == 0) return pixel_ints(x, v, pixel)[channel];
+    bits = pixel_bits(x, v, pixel) + channel / 32;
+    for (p = 0; p < v->planes; p++)
+        sum |= (int32_t)(bits[p * v->words] >> (channel % 32) & 1u) << p;
+    return sum;
+}
+
+static void run_gather(const context *x, const qsnn_gather *op, share rows) {
+    const qsnn_value *src = value_at(x, op->step.source), *dst = value_at(x, op->step.target);
+    const int32_t *channel = x->ints + op->channel;
+    int32_t oy, ox, c;
+    for (oy = rows.first; oy < rows.end; oy++) {
+        for (ox = 0; ox < dst->width; ox++) {
+            const int32_t row = x->ints[op->row + oy], column = x->ints[op->column + ox];
+            const int inside = row >= 0 && column >= 0;
+            if (inside && op->in_order) {
+                line_add(x, x->line, src, row + column, 1, 1);
+            } else {
+                memset(x->line, 0, (size_t)dst->words * 32 * 4);
+                for (c = 0; c < dst->channels && inside; c++) {
+                    const int32_t at = channel[c] + row + column;
+                    if (channel[c] >= 0)
+                        x->line[c] = element(x, src, at % src->pixels, at / src->pixels);
+                }
+            }
+            line_store(x, x->line, dst, oy * dst->width + ox);
+        }
+    }
+}
+
+static void run_concat(const context *x, const qsnn_concat *op, share rows) {
+    const qsnn_value *dst = value_at(x, op->step.target);
+    int32_t pixel, k;
+    for (pixel = rows.first * dst->width; pixel < rows.end * dst->width; pixel++) {
+        int32_t *to = x->line;
+        for (k = 0; k < op->count; k++) {
+            const qsnn_value *v = value_at(x, x->ints[op->list + k]);
+            line_add(x, x->other, v, pixel, 1, 1);
+            memcpy(to, x->other, (size_t)v->channels * 4);
+            to += v->channels;
+        }
+        memset(to, 0, (size_t)(dst->words * 32 - dst->channels) * 4);
+        line_store(x, x->line, dst, pixel);
+    }
+}
+
+/* `count` bits from bit `start` on. */
+static uint32_t bits_from(const uint32_t *bits, int32_t start, int32_t count) {
+    const int32_t word = start / 32, shift = start % 32;
+    uint32_t got = bits[word] >> shift;
+    if (shift + count > 32) got |= bits[word + 1] << (32 - shift);
+    return count < 32 ? got & ((1u << count) - 1u) : got;
+}
+
+/* Coincidences of `n` channels from `start` on of two pixels that hold single bits. */
+static int32_t coincidences(const uint32_t *a, const uint32_t *b, int32_t start, int32_t n) {
+    int32_t sum = 0, k;
+    for (k = 0; k < n; k += 32) {
+        const int32_t count = n - k < 32 ? n - k : 32;
+        const uint32_t both = bits_from(a, start + k, count) & bits_from(b, start + k, count);
+        sum += ones_of(&both, 1);
+    }
+    return sum;
+}
+
+/* Every product is a sum over `inner`; what is 0 on the left is passed over. */
+static void run_matmul(const context *x, const qsnn_matmul *op, share rows) {
+    const qsnn_value *a = value_at(x, op->step.source), *b = value_at(x, op->second);
+    const qsnn_value *dst = value_at(x, op->step.target);
+    const int32_t inner = op->inner, columns = op->columns;
+    const int32_t across = a->channels / op->heads; /* columns of a head of a */
+    const int counted = a->planes == 1 && b->planes == 1 && !op->flip_first && op->flip_second;
+    int32_t i, g, k, j;
+    for (i = rows.first * dst->width; i < rows.end * dst->width; i++) {
+        int32_t *sum = x->line;
+        memset(sum, 0, (size_t)dst->words * 32 * 4);
+        for (g = 0; g < op->heads; g++, sum += columns) {
+            for (j = 0; j < columns && counted; j++)
+                sum[j] = coincidences(pixel_bits(x, a, i), pixel_bits(x, b, j), g * inner, inner);
+            for (k = 0; k < inner && !counted; k++) {
+                const int32_t f = op->flip_first ? element(x, a, k, g * across + i)
+                                                 : element(x, a, i, g * across + k);
+                if (f == 0) continue;
+                if (op->flip_second) {
+                    for (j = 0; j < columns; j++) sum[j] += f * element(x, b, j, g * inner + k);
+                } else if (b->planes) {
+                    read_channels(pixel_bits(x, b, k), b, g * columns, columns, x->other);
+                    for (j = 0; j < columns; j++) sum[j] += f * x->other[j];
+                } else {
+                    const int32_t *from = pixel_ints(x, b, k) + g * columns;
+                    for (j = 0; j < columns; j++) sum[j] += f * from[j];
+                }
+            }
+        }
+        line_store(x, x->line, dst, i);
+    }
+}
+
+/* A value of the step before: from the state area at its place, into it at the end of the step. */
+static void run_delay(const context *x, const qsnn_delay *op, share rows) {
+    const int keeps = op->step.kind == QSNN_KIND_KEEP;
+    const qsnn_value *v = value_at(x, keeps ? op->step.source : op->step.target);
+    const size_t first = (size_t)rows.first * (size_t)v->width * (size_t)v->stride;
+    const size_t end = (size_t)rows.end * (size_t)v->width * (size_t)v->stride;
+    uint32_t *kept = x->state + op->state, *here = x->arena + v->offset;
+    if (keeps) memcpy(kept + first, here + first, (end - first) * 4);
+    else memcpy(here + first, kept + first, (end - first) * 4);
+}
+
 /* Operations that look at one pixel. */
 static void run_pixels(const context *x, const qsnn_step *step, int32_t from, int32_t until) {
     const qsnn_value *src = value_at(x, step->source), *dst = value_at(x, step->target);
@@ -357,6 +472,11 @@ static void run_step(const context *x, const void *record, int32_t worker, int32
     case QSNN_KIND_GROUPS: conv_groups(x, (const qsnn_groups *)record, rows); break;
     case QSNN_KIND_ROWS: conv_rows(x, (const qsnn_rows *)record, rows); break;
     case QSNN_KIND_POOL: run_pool(x, (const qsnn_pool *)record, rows); break;
+    case QSNN_KIND_GATHER: run_gather(x, (const qsnn_gather *)record, rows); break;
+    case QSNN_KIND_CONCAT: run_concat(x, (const qsnn_concat *)record, rows); break;
+    case QSNN_KIND_MATMUL: run_matmul(x, (const qsnn_matmul *)record, rows); break;
+    case QSNN_KIND_DELAY:
+    case QSNN_KIND_KEEP: run_delay(x, (const qsnn_delay *)record, rows); break;
     default: run_pixels(x, step, rows.first * dst->width, rows.end * dst->width);
     }
 }
@@ -386,6 +506,13 @@ void qsnn_reset(const uint32_t *image, uint32_t *state) {
                         *at++ = n->initial >> p & 1 ? 0xffffffffu : 0u;
         }
     }
+    for (i = 0; i < h->step_count; i++) {
+        const qsnn_delay *op =
+            (const qsnn_delay *)(const void *)(x.ints + x.ints[h->steps + i]);
+        const qsnn_value *v = value_at(&x, op->step.target);
+        if (op->step.kind == QSNN_KIND_DELAY)
+            memset(state + op->state, 0, (size_t)v->pixels * (size_t)v->stride * 4);
+    }
 }
 
 /* [C, H, W] to pixels, and back. */
@@ -407,22 +534,39 @@ static void give_output(const context *x, const qsnn_value *v, int32_t *output, 
     }
 }
 
+static void start_context(context *x, const uint32_t *image, uint32_t *state, uint32_t *arena,
+                          int32_t worker) {
+    const qsnn_header *h = header_of(image);
+    x->image = image;
+    x->ints = (const int32_t *)image;
+    x->state = state;
+    x->arena = arena;
+    x->workspace = arena + h->workspace + (size_t)worker * (size_t)h->workspace_words;
+    x->line = (int32_t *)(x->workspace + h->line);
+    x->other = (int32_t *)(x->workspace + h->other);
+}
+
+/* The answers of one time step; returns where those of the next one go. */
+static int32_t *give_outputs(const context *x, int32_t *output, int32_t worker, int32_t workers) {
+    const qsnn_header *h = header_of(x->image);
+    int32_t i;
+    for (i = 0; i < h->output_count; i++) {
+        const qsnn_value *v = value_at(x, x->ints[h->outputs + i]);
+        give_output(x, v, output, share_of(v, worker, workers));
+        output += v->pixels * v->channels;
+    }
+    return output;
+}
+
 void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
                    int32_t steps, int32_t input_stride, int32_t *output, int32_t worker,
                    int32_t workers, void (*wait)(void *), void *waiting) {
     const qsnn_header *h = header_of(image);
-    const qsnn_value *v;
     int32_t t, i;
     context x;
-    x.image = image;
-    x.ints = (const int32_t *)image;
-    x.state = state;
-    x.arena = arena;
-    x.workspace = arena + h->workspace + (size_t)worker * (size_t)h->workspace_words;
-    x.line = (int32_t *)(x.workspace + h->line);
-    x.other = (int32_t *)(x.workspace + h->other);
+    start_context(&x, image, state, arena, worker);
     for (t = 0; t < steps; t++) {
-        v = value_at(&x, h->input);
+        const qsnn_value *v = value_at(&x, h->input);
         take_input(&x, v, input, share_of(v, worker, workers));
         input += input_stride;
         if (workers > 1) wait(waiting);
@@ -430,11 +574,7 @@ void qsnn_run_part(const uint32_t *image, uint32_t *state, uint32_t *arena, cons
             run_step(&x, x.ints + x.ints[h->steps + i], worker, workers);
             if (workers > 1) wait(waiting);
         }
-        for (i = 0; i < h->output_count; i++) {
-            v = value_at(&x, x.ints[h->outputs + i]);
-            give_output(&x, v, output, share_of(v, worker, workers));
-            output += v->pixels * v->channels;
-        }
+        output = give_outputs(&x, output, worker, workers);
     }
 }
 
@@ -442,3 +582,16 @@ void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int
               int32_t steps, int32_t input_stride, int32_t *output) {
     qsnn_run_part(image, state, arena, input, steps, input_stride, output, 0, 1, 0, 0);
 }
+
+void qsnn_run_step(const uint32_t *image, uint32_t *state, uint32_t *arena, int32_t *output) {
+    const qsnn_header *h = header_of(image);
+    int32_t i;
+    context x;
+    start_context(&x, image, state, arena, 0);
+    for (i = 0; i < h->step_count; i++) run_step(&x, x.ints + x.ints[h->steps + i], 0, 1);
+    give_outputs(&x, output, 0, 1);
+}
+
+#ifndef QSNN_SUFFIX
+int32_t qsnn_layout(void) { return QSNN_LAYOUT; }
+#endif

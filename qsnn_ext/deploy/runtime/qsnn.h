@@ -24,7 +24,15 @@ void qsnn_reset(const uint32_t *image, uint32_t *state);
 void qsnn_run(const uint32_t *image, uint32_t *state, uint32_t *arena, const int32_t *input,
               int32_t steps, int32_t input_stride, int32_t *output);
 
-/* The same, by several workers at the same time on one sample: each calls this with all arguments
+/* Runs one time step whose input codes the caller has put into the arena: channel c of pixel i at
+ * arena[offset + i * stride + c], offset and stride being those of the input's value record. They
+ * do not outlive the step. */
+void qsnn_run_step(const uint32_t *image, uint32_t *state, uint32_t *arena, int32_t *output);
+
+/* QSNN_LAYOUT of this code: images of another layout are not for it. */
+int32_t qsnn_layout(void);
+
+/* The same as qsnn_run, by several workers at the same time on one sample: each calls this with all arguments
  * alike but `worker`, 0 to workers - 1, and does its share of the rows of every layer. `wait` is
  * called with `waiting` after every layer and must return once all workers have called it. The arena
  * needs (workers - 1) * workspace_words (of the header) more. The bits are the same. */

@@ -101,18 +101,21 @@ COUNT_ROWS(count_128, __m128i, LOAD128, STORE128, _mm_setzero_si128(), _mm_xor_s
 typedef uint32_t v128 __attribute__((vector_size(16)));
 static inline v128 load_v128(const void *p) { v128 a; memcpy(&a, p, 16); return a; }
 static inline void store_v128(void *p, v128 a) { memcpy(p, &a, 16); }
-#define ZERO_V128 ((v128){0, 0, 0, 0})
+static inline v128 make_v128(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    v128 v = {a, b, c, d};
+    return v;
+}
 #define XOR_V(a, b) ((a) ^ (b))
 #define AND_V(a, b) ((a) & (b))
 #define XOR3_V(a, b, c) ((a) ^ (b) ^ (c))
 #define MAJ_V(a, b, c) (((a) & (b)) | ((c) & ((a) ^ (b))))
-COUNT_ROWS(count_128, v128, load_v128, store_v128, ZERO_V128, XOR_V, AND_V, XOR3_V, MAJ_V)
+COUNT_ROWS(count_128, v128, load_v128, store_v128, make_v128(0, 0, 0, 0), XOR_V, AND_V, XOR3_V, MAJ_V)
 #if defined(__AVX2__)
 typedef uint32_t v256 __attribute__((vector_size(32)));
 static inline v256 load_v256(const void *p) { v256 a; memcpy(&a, p, 32); return a; }
 static inline void store_v256(void *p, v256 a) { memcpy(p, &a, 32); }
-#define ZERO_V256 ((v256){0, 0, 0, 0, 0, 0, 0, 0})
-COUNT_ROWS(count_256, v256, load_v256, store_v256, ZERO_V256, XOR_V, AND_V, XOR3_V, MAJ_V)
+static inline v256 zero_v256(void) { v256 v = {0, 0, 0, 0, 0, 0, 0, 0}; return v; }
+COUNT_ROWS(count_256, v256, load_v256, store_v256, zero_v256(), XOR_V, AND_V, XOR3_V, MAJ_V)
 #endif
 
 #else
@@ -199,7 +202,7 @@ static inline vb vb_repeat(const uint32_t *p, const int words) {
 typedef v128 vb;
 #define vb_load(p) load_v128(p)
 #define vb_store(p, a) store_v128(p, a)
-#define vb_zero() ZERO_V128
+#define vb_zero() make_v128(0, 0, 0, 0)
 #define vb_and(a, b) ((a) & (b))
 #define vb_or(a, b) ((a) | (b))
 #define vb_xor(a, b) ((a) ^ (b))
@@ -209,11 +212,11 @@ static inline vb vb_lanes(const int32_t *values, const int words) {
     uint32_t a = (uint32_t)values[0], b = a, c = a, d = a;
     if (words == 1) { b = (uint32_t)values[1]; c = (uint32_t)values[2]; d = (uint32_t)values[3]; }
     if (words == 2) c = d = (uint32_t)values[1];
-    return (vb){a, b, c, d};
+    return make_v128(a, b, c, d);
 }
 static inline vb vb_repeat(const uint32_t *p, const int words) {
-    if (words == 1) return (vb){p[0], p[0], p[0], p[0]};
-    if (words == 2) return (vb){p[0], p[1], p[0], p[1]};
+    if (words == 1) return make_v128(p[0], p[0], p[0], p[0]);
+    if (words == 2) return make_v128(p[0], p[1], p[0], p[1]);
     return load_v128(p);
 }
 

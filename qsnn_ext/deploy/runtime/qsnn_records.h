@@ -3,10 +3,11 @@
 #define QSNN_RECORDS_H
 #include <stdint.h>
 
-#define QSNN_LAYOUT 133108987 /* code and images of two versions never meet */
+#define QSNN_LAYOUT 55133065 /* code and images of two versions never meet */
 
 enum { QSNN_KIND_EVENTS, QSNN_KIND_CODES, QSNN_KIND_GROUPS, QSNN_KIND_ROWS, QSNN_KIND_AFFINE,
-    QSNN_KIND_ADD, QSNN_KIND_LOGIC, QSNN_KIND_POOL, QSNN_KIND_FIRE };
+    QSNN_KIND_ADD, QSNN_KIND_LOGIC, QSNN_KIND_POOL, QSNN_KIND_FIRE, QSNN_KIND_GATHER,
+    QSNN_KIND_CONCAT, QSNN_KIND_MATMUL, QSNN_KIND_DELAY, QSNN_KIND_KEEP };
 enum { QSNN_METHOD_MEASURE, QSNN_METHOD_EVENTS, QSNN_METHOD_DENSE };
 enum { QSNN_POOL_MAX, QSNN_POOL_SUM, QSNN_POOL_REPEAT };
 enum { QSNN_LOGIC_AND, QSNN_LOGIC_IAND };
@@ -232,5 +233,49 @@ typedef struct {
     qsnn_step step;
 } qsnn_fire;
 typedef char qsnn_fire_has_7_words[sizeof(qsnn_fire) == 7 * 4 ? 1 : -1];
+
+/* Elements in another order. Parameters are offsets into the image. */
+typedef struct {
+    qsnn_step step;
+    int32_t channel;
+    int32_t row;
+    int32_t column;
+    int32_t in_order; /* whether channels stay where they are */
+} qsnn_gather;
+typedef char qsnn_gather_has_11_words[sizeof(qsnn_gather) == 11 * 4 ? 1 : -1];
+
+/* Values side by side. */
+typedef struct {
+    qsnn_step step;
+    int32_t list; /* in the image: value records */
+    int32_t count;
+} qsnn_concat;
+typedef char qsnn_concat_has_9_words[sizeof(qsnn_concat) == 9 * 4 ? 1 : -1];
+
+/* Products of matrices, pixels by channels of a head. */
+typedef struct {
+    qsnn_step step;
+    int32_t second; /* value record */
+    int32_t heads;
+    int32_t inner; /* length of a sum */
+    int32_t columns; /* of the product */
+    int32_t flip_first; /* whether its rows are channels */
+    int32_t flip_second;
+} qsnn_matmul;
+typedef char qsnn_matmul_has_13_words[sizeof(qsnn_matmul) == 13 * 4 ? 1 : -1];
+
+/* A value of the time step before: read at its place, kept at the end of the step. */
+typedef struct {
+    qsnn_step step;
+    int32_t state; /* in the state area */
+} qsnn_delay;
+typedef char qsnn_delay_has_8_words[sizeof(qsnn_delay) == 8 * 4 ? 1 : -1];
+
+/* The end of a delay. */
+typedef struct {
+    qsnn_step step;
+    int32_t state; /* in the state area */
+} qsnn_keep;
+typedef char qsnn_keep_has_8_words[sizeof(qsnn_keep) == 8 * 4 ? 1 : -1];
 
 #endif

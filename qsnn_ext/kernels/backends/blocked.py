@@ -1,4 +1,4 @@
-"""The recurrence of :mod:`qsnn_ext.kernels.lif` on the CPU without a compiler.
+"""The recurrence on the CPU without a compiler, in blocks of neurons that stay in the cache.
 
 Plain tensor operations, each a pass over memory, cost what they read and write. Here they run over
 blocks of neurons small enough that all passes but the first find their operands in the cache,
@@ -13,6 +13,7 @@ current would take more passes; where one shows itself in the extremes, the core
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
+from qsnn_ext.kernels.backends import Call, function
+from qsnn_ext.kernels.options import LIFOptions
 from qsnn_ext.kernels.surrogates import DERIVATIVES, Surrogate
 
 #: Neurons of a block, per thread: PyTorch gives a thread no less than this many.
@@ -29,10 +32,24 @@ NEURONS = 1 << 15
 _aten: Any = torch.ops.aten
 
 
-def covers(o: Any, x: Tensor) -> bool:
-    """Whether the functions below compute what the options ask for."""
-    whole = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
-    return whole and o.save != "input" and not (o.bits and o.order == "quantize_first")
+def covers(call: Call) -> bool:
+    """float32 and float64, the order of Eq. 12, the reset in the step, fixed parameters."""
+    o = call.options
+    whole = call.dtype in (torch.float32, torch.float64) and call.device.type == "cpu"
+    plain = o.save != "input" and not o.delayed and not (o.bits and o.order == "quantize_first")
+    return whole and plain and not call.need_params
+
+
+def run(call: Call, *args: Tensor | None) -> Any:
+    """What the core of this call returns."""
+    return _function(call)(*args)
+
+
+@functools.lru_cache(maxsize=256)
+def _function(call: Call) -> Callable[..., Any]:
+    if call.kind == "forward":
+        return _forward(call.options, call.dtype, function.core(call))
+    return _backward(call.options, call.dtype, call.need_v)
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -59,7 +76,7 @@ def _spikes(h: Tensor, theta: float, s: Surrogate, out: Tensor) -> Tensor:
     return out
 
 
-def _reset(h: Tensor, spikes: Tensor, theta: float, o: Any, out: Tensor) -> Tensor:
+def _reset(h: Tensor, spikes: Tensor, theta: float, o: LIFOptions, out: Tensor) -> Tensor:
     if o.reset == "hard":
         torch.addcmul(h, h, spikes, value=-1, out=out)
         return out.add_(spikes, alpha=o.v_reset) if o.v_reset else out
@@ -68,7 +85,7 @@ def _reset(h: Tensor, spikes: Tensor, theta: float, o: Any, out: Tensor) -> Tens
     return out.copy_(h)
 
 
-def forward(o: Any, dtype: torch.dtype, core: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(o: LIFOptions, dtype: torch.dtype, core: Callable[..., Any]) -> Callable[..., Any]:
     """What the forward core returns: ``(x, v, params, alpha, *out) -> spikes, ...``.
 
     Args:
@@ -178,7 +195,7 @@ def forward(o: Any, dtype: torch.dtype, core: Callable[..., Any]) -> Callable[..
     return run
 
 
-def backward(o: Any, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
+def _backward(o: LIFOptions, dtype: torch.dtype, need_v: bool) -> Callable[..., Any]:
     """What the backward core returns, from saved charges and without gradients of ``params``.
 
     Args:

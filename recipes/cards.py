@@ -1,0 +1,141 @@
+"""From a finished run to what others can use: a `.qsnn` program, a checkpoint and a model card.
+
+    python -m recipes.cards --run runs/... --name cifar10-1w-2u
+
+Writes ``NAME.qsnn``, ``NAME.safetensors`` (where it is small enough), ``NAME.json`` and ``NAME.md``
+into ``recipes/results/models``. Accuracies are those of the whole test set, of the simulation and
+of the integer program; ``python -m recipes.evaluate`` finds the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qsnn_ext import calibrate, deploy, save_checkpoint, summarize
+from qsnn_ext.errors import ConfigError
+from recipes.config import Config
+from recipes.engine import networks, teacher
+from recipes.engine.cli import call
+from recipes.engine.files import write_atomically
+from recipes.engine.results import git_commit, versions, write_json
+from recipes.evaluate import (
+    accuracy_of_program,
+    accuracy_of_simulation,
+    configuration,
+    first_samples,
+    spec_of,
+)
+
+FOLDER = Path(__file__).parent / "results" / "models"
+LARGEST_CHECKPOINT = 1_000_000
+# Training samples that the frozen membrane scales and the codes of the input are taken from.
+CALIBRATION = 1_000
+
+LICENSES = {
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009): its authors state no licence.",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009): its authors state no licence.",
+    "fashionmnist": "Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): MIT.",
+    "nmnist": "N-MNIST (Orchard, Jayawant, Cohen and Thakor, 2015): CC BY-SA 4.0.",
+    "digits": "Handwritten digits of scikit-learn (Alpaydin and Kaynak, 1998): CC BY 4.0.",
+}
+
+
+def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = None) -> None:
+    """Write the files of a finished run's network.
+
+    Args:
+        run: Folder of the run.
+        name: Of the files.
+        folder: Where they go.
+        data_dir: Where the data set lies; none takes the run's own.
+
+    """
+    try:
+        result = json.loads((run / "result.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{run} holds no finished run: {error}.") from error
+    config = configuration(result["config"])
+    if data_dir is not None:
+        config = config.but(data_dir=data_dir)
+    model = networks.build(config, spec_of(config))
+    teacher.start_from(model, run)
+    samples = first_samples(config, CALIBRATION)
+    calibrate(model.eval(), [samples])
+    folder.mkdir(parents=True, exist_ok=True)
+    program, checkpoint = folder / f"{name}.qsnn", folder / f"{name}.safetensors"
+    deploy.save_program(deploy.lower(model, samples), program)
+    save_checkpoint(model, checkpoint)
+    if checkpoint.stat().st_size > LARGEST_CHECKPOINT:
+        checkpoint.unlink()
+    card = describe(config, result, model, samples, program)
+    write_json(folder / f"{name}.json", card)
+    text = page(name, card)
+    write_atomically(folder / f"{name}.md", lambda file: file.write(text.encode()))
+    print(text)
+
+
+def describe(
+    config: Config, result: dict[str, Any], model: nn.Module, samples: Tensor, program: Path
+) -> dict[str, Any]:
+    """What a card says, as data.
+
+    Args:
+        config: The run.
+        result: What the run wrote.
+        model: Its network, calibrated.
+        samples: Training samples, to measure rates on.
+        program: The network's `.qsnn` file.
+
+    """
+    total = summarize(model, samples[..., :64, :, :, :]).total
+    return {
+        "data": config.data,
+        "network": config.network,
+        "width": config.width,
+        "steps": config.steps,
+        "bits": config.bits,
+        "variant": result["variant"],
+        "parameters": result["parameters"],
+        "weight_bytes": result["weight_bytes"],
+        "file_bytes": program.stat().st_size,
+        "firing_rate": total.firing_rate,
+        "accuracy_in_training": result["last_accuracy"],
+        "accuracy_simulation": accuracy_of_simulation(model, config),
+        "accuracy_program": accuracy_of_program(program, config),
+        "epochs": config.epochs,
+        "command": result["command"],
+        "git": git_commit(),
+        "versions": versions(),
+        "config": config.but(out=None, data_dir=Path("data")).to_dict(),
+    }
+
+
+def page(name: str, card: dict[str, Any]) -> str:
+    """A model card in Markdown."""
+    rows = {
+        "data": card["data"],
+        "network": f"{card['network']}, width {card['width']:g}, T = {card['steps']}",
+        "bits": f"{card['bits']} (hidden weights, membrane potentials), {card['variant']}",
+        "parameters": f"{card['parameters']:,} in {card['weight_bytes']:,} bytes",
+        "file": f"{card['file_bytes']:,} bytes",
+        "mean firing rate": f"{card['firing_rate']:.3f} on {64} training samples",
+        "test accuracy, as trained": f"{card['accuracy_in_training']:.2f} %",
+        "test accuracy, frozen scales": f"{card['accuracy_simulation']:.2f} %",
+        "test accuracy, integer program": f"{card['accuracy_program']:.2f} %",
+        "training": f"{card['epochs']} epochs, `{card['command']}`",
+        "data's licence": LICENSES.get(card["data"], "see the data set's own page"),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"
+        "Written by `python -m recipes.cards`. The number is found again by\n"
+        f"`python -m recipes.evaluate --model {name}.qsnn --data {card['data']} --data-dir DIR`.\n"
+    )
+
+
+if __name__ == "__main__":
+    call(main)

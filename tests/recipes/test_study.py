@@ -1,0 +1,109 @@
+"""The study, the model cards and the evaluation that finds their numbers again."""
+
+import json
+
+import pytest
+
+from qsnn_ext import deploy
+from qsnn_ext.errors import ConfigError
+from recipes import cards, evaluate, study
+from recipes.config import Config
+from recipes.engine.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the digits: its folder and result."""
+    folder = tmp_path_factory.mktemp("run")
+    config = Config(
+        data="digits", size=8, width=1 / 32, batch=64, epochs=2, lr=0.5, workers=0, steps=2,
+        accelerator="cpu", progress=False, kernels="function", augment=False, out=folder,
+    )  # fmt: skip
+    return folder, train(config)
+
+
+def test_a_card_says_what_evaluation_finds(run, tmp_path, capsys):
+    folder, result = run
+    cards.main(folder, "small", folder=tmp_path)
+    card = json.loads((tmp_path / "small.json").read_text())
+    assert card["accuracy_in_training"] == result["last_accuracy"]
+    assert card["file_bytes"] == (tmp_path / "small.qsnn").stat().st_size
+    assert str(tmp_path) not in json.dumps(card["config"])
+    text = (tmp_path / "small.md").read_text()
+    assert f"| test accuracy, integer program | {card['accuracy_program']:.2f} % |" in text
+    deploy.load(tmp_path / "small.qsnn")
+    for name, key in (
+        ("small.qsnn", "accuracy_program"),
+        ("small.safetensors", "accuracy_simulation"),
+    ):
+        capsys.readouterr()
+        found = evaluate.main(tmp_path / name, data="digits")
+        assert found == pytest.approx(card[key])
+        assert f"the card says {card[key]:.2f} %" in capsys.readouterr().out
+    assert evaluate.main(folder) == pytest.approx(result["last_accuracy"], abs=0.5)
+
+
+def test_evaluation_refuses_other_data_and_models_without_a_card(run, tmp_path):
+    folder, _ = run
+    with pytest.raises(ConfigError, match="was trained on digits, not on cifar10"):
+        evaluate.main(folder, data="cifar10")
+    (tmp_path / "x.qsnn").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"needs its description in .*x\.json"):
+        evaluate.main(tmp_path / "x.qsnn")
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        cards.main(tmp_path, "x", folder=tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that end at once; a list of what was trained."""
+    asked = []
+
+    def run_all(configs, lanes):
+        for config in configs:
+            asked.append(config)
+            score = 50.0 + 10 * (config.lr == 0.3) + 5 * (config.tet > 0) - 5 * (not config.wsdr)
+            yield (
+                config,
+                {
+                    "held_out_accuracy": score,
+                    "last_accuracy": score - 1 + config.seed,
+                    "layer_entropies": {},
+                    "sign_probabilities": {},
+                    "history": [],
+                },
+            )
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    return asked
+
+
+def test_the_stages_choose_on_held_out_images(quick, tmp_path):
+    content = study.main(results=tmp_path, runs=tmp_path / "runs")
+    assert all(config.holdout == 5000 for config in quick)
+    assert content["learning_rates"]["ws-dr"] == {"sgd:0.1": 50.0, "sgd:0.3": 60.0}
+    rows = {row["variant"]: row for row in content["rows"]}
+    assert rows["ws-dr"]["setting"] == "sgd:0.3"
+    assert rows["ws-dr"]["accuracies"] == [59.0, 60.0]
+    assert rows["improved"]["with"] == ["TET's second term"]
+    assert set(rows) == {*study.MAIN, *study.PARTS, "improved"}
+    # A variant is trained to its end once for each seed, whatever else is asked.
+    folders = [config.folder for config in quick]
+    assert len(folders) == len(set(folders))
+    written = json.loads((tmp_path / "study-cifar10.json").read_text())
+    assert written["rows"] == content["rows"]
+
+
+def test_seeds_take_turns_and_stages_can_be_asked_for(quick, tmp_path):
+    study.main(results=tmp_path, runs=tmp_path / "runs", stages=["variants"], seeds=2)
+    assert [config.seed for config in quick] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ConfigError, match="unknown stages"):
+        study.main(stages=["all"], results=tmp_path)
+
+
+def test_distillation_and_warm_start_take_the_studys_own_float_run(quick, tmp_path):
+    study.main(results=tmp_path, runs=tmp_path / "runs", stages=["variants", "improvements"])
+    teachers = {c.teacher or c.start_from for c in quick} - {None}
+    floats = {c.folder for c in quick if c.bits == "32w-32u" and c.seed == 0}
+    assert teachers <= floats
+    assert len(teachers) == 1
