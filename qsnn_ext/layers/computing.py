@@ -76,8 +76,8 @@ def _thread() -> int:
 
 def current_shadows(layer: Any) -> Shadows | None:
     """Those of the call that this thread is making."""
-    shadows: Shadows | None = layer.__dict__.get("_shadows", {}).get(_thread())
-    return shadows
+    table: dict[int, Shadows] = layer.__dict__.get("_shadows", {})
+    return table.get(_thread())
 
 
 class ShadowedLayer(QuantizedWeight):
@@ -98,7 +98,9 @@ class ShadowedLayer(QuantizedWeight):
                 for name in self.weight_names()
             }
         )
-        table = self.__dict__.setdefault("_shadows", {})
+        if "_shadows" not in self.__dict__:
+            self._shadows: dict[int, Shadows] = {}
+        table = self._shadows
         before = table.get(_thread())
         table[_thread()] = shadows
         try:
