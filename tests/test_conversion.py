@@ -379,12 +379,19 @@ def test_pruned_weights():
 
 
 def test_recurrent_weights_go_with_their_cell():
-    net = nn.Sequential(nn.Linear(4, 4), snn.SLSTM(4, 4), nn.Linear(4, 4))
-    report = quantize_(net, "1w-2u")
-    cell = [row for row in report.modules if row.name.startswith("1.") and row.weights]
-    assert report["1"].action == "unsupported"
-    assert {row.action for row in cell} == {"unsupported"}
-    assert report.last == "2"
+    def build():
+        return nn.Sequential(nn.Linear(4, 4), snn.SLSTM(4, 4), nn.Linear(4, 4))
+
+    for config, bits in (
+        ("1w-2u", 1),
+        (QuantConfig(rules=(Rule(name="1", membrane="keep"),)), None),
+        (QuantConfig(rules=(Rule(name="1", membrane="keep"), Rule(name="1.*", weight=4))), 4),
+    ):
+        report = quantize_(build(), config)
+        cell = [row for row in report.modules if row.name.startswith("1.") and row.weights]
+        assert cell
+        assert {row.weight_bits for row in cell} == {bits}
+        assert report.last == "2"
 
 
 # --------------------------------------------------------------------------- wrapped models
@@ -492,11 +499,11 @@ def test_currents_keep_their_deviation(tmp_path):
 
 
 def test_calibrate_says_what_quantize_has_left():
-    net = nn.Sequential(nn.Linear(8, 8), neuron.IzhikevichNode(), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(8, 8), neuron.LIFNode(), nn.Linear(8, 2))
     with pytest.raises(StateError, match="call quantize_ first"):
         calibrate(net, [torch.rand(4, 8)])
-    quantize_(net, "1w-2u")
-    with pytest.raises(StateError, match=r"1 \(IzhikevichNode\)"):
+    quantize_(net, QuantConfig(rules=(Rule.keep(type=neuron.LIFNode),)))
+    with pytest.raises(StateError, match=r"1 \(LIFNode\)"):
         calibrate(net, [torch.rand(4, 8)])
 
 
