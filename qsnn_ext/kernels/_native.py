@@ -93,8 +93,9 @@ class Library:
             raise AttributeError("another layout of jobs")
         self.isa = max(isa for isa in range(3) if self._library.qsnn_native_supports(isa))
         self.threaded = self._use_threads_of_torch()
-        # A forked process has the locks of its parent's threads but not the threads.
-        os.register_at_fork(after_in_child=self._stay_alone)
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            # A forked process has the locks of its parent's threads but not the threads.
+            os.register_at_fork(after_in_child=self._stay_alone)
 
     def _use_threads_of_torch(self) -> bool:
         names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
