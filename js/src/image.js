@@ -146,7 +146,7 @@ function window({ kernel, stride, padding, dilation }) {
 
 function scale(op, store) {
   return {
-    multiplier: store(op.multiplier.data), shift: store(Int32Array.from(op.shift.data)),
+    multiplier: store(op.multiplier.data), shift: store(bytes(op.shift.data)),
     bias: store(op.bias.data), channels: op.multiplier.data.length, product32: 0,
   };
 }

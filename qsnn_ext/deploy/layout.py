@@ -228,9 +228,9 @@ class Layout:
         self.arena_words = self.workspace
 
     def _value_records(self) -> None:
-        """A record for every value that is stored, or whose size a fused neuron needs."""
+        """A record for every value that is stored."""
         self.value_records: dict[int, Plan] = {}
-        for i in sorted({*self.offset, *(s.target for s in self.steps)}):
+        for i in sorted(self.offset):
             v = self.program.values[i]
             c, h, w = v.shape
             fields = {
@@ -350,7 +350,8 @@ class Layout:
         source = sources_of(step.op)[0]
         fields = {
             "kind": _code("kind", name), "source": self._value(source),
-            "target": self._value(step.target), "add": 0 if r is None else self._value(r.value),
+            "target": self._value(step.target if step.neuron is None else step.neuron.target),
+            "add": 0 if r is None else self._value(r.value),
             "self_factor": 1 if r is None else r.own, "add_factor": 0 if r is None else r.other,
             "neuron": 0 if step.neuron is None else self.neurons[id(step.neuron)].offset,
         }  # fmt: skip
@@ -359,8 +360,9 @@ class Layout:
     def _scale(self, plan: Plan, op: Conv | Affine, used: bool = True) -> None:
         count = op.multiplier.size if used else 0
         scale = Plan("scale", 0, {})
-        for name in ("multiplier", "shift", "bias"):
-            self._parameter(scale, name, count)
+        self._parameter(scale, "multiplier", count)
+        self._parameter(scale, "shift", -(-count // 4))  # bytes
+        self._parameter(scale, "bias", count)
         reach = self.reach(op) * np.abs(op.multiplier.astype(np.int64))
         reach += np.int64(1) << (op.shift.astype(np.int64) - 1)
         product32 = bool(reach.max() <= INT32_MAX) and int(op.shift.max()) <= 31
@@ -386,7 +388,9 @@ class Layout:
         if op.binary and planes:
             return "events" if op.groups == 1 else "groups"
         if not op.binary and op.groups == 1 and not planes and -32768 <= lo <= hi <= 32767:
-            return "codes"
+            # Pairs are padded to 32 channels; a narrow layer's weights are a fraction of that.
+            padded = 2 * round_up(op.weight.shape[1], 2) * words(op.weight.shape[2]) * 32
+            return "codes" if not self.compact or padded <= 3 * op.weight.nbytes else "rows"
         return "rows"
 
     def _events(self, plan: Plan, step: Step, op: Conv) -> None:

@@ -56,7 +56,7 @@ def parameters_of_step(layout: Layout, step: Step, plan: Plan) -> dict[str, IntA
         found.update(channel=op.channel, row=op.row, column=op.column)
     if isinstance(op, Conv | Affine) and areas["multiplier"].words:
         found["multiplier"], found["bias"] = op.multiplier, op.bias
-        found["shift"] = op.shift.astype(np.int32)
+        found["shift"] = _bytes(op.shift.view(np.int8))
     if isinstance(op, Conv):
         firing = "firing" in areas and areas["firing"].words > 0
         # Where firing is decided on bits no channel's multiplier may be negative.

@@ -112,7 +112,7 @@ RECORDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (
             ("kind", ""),
             ("source", "value record"),
-            ("target", "value record; of the same size where a neuron takes what was computed"),
+            ("target", "value record; the spikes where a neuron takes what was computed"),
             ("add", "value record of a residual; 0: none"),
             ("self_factor", "of what was computed"),
             ("add_factor", "of the residual"),
@@ -123,7 +123,7 @@ RECORDS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         "y = ((x * multiplier + half) >> shift) + bias. Parameters are offsets into the image",
         (
             ("multiplier", ""),
-            ("shift", ""),
+            ("shift", "bytes"),
             ("bias", ""),
             ("channels", "entries of each"),
             ("product32", "whether the products are proven to fit int32"),
@@ -325,7 +325,7 @@ def _names() -> Iterable[str]:
 
 
 #: To be raised when parameters change their order or meaning and no record does.
-REVISION = 1
+REVISION = 2
 #: Differs whenever a field, its place, the meaning of a code or the revision does.
 LAYOUT = zlib.crc32("\n".join([str(REVISION), *_names()]).encode()) & INT32_MAX
 

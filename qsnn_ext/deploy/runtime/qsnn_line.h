@@ -57,22 +57,23 @@ static void line_store(const context *x, const int32_t *line, const qsnn_value *
 /* line = ((line * multiplier + half) >> shift) + bias, per channel. */
 static void line_affine(const context *x, const qsnn_scale *scale, int32_t *line) {
     const int32_t *m = x->ints + scale->multiplier;
-    const int32_t *s = x->ints + scale->shift;
+    const int8_t *s = (const int8_t *)(x->ints + scale->shift);
     const int32_t *b = x->ints + scale->bias;
     const int32_t n = scale->channels;
     int32_t c = 0;
     if (scale->product32) { /* the products are proven to fit int32 */
         const vi one = vi_set(1);
         for (; c + LANES <= n; c += LANES) {
-            const vi shift = vi_load(s + c);
+            const vi shift = vi_load_i8(s, c);
             const vi half = vi_sll(one, vi_sub(shift, one));
             const vi y = vi_add(vi_mul(vi_load(line + c), vi_load(m + c)), half);
             vi_store(line + c, vi_add(vi_sra(y, shift), vi_load(b + c)));
         }
     }
     for (; c < n; c++) {
-        int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (s[c] - 1));
-        line[c] = (int32_t)(y >> s[c]) + b[c];
+        const int shift = s[byte_place(c)];
+        const int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (shift - 1));
+        line[c] = (int32_t)(y >> shift) + b[c];
     }
 }
 

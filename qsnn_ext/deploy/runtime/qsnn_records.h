@@ -3,7 +3,7 @@
 #define QSNN_RECORDS_H
 #include <stdint.h>
 
-#define QSNN_LAYOUT 55133065 /* code and images of two versions never meet */
+#define QSNN_LAYOUT 2112576991 /* code and images of two versions never meet */
 
 enum { QSNN_KIND_EVENTS, QSNN_KIND_CODES, QSNN_KIND_GROUPS, QSNN_KIND_ROWS, QSNN_KIND_AFFINE,
     QSNN_KIND_ADD, QSNN_KIND_LOGIC, QSNN_KIND_POOL, QSNN_KIND_FIRE, QSNN_KIND_GATHER,
@@ -77,7 +77,7 @@ typedef char qsnn_neuron_has_19_words[sizeof(qsnn_neuron) == 19 * 4 ? 1 : -1];
 typedef struct {
     int32_t kind;
     int32_t source; /* value record */
-    int32_t target; /* value record; of the same size where a neuron takes what was computed */
+    int32_t target; /* value record; the spikes where a neuron takes what was computed */
     int32_t add; /* value record of a residual; 0: none */
     int32_t self_factor; /* of what was computed */
     int32_t add_factor; /* of the residual */
@@ -88,7 +88,7 @@ typedef char qsnn_step_has_7_words[sizeof(qsnn_step) == 7 * 4 ? 1 : -1];
 /* y = ((x * multiplier + half) >> shift) + bias. Parameters are offsets into the image. */
 typedef struct {
     int32_t multiplier;
-    int32_t shift;
+    int32_t shift; /* bytes */
     int32_t bias;
     int32_t channels; /* entries of each */
     int32_t product32; /* whether the products are proven to fit int32 */
