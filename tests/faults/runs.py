@@ -33,6 +33,8 @@ def tiny(out: Path, **changes: Any) -> Config:
             "workers": 0,
             "accelerator": "cpu",
             "progress": False,
+            "precision": "32-true",
+            "memory_format": "contiguous",
             "out": out,
             **changes,
         }

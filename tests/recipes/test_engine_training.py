@@ -36,6 +36,8 @@ def tiny(out: Path, **changes) -> Config:
             "accelerator": "cpu",
             "progress": False,
             "kernels": "function",
+            "precision": "32-true",
+            "memory_format": "contiguous",
             "out": out,
             **changes,
         }
