@@ -25,7 +25,7 @@ def resolve(config: Config, noted: dict[str, Any] | None) -> Config:
             with, whatever this machine would choose.
 
     """
-    safe = channels_last_is_safe(config)
+    safe = config.memory_format != "contiguous" and channels_last_is_safe(config)
     if config.memory_format == "channels_last" and not safe:
         raise ConfigError(
             "--memory-format channels_last would corrupt memory: oneDNN's backward of strided 1x1 "
