@@ -14,7 +14,8 @@ FOLDERS = (Path("runs"), Path(__file__).parent / "results")
 #: What makes a run another experiment than the paper's.
 _PROTOCOL = (
     "width", "steps", "size", "augment", "split", "limit_batches",
-    "preset", "order", "membrane_scale", "membrane_mode",
+    "preset", "order", "membrane_scale", "membrane_mode", "strong_augment", "holdout",
+    "sign_gradient", "latent_lr", "latent_weight_decay", "start_from", "teacher", "loss", "tet",
 )  # fmt: skip
 
 
@@ -51,4 +52,5 @@ def follows_protocol(result: dict[str, Any]) -> bool:
     if result["recipe"] != f"{config['data']}_{config['network']}":
         return False
     recipe = importlib.import_module(f"recipes.{result['recipe']}").config().to_dict()
-    return all(config[name] == recipe[name] for name in _PROTOCOL)
+    # A run from before an option existed ran as the recipe has it.
+    return all(config.get(name, recipe[name]) == recipe[name] for name in _PROTOCOL)
