@@ -2,7 +2,8 @@
 
 ``nox -s matrix`` runs the tests on every supported Python with the lowest, the pinned and the
 newest versions, and writes what came out to ``docs/compatibility.json`` and ``.md``;
-``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package.
+``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package,
+``nox -s targets`` exported C on foreign architectures.
 
 The lowest versions are read from ``pyproject.toml``, so that its ranges are what is tested. An
 environment holds a CUDA build of torch, several GB: it is removed as soon as its tests have run.
@@ -180,6 +181,18 @@ def table(records: list[dict[str, object]]) -> str:
         "works with its own: elsewhere `import spikingjelly.datasets` fails, which the tests do\n"
         "not need.\n"
     )
+
+
+@nox.session(python="3.11")
+def targets(session: nox.Session) -> None:
+    """Exported programs on every target that zig compiles for and qemu runs, and on the boards."""
+    session.install(".[web]", "pytest", "pytest-xdist", "hypothesis", *pinned())
+    session.run(
+        "python", "-m", "pytest", "-q", "-rs", "-n", "auto", "-m", "sweep or not sweep",
+        "tests/deploy/test_targets.py", "tests/deploy/test_boards.py",
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    shutil.rmtree(session.virtualenv.location, ignore_errors=True)
 
 
 @nox.session(python="3.11")

@@ -34,14 +34,20 @@ PLAIN = "-O2 -DQSNN_PLAIN"
 BUILDS = {"-O2": "-O2", "-Os": "-Os", PLAIN: "-O2, plain words"}
 
 
+def card(name: str) -> dict[str, Any]:
+    """What ``recipes.devices`` noted of a network: data, accuracy, normalisation, samples."""
+    noted: dict[str, Any] = json.loads((MODELS / f"{name}.json").read_text())
+    return noted
+
+
 def samples(name: str) -> tuple[Program, Any, Any]:
     """Program, the card's ten samples as codes, and the sums of answers the reference gives."""
     program = load_program(MODELS / f"{name}.qsnn")
-    card = json.loads((MODELS / f"{name}.json").read_text())
-    raw = np.stack([np.frombuffer(base64.b64decode(s), np.uint8) for s in card["samples"]])
-    codes = raw.reshape(len(raw), *card["shape"]).astype(np.int32)
-    if "mean" in card:
-        codes = pixel_table(program, card["mean"], card["std"])[0][codes].astype(np.int32)
+    noted = card(name)
+    raw = np.stack([np.frombuffer(base64.b64decode(s), np.uint8) for s in noted["samples"]])
+    codes = raw.reshape(len(raw), *noted["shape"]).astype(np.int32)
+    if "mean" in noted:
+        codes = pixel_table(program, noted["mean"], noted["std"])[0][codes].astype(np.int32)
     given = codes if codes.ndim == 4 else codes.swapaxes(0, 1)
     sums = DeployedModel(program, "numpy").integers(given)[0].astype(np.int64).sum(0)
     return program, codes, sums.reshape(len(raw), -1)

@@ -29,7 +29,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
-PAGES = ("explanation/index.md", "errors.md", "study.md", "../README.md")
+PAGES = ("explanation/index.md", "devices.md", "errors.md", "study.md", "../README.md")
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
 
@@ -207,7 +207,21 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['mean']:.2f} ± {row['std']:.2f}"
 
 
+def devices() -> str:
+    """What networks take on microcontrollers, as measured under emulators."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
+    rows = [["network", "core", "build", "instructions", "flash", "RAM", "stack"]]
+    for row in found["rows"]:
+        flash = row["constants"] + row["code"]
+        rows.append([
+            f"`{row['network']}`", f"{row['core']} (`{row['board']}`)", f"`{row['build']}`",
+            f"{row['instructions']:,}", f"{flash:,}", f"{row['memory']:,}", f"{row['stack']:,}",
+        ])  # fmt: skip
+    return table(rows)
+
+
 TABLES = {
+    "devices": devices,
     "presets": presets,
     "errors": error_classes,
     "results": results,

@@ -46,8 +46,8 @@ export class Model {
   session(): Session;
   /** Integer input codes of real inputs; integer arrays are taken to be codes already. */
   codes(x: ArrayLike<number>): Int32Array;
-  /** Input code of every 8-bit pixel: that of `(pixel / 255 - mean) / std` in float32. */
-  pixelTable(mean: number, std: number): Int32Array;
+  /** Input code of every 8-bit pixel of a channel: that of `(pixel / 255 - mean) / std` in float32. */
+  pixelTable(mean: number, std: number, channel?: number): Int32Array;
   /** Integer answers by step, then by output, before any scale. */
   integers(codes: Int32Array): Int32Array[][];
 }

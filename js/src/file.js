@@ -18,6 +18,10 @@ const FIELDS = {
   Add: [["name", "sources", "factors", "target"], {}],
   Logic: [["name", "sources", "target", "function"], {}],
   Pool: [["name", "source", "target", "function", "kernel", "stride", "padding"], {}],
+  Gather: [["name", "source", "target"], { channel: ["I32"], row: ["I32"], column: ["I32"] }],
+  Concat: [["name", "sources", "target"], {}],
+  Matmul: [["name", "sources", "target", "heads", "transpose"], {}],
+  Delay: [["name", "source", "target"], {}],
   Neuron: [
     ["name", "source", "target", "bits", "reset", "order", "delay", "ceiling", "initial", "membrane"],
     {

@@ -70,6 +70,7 @@ export function buildImage(program) {
   const [line, other] = [0, widest]; // in the workspace, before what a step needs beside
   let workspaceWords = 0;
   const neurons = [], layers = [], steps = [];
+  const ends = []; // what a step ends with: values that delays keep
 
   for (const op of program.ops) {
     const work = new Region();
@@ -100,6 +101,27 @@ export function buildImage(program) {
     } else if (op.op === "Pool") {
       steps.push(place(
         { name: "pool", window: window({ dilation: [1, 1], ...op }), function: code("pool", op.function) }));
+    } else if (op.op === "Gather") {
+      const [channels, height, width] = source.shape;
+      const stays = channels === op.channel.data.length &&
+        op.channel.data.every((n, c) => n === c * height * width);
+      const [channel, row, column] = ["channel", "row", "column"].map((f) => store(op[f].data));
+      steps.push(place({ name: "gather", channel, row, column, in_order: stays ? 1 : 0 }));
+    } else if (op.op === "Concat") {
+      const list = store(Int32Array.from(op.sources, (i) => values[i].record));
+      steps.push(place({ name: "concat", list, count: op.sources.length }));
+    } else if (op.op === "Matmul") {
+      const [first, second] = op.transpose.map(Number);
+      steps.push(place({
+        name: "matmul", second: values[op.sources[1]].record, heads: op.heads,
+        inner: first ? source.pixels : source.channels / op.heads,
+        columns: target.channels / op.heads, flip_first: first, flip_second: second,
+      }));
+    } else if (op.op === "Delay") {
+      const kept = state.take(source.pixels * source.stride);
+      within(4 * state.size);
+      steps.push(place({ name: "delay", state: kept }));
+      ends.push(() => place({ name: "keep", state: kept }));
     } else {
       const pitch = op.bits === 32 ? source.channels : stateBits(op) * source.words;
       const layer = {
@@ -116,6 +138,7 @@ export function buildImage(program) {
     workspaceWords = Math.max(workspaceWords, work.size);
     within(4 * (image.size + state.size + workspace + workspaceWords));
   }
+  steps.push(...ends.map((end) => end()));
   const lists = {
     steps: store(Int32Array.from(steps)), neurons: store(Int32Array.from(neurons)),
     outputs: store(Int32Array.from(program.outputs, (i) => values[i].record)),

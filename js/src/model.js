@@ -65,20 +65,24 @@ export class Model {
       throw new QSNNError(`input of ${x.length} numbers; this program takes ${this.inputShape}`);
     const real = !ArrayBuffer.isView(x) || x instanceof Float32Array || x instanceof Float64Array;
     const [lo, hi] = this.program.inputRange, scale = this.program.inputScale;
-    return Int32Array.from(x, (given) => {
+    const channels = this.program.values[0].shape[0], pixels = this.inputSize / channels;
+    const { gain, bias } = prologue(this.program);
+    return Int32Array.from(x, (given, i) => {
       if (!Number.isFinite(given)) throw new QSNNError("the input contains NaN or infinity");
-      return Math.min(Math.max(real ? roundHalfEven(given / scale) : given, lo), hi);
+      const c = Math.floor(i / pixels) % channels;
+      const value = real ? roundHalfEven((given * gain(c) + bias(c)) / scale) : given;
+      return Math.min(Math.max(value, lo), hi);
     });
   }
 
   /**
-   * Input code of every 8-bit pixel: that of (pixel / 255 - mean) / std in float32.
+   * Input code of every 8-bit pixel of a channel: that of (pixel / 255 - mean) / std in float32.
    * @returns {Int32Array} Of 256 codes.
    */
-  pixelTable(mean, std) {
-    const f = Math.fround;
+  pixelTable(mean, std, channel = 0) {
+    const f = Math.fround, { gain, bias } = prologue(this.program);
     return Int32Array.from({ length: 256 }, (_, pixel) => {
-      const real = f(f(f(f(pixel) / f(255)) - f(mean)) / f(std));
+      const real = f(f(f(f(pixel) / f(255)) - f(mean)) / f(std)) * gain(channel) + bias(channel);
       const [lo, hi] = this.program.inputRange;
       return Math.min(Math.max(roundHalfEven(real / this.program.inputScale), lo), hi);
     });
@@ -194,6 +198,15 @@ export class Session {
 function roundHalfEven(x) {
   const low = Math.floor(x), rest = x - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 !== 0) ? low + 1 : low;
+}
+
+/** What is done to a real input of a channel before it becomes a code: x * gain + bias. */
+function prologue({ metadata }) {
+  const [gain, bias] = [["input_gain", "1"], ["input_bias", "0"]].map(([key, otherwise]) => {
+    const numbers = (metadata[key] ?? otherwise).split(",").map(Number);
+    return (channel) => numbers[numbers.length === 1 ? 0 : channel];
+  });
+  return { gain, bias };
 }
 
 function classesOf(metadata) {

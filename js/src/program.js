@@ -56,8 +56,10 @@ export function validate(p) {
       "operation", "names must be 1 to 512 characters, each once");
     names.add(op.name);
     const sources = sourcesOf(op), targets = targetsOf(op);
+    // A delay may take what is written later.
     need(Array.isArray(sources) && sources.every((i) => isInt(i, 0, p.values.length - 1)) &&
-      sources.every((i) => ranges[i] !== null), op.name, "it reads a value before it is written");
+      (op.op === "Delay" || sources.every((i) => ranges[i] !== null)), op.name,
+      "it reads a value before it is written");
     need(targets.every((i) => isInt(i, 1, p.values.length - 1) && ranges[i] === null) &&
       new Set(targets).size === targets.length, op.name, "it writes a value that has one already");
     RULES[op.op](p, op, ranges);
@@ -74,6 +76,11 @@ export function validate(p) {
     "the rank of the input contradicts its shape");
   need(["1", "2", "3"].includes(p.metadata.input_rank ?? "3") && ranks.length === p.outputs.length &&
     ranks.every((r) => isInt(r, 1, 3)), "metadata", "impossible ranks");
+  for (const key of ["input_gain", "input_bias"]) {
+    const numbers = (p.metadata[key] ?? "1").split(",").map((n) => (n.trim() ? Number(n) : NaN));
+    need([1, p.values[0].shape[0]].includes(numbers.length) && numbers.every(Number.isFinite),
+      "metadata", `${key} must be one finite number or one per channel`);
+  }
 }
 
 /** Axes of every answer per sample and time step. */
@@ -121,7 +128,65 @@ function fixedPoint(op, channels, lo, hi) {
   return [low, high];
 }
 
+/** Interval of the products of two intervals. */
+const products = (a, b) => {
+  const ends = a.flatMap((x) => b.map((y) => x * y));
+  return [Math.min(...ends), Math.max(...ends)];
+};
+
 const RULES = {
+  Gather(p, op, ranges) {
+    const src = p.values[op.source], dst = p.values[op.target];
+    need(src.planes === dst.planes, op.name, "it must keep the bit planes");
+    let reach = 0, zeros = false;
+    ["channel", "row", "column"].forEach((name, axis) => {
+      hasShape(op, name, dst.shape[axis]);
+      const { data } = op[name];
+      need(data.every((n) => n >= -1), op.name, `${name} must hold numbers of -1 or more`);
+      zeros ||= data.includes(-1);
+      reach += Math.max(0, data.reduce((a, b) => Math.max(a, b), 0));
+    });
+    need(reach < elements(src), op.name, "it reaches beyond its source");
+    const [lo, hi] = ranges[op.source];
+    setRange(p, op, ranges, op.target, ...(zeros ? [Math.min(lo, 0), Math.max(hi, 0)] : [lo, hi]));
+  },
+
+  Concat(p, op, ranges) {
+    const dst = p.values[op.target], parts = op.sources.map((i) => p.values[i]);
+    need(parts.length >= 2 && parts.length <= 64, op.name, "it needs 2 to 64 sources");
+    need(parts.every((v) => v.shape[1] === dst.shape[1] && v.shape[2] === dst.shape[2] &&
+      (v.planes === 0) === (dst.planes === 0)), op.name, "its operands do not fit each other");
+    need(parts.reduce((sum, v) => sum + v.shape[0], 0) === dst.shape[0], op.name,
+      "its channels are not those of its operands together");
+    const ends = op.sources.map((i) => ranges[i]);
+    setRange(p, op, ranges, op.target, Math.min(...ends.map((e) => e[0])),
+      Math.max(...ends.map((e) => e[1])));
+  },
+
+  Matmul(p, op, ranges) {
+    const values = [...op.sources, op.target].map((i) => p.values[i]), { heads, transpose } = op;
+    need(op.sources.length === 2 && Array.isArray(transpose) && transpose.length === 2 &&
+      transpose.every((t) => typeof t === "boolean"), op.name,
+      "it needs two sources, and whether each is transposed");
+    need(isInt(heads, 1, MAX_DIMENSION) && values.every((v) => v.shape[0] % heads === 0), op.name,
+      "heads must divide the channels");
+    const [[i, k], [same, j], product] = values.map((v, n) => {
+      const size = [v.shape[1] * v.shape[2], v.shape[0] / heads];
+      return transpose[n] ? size.reverse() : size;
+    });
+    need(k === same && product[0] === i && product[1] === j, op.name, "its matrices do not fit");
+    const ends = products(ranges[op.sources[0]], ranges[op.sources[1]]).map((x) => x * k);
+    need(Math.max(-ends[0], ends[1]) <= INT32_MAX, op.name, "its sums may exceed int32");
+    setRange(p, op, ranges, op.target, ...ends);
+  },
+
+  Delay(p, op, ranges) {
+    const src = p.values[op.source], dst = p.values[op.target];
+    need(String(src.shape) === String(dst.shape) && src.planes === dst.planes && dst.planes > 0,
+      op.name, "it delays counts or spikes, and keeps their shape and planes");
+    setRange(p, op, ranges, op.target, 0, 2 ** dst.planes - 1);
+  },
+
   Conv(p, op, ranges) {
     const src = p.values[op.source], dst = p.values[op.target], g = op.groups;
     checkGeometry(op, src, dst, op.dilation);

@@ -301,10 +301,15 @@ def _constants(
         ("INPUT_MAX", hi, ""),
         ("INPUT_SCALE", repr(program.input_scale), "real number that a code of 1 stands for"),
     ]
-    for what, numbers in (("INPUT_MEAN", mean), ("INPUT_STD", std)):
+    folded_in = "before that becomes a code: x * gain + bias"
+    gain, bias = program.prologue or (None, None)
+    for what, numbers, meaning in (
+        ("INPUT_GAIN", gain, folded_in), ("INPUT_BIAS", bias, folded_in),
+        ("INPUT_MEAN", mean, "of the normalisation"), ("INPUT_STD", std, "of the normalisation"),
+    ):  # fmt: skip
         if numbers is not None:
             listed = [float(n) for n in np.atleast_1d(np.asarray(numbers, float))]
-            rows.append((what, f"{{{', '.join(map(repr, listed))}}}", "of the normalisation"))
+            rows.append((what, f"{{{', '.join(map(repr, listed))}}}", meaning))
     rows.append(("OUTPUT_SIZE", total, "answers of one time step"))
     for k, index in enumerate(outputs):
         value, number = program.values[index], "" if len(outputs) == 1 else str(k)

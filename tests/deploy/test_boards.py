@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import shutil
 import subprocess
@@ -12,28 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsnn_ext.deploy import DeployedModel, export_c, load_program, pixel_table
+from benchmarks.devices import samples
+from qsnn_ext.deploy import DeployedModel, export_c
 from qsnn_ext.deploy.boards import BOARDS
 from qsnn_ext.errors import ConfigError, InputError
 from tests.deploy.random_programs import random_block, random_program
 
 ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "recipes" / "results" / "devices"
 GCC, GXX, CLANG = shutil.which("gcc"), shutil.which("g++"), shutil.which("clang")
 STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Werror"]
-
-
-def bundled(name):
-    """Program, the ten bundled samples as codes, and the sums Python gives of each."""
-    program = load_program(MODELS / f"{name}.qsnn")
-    card = json.loads((MODELS / f"{name}.json").read_text())
-    raw = np.stack([np.frombuffer(base64.b64decode(s), np.uint8) for s in card["samples"]])
-    codes = raw.reshape(10, *card["shape"]).astype(np.int32)
-    if "mean" in card:
-        codes = pixel_table(program, card["mean"], card["std"])[0][codes].astype(np.int32)
-    given = codes if codes.ndim == 4 else codes.swapaxes(0, 1)
-    sums = DeployedModel(program, "numpy").integers(given)[0].astype(np.int64).sum(0)
-    return program, codes, sums.reshape(10, -1)
 
 
 def parsed(printed):
@@ -55,7 +40,7 @@ def test_ten_samples_on_a_board(board, name, tmp_path):
     for tool in (spec.compiler, emulator, "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed: apt-get install {spec.packages}")
-    program, codes, sums = bundled(name)
+    program, codes, sums = samples(name)
     export_c(program, tmp_path, board, name=name, samples=codes, verbose=False)
     built = subprocess.run(["make", "-C", str(tmp_path)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -98,7 +83,7 @@ inline void delay(int) { std::exit(0); }
 @pytest.mark.parametrize("target", ["arduino", "platformio"])
 def test_arduino_sketch(target, tmp_path):
     """The sketch as C++ and the library as C, with a stub of Arduino's functions around them."""
-    program, codes, sums = bundled("digits")
+    program, codes, sums = samples("digits")
     export_c(program, tmp_path, target, name="digits", samples=codes, verbose=False)
     if target == "arduino":
         sketch, library = tmp_path / "examples/samples/samples.ino", tmp_path / "src"
@@ -171,7 +156,7 @@ def test_no_warning(compiler, plain, tmp_path):
     command = COMPILERS[compiler]
     if command[0] is None:
         pytest.skip(f"{compiler} is not installed")
-    program, _, _ = bundled("digits")
+    program, _, _ = samples("digits")
     export_c(program, tmp_path, mean=0.3, std=0.3, verbose=False)
     for source in sorted(tmp_path.glob("*.c")):
         flags = ["-DQSNN_PLAIN"] if plain else []
@@ -193,7 +178,7 @@ def test_start_notices_constants_that_are_not_there(tmp_path):
 
 
 def test_the_library_says_what_the_model_means(tmp_path):
-    program, _, _ = bundled("events")
+    program, _, _ = samples("events")
     export_c(program, tmp_path, name="net", classes=list("abcdefghij"), verbose=False)
     header = (tmp_path / "net.h").read_text()
     macros = dict(re.findall(r"#define (NET_\w+) ([^ \n]+)", header))
@@ -212,7 +197,7 @@ def test_the_library_says_what_the_model_means(tmp_path):
 
 @pytest.mark.skipif(GCC is None, reason="needs gcc")
 def test_code_and_stack_from_the_compiler(tmp_path):
-    program, _, _ = bundled("digits")
+    program, _, _ = samples("digits")
     plain = export_c(program, tmp_path, verbose=False)
     small = export_c(program, tmp_path, compiler=f"{GCC} -Os -DQSNN_PLAIN", verbose=False)
     fast = export_c(program, tmp_path, compiler=f"{GCC} -O3", verbose=False)
@@ -228,7 +213,7 @@ def test_code_and_stack_from_the_compiler(tmp_path):
 
 
 def test_refusals(tmp_path):
-    program, codes, _ = bundled("digits")
+    program, codes, _ = samples("digits")
     for name in ("", "Model", "2nd", "a-b", "qsnn", "x" * 41, "a/../b"):
         with pytest.raises(ConfigError, match="must be a C identifier"):
             export_c(program, tmp_path / "no", name=name)

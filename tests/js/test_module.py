@@ -10,7 +10,7 @@ import pytest
 
 from qsnn_ext.deploy import DeployedModel, load
 from qsnn_ext.deploy.fileformat import dump_program, save_program
-from qsnn_ext.deploy.program import Conv
+from qsnn_ext.deploy.program import OP_TYPES, Conv
 from qsnn_ext.deploy.reference import ReferenceSession
 from tests.deploy.random_programs import random_block, random_input, random_program
 from tests.js.conftest import JS
@@ -35,7 +35,7 @@ def test_same_integers_as_python(node, tmp_path):
     programs = [random_program(seed) for seed in range(120)]
     programs += [random_block(seed) for seed in range(20)]
     kinds = {(type(op).__name__, getattr(op, "binary", None)) for p in programs for op in p.ops}
-    assert len(kinds) == 7, kinds
+    assert {kind for kind, _ in kinds} == set(OP_TYPES), kinds
     assert any(op.groups > 1 for p in programs for op in p.ops if isinstance(op, Conv))
     tasks, inputs = [], []
     for k, program in enumerate(programs):
@@ -87,9 +87,13 @@ def test_same_codes_of_real_inputs(node, tmp_path):
     rng = np.random.default_rng(3)
     halves = (rng.integers(-50, 50, 100) + 0.5) * program.input_scale
     x = np.concatenate([rng.normal(0, 2, 1 * 16 * 16 - 104), halves, [0.0, -0.0, 1e9, -1e9]])
-    save_program(program, tmp_path / "net.qsnn")
-    (got,) = node([{"program": "net.qsnn", "real": x.tolist()}])
-    assert got["codes"] == DeployedModel(program).codes(x.reshape(1, 16, 16)).reshape(-1).tolist()
+    for metadata in ({}, {"input_gain": "0.31", "input_bias": "-0.7"}):
+        program.metadata.update(metadata)
+        save_program(program, tmp_path / "net.qsnn")
+        (got,) = node([{"program": "net.qsnn", "real": x.tolist()}])
+        with pytest.warns(UserWarning, match="clipped"):
+            expected = DeployedModel(program).codes(x.reshape(1, 16, 16))
+        assert got["codes"] == expected.reshape(-1).tolist()
 
 
 def test_damaged_files_are_refused(node, tmp_path):
