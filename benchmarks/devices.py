@@ -75,8 +75,11 @@ def run(board: str, name: str, flags: str) -> dict[str, Any]:
         "board": board, "core": spec.core, "network": name, "steps": program.timesteps,
         "build": BUILDS[flags],
         "instructions": round(statistics.mean(int(n) for n, _ in lines)),
-        "weights": size.weights, "constants": size.flash - size.code, "code": size.code,
-        "memory": size.ram - size.stack, "stack": int(stack[1]), "stack_by_compiler": size.stack,
+        "flash": size.flash,
+        "code": size.code,
+        "ram": size.ram - size.stack,
+        "stack": int(stack[1]),
+        "stack_by_compiler": size.stack,
         "firmware_flash": flash, "firmware_ram": ram, "samples": len(answers),
     }  # fmt: skip
 
@@ -101,8 +104,8 @@ def main() -> None:
                 rows.append(run(board, name, flags))
                 row = rows[-1]
                 print(f"{name:<7} {board:<13} {row['build']:<17} {row['instructions']:>12,} "
-                      f"instructions, flash {row['constants'] + row['code']:>7,}, RAM "
-                      f"{row['memory']:>7,}, stack {row['stack']:>5,}", flush=True)  # fmt: skip
+                      f"instructions, flash {row['flash']:>7,}, RAM "
+                      f"{row['ram']:>7,}, stack {row['stack']:>5,}", flush=True)  # fmt: skip
     compilers = {
         spec.compiler: subprocess.run([spec.compiler, "-dumpfullversion"], check=True,
                                       capture_output=True, text=True).stdout.strip()

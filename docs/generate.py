@@ -212,10 +212,9 @@ def devices() -> str:
     found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
     rows = [["network", "core", "build", "instructions", "flash", "RAM", "stack"]]
     for row in found["rows"]:
-        flash = row["constants"] + row["code"]
         rows.append([
             f"`{row['network']}`", f"{row['core']} (`{row['board']}`)", f"`{row['build']}`",
-            f"{row['instructions']:,}", f"{flash:,}", f"{row['memory']:,}", f"{row['stack']:,}",
+            f"{row['instructions']:,}", f"{row['flash']:,}", f"{row['ram']:,}", f"{row['stack']:,}",
         ])  # fmt: skip
     return table(rows)
 
