@@ -16,12 +16,14 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
+from qsnn_ext.kernels import backend as B
+from qsnn_ext.kernels.grid import compute_dtype
+from qsnn_ext.kernels.options import LIFOptions
 
 _SUFFIX = {"Windows": "dll", "Darwin": "dylib"}.get(platform.system(), "so")
 PATH = Path(__file__).parent / f"_kernels.{_SUFFIX}"
@@ -151,6 +153,15 @@ def library() -> Library | None:
         return None
 
 
+def wanted(x: Tensor) -> Library | None:
+    """The compiled kernels where they shall compute with tensors like this one, else ``None``.
+
+    They do on the CPU, unless :func:`qsnn_ext.kernels.use_backend` has chosen otherwise.
+    """
+    known = x.device.type == "cpu" and x.dtype in DTYPES
+    return library() if known and B.current_backend() in ("auto", "native") else None
+
+
 # --------------------------------------------------------------------------- memory
 
 
@@ -170,10 +181,23 @@ def _sequence(x: Tensor) -> Tensor:
 
 
 def _as(like: Tensor, x: Tensor | None) -> Tensor | None:
-    """``x`` with the dtype and memory order of ``like``, of the same shape."""
-    if x is None or (x.dtype == like.dtype and x.stride() == like.stride()):
+    """``x`` with shape, dtype and memory order of ``like``."""
+    if x is None:
+        return None
+    if x.dtype == like.dtype and x.shape == like.shape and x.stride() == like.stride():
         return x
     return torch.empty_like(like).copy_(x)
+
+
+def _numbers(x: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """``count`` numbers (or more) of a dtype in a row.
+
+    Raises:
+        ValueError: fewer.
+    """
+    if x.numel() < count:
+        raise ValueError(f"{count} numbers are needed, got a tensor of shape {tuple(x.shape)}")
+    return x.to(dtype).contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -184,7 +208,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _template(o: Any) -> _LIFJob:
+def _template(o: LIFOptions) -> _LIFJob:
     s = o.surrogate
     return _LIFJob(
         surrogate=_SURROGATES.index(s.kind),
@@ -200,12 +224,12 @@ def _template(o: Any) -> _LIFJob:
         reset=_RESETS[o.reset or "none"],
         v_reset=o.v_reset,
         detach=o.detach_reset,
-        delayed=getattr(o, "delayed", False),
+        delayed=o.delayed,
         saved_charge=o.save == "charge",
     )
 
 
-def _job(o: Any, x: Tensor) -> _LIFJob:
+def _job(o: LIFOptions, x: Tensor) -> _LIFJob:
     job = _LIFJob.from_buffer_copy(_template(o))
     job.dtype = DTYPES[x.dtype]
     job.steps = x.shape[0]
@@ -215,8 +239,15 @@ def _job(o: Any, x: Tensor) -> _LIFJob:
 
 
 def lif_forward(
-    lib: Library, o: Any, x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    lib: Library,
+    o: LIFOptions,
+    x: Tensor,
+    v: Tensor | None,
+    params: Tensor,
+    alpha: Tensor | None,
+    spikes: Tensor | None = None,
+    last: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of :func:`qsnn_ext.kernels.lif_multi_step`.
 
     Args:
@@ -224,32 +255,40 @@ def lif_forward(
         o: the layer's :class:`~qsnn_ext.kernels.LIFOptions`.
         x: input ``[T, N, ...]``, not empty.
         v: state before the first step ``[N, ...]``; ``None`` is zero.
-        params: decay, gain, offset, threshold ``[4]``, in the compute dtype.
-        alpha: 0-dim scale, in the compute dtype, for ``"given"`` and ``"running"``.
+        params: decay, gain, offset, threshold ``[4]``.
+        alpha: 0-dim scale, for ``"given"`` and ``"running"``.
+        spikes: dense memory for the spikes, of as many values as ``x``; ``None`` makes it.
+        last: likewise for the state after the last step.
 
     Returns:
         Spikes ``[T, N, ...]``; state after the last step; scales ``[T + 1]``, the last of them the
-        running one; spikes of each step ``[T]``; charges, with ``save="charge"``.
+        running one; spikes of each step ``[T]``; charges, empty but with ``save="charge"``.
     """
     x = _sequence(x)
     job = _job(o, x)
-    last = x.new_empty_strided(x.shape[1:], x.stride()[1:])
-    spikes, counts = torch.empty_like(x), torch.empty(job.steps)
-    alphas, params = params.new_empty(job.steps + 1), params.contiguous()
-    charges = torch.empty_like(x) if o.save == "charge" else None
-    wide = params.dtype == x.dtype
-    work = last if wide else params.new_empty(job.neurons if charges is None else 0)
-    v = _as(last, v)
+    last = torch.empty_like(x[0]) if last is None else last
+    spikes = torch.empty_like(x) if spikes is None else spikes
+    counts = torch.empty(job.steps)
+    dtype = compute_dtype(x)
+    params = _numbers(params, dtype, 4)
+    alpha = None if alpha is None else _numbers(alpha, dtype, 1)
+    alphas = params.new_empty(job.steps + 1)
+    keeps = o.save == "charge"
+    charges = torch.empty_like(x) if keeps else x.new_empty(0)
+    # Between two passes the charges of a step lie where the state will.
+    work = last if dtype == x.dtype else params.new_empty(job.neurons)
+    v = _as(x[0], v)
     job.v, job.params, job.alpha = _pointer(v), params.data_ptr(), _pointer(alpha)
     job.spikes, job.last, job.counts = spikes.data_ptr(), last.data_ptr(), counts.data_ptr()
-    job.charges, job.work, job.alphas = _pointer(charges), work.data_ptr(), alphas.data_ptr()
+    job.work, job.alphas = work.data_ptr(), alphas.data_ptr()
+    job.charges = charges.data_ptr() if keeps else None
     lib.run("lif_forward", job, x.numel())
     return spikes, last, alphas, counts, charges
 
 
 def lif_backward(
     lib: Library,
-    o: Any,
+    o: LIFOptions,
     g_spikes: Tensor | None,
     g_v: Tensor | None,
     g_counts: Tensor | None,
@@ -259,7 +298,8 @@ def lif_backward(
     alphas: Tensor,
     need_v: bool,
     need_params: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    g_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward.
 
     Args:
@@ -269,29 +309,33 @@ def lif_backward(
         g_v: gradient of the last state ``[N, ...]``.
         g_counts: gradient of the counts ``[T]``.
         saved: the input, or the charges ``[T, N, ...]``, not empty.
-        v: state before the first step.
+        v: state before the first step; with saved charges it is needed for the gradients of params,
+            and for those of a delayed hard reset.
         params: decay, gain, offset, threshold ``[4]``.
         alphas: scale of each step ``[T + 1]``.
         need_v: whether the gradient of the first state is wanted.
-        need_params: whether that of ``params`` is.
+        need_params: whether that of ``params`` is; that of the gain needs the saved input.
+        g_x: dense memory for the gradient of the input; ``None`` makes it.
 
     Returns:
-        Gradients of input, first state and params.
+        Gradients of input, first state (empty unless wanted) and params.
     """
     saved = _sequence(saved)
     job = _job(o, saved)
-    state = saved.new_empty_strided(saved.shape[1:], saved.stride()[1:])
-    g_x = torch.empty_like(saved)
+    dtype = compute_dtype(saved)
+    g_x = torch.empty_like(saved) if g_x is None else g_x
+    g_v0 = torch.empty_like(saved[0]) if need_v else saved.new_empty(0)
     g_params = torch.zeros_like(params, memory_format=torch.contiguous_format)
-    g_spikes, g_v, v = _as(saved, g_spikes), _as(state, g_v), _as(state, v)
-    params, alphas = params.contiguous(), alphas.contiguous()
-    g_counts = None if g_counts is None else g_counts.float().contiguous()
+    g_spikes, g_v, v = _as(saved, g_spikes), _as(saved[0], g_v), _as(saved[0], v)
+    params = _numbers(params, dtype, 4)
+    alphas = _numbers(alphas, dtype, job.steps)
+    g_counts = None if g_counts is None else _numbers(g_counts, torch.float32, job.steps)
     job.v, job.params, job.alphas = _pointer(v), params.data_ptr(), alphas.data_ptr()
     job.g_spikes, job.g_v, job.counts = _pointer(g_spikes), _pointer(g_v), _pointer(g_counts)
-    job.g_x, job.g_v0 = g_x.data_ptr(), state.data_ptr() if need_v else None
+    job.g_x, job.g_v0 = g_x.data_ptr(), g_v0.data_ptr() if need_v else None
     job.g_params = g_params.data_ptr() if need_params else None
     lib.run("lif_backward", job, saved.numel())
-    return g_x, state if need_v else None, g_params if need_params else None
+    return g_x, g_v0, g_params
 
 
 # --------------------------------------------------------------------------- binary weights
@@ -351,9 +395,12 @@ def weight_backward(
         gradient: ``"clipped"``, ``"identity"`` or ``"annealed"``.
     """
     w = w.contiguous()
-    g, mean, std, alpha = (t.to(w.dtype).contiguous() for t in (g, mean, std, alpha))
-    out = torch.empty_like(w)
     rows, columns = w.shape
+    groups = rows if standardize == "channel" else 1
+    g = _numbers(g, w.dtype, w.numel())
+    mean, std = (_numbers(t, w.dtype, groups) for t in (mean, std))
+    alpha = _numbers(alpha, w.dtype, rows)
+    out = torch.empty_like(w)
     job = _WeightJob(
         standardize=_STANDARDIZE[standardize], gradient=_GRADIENT[gradient], dtype=DTYPES[w.dtype],
         rows=rows, columns=columns, temperature=temperature, w=w.data_ptr(), g=g.data_ptr(),

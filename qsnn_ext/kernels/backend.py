@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
 
-Backend = Literal["auto", "compiled", "blocked", "function", "eager"]
+Backend = Literal["auto", "native", "compiled", "blocked", "function", "eager"]
 
 _log = logging.getLogger(__name__)
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
@@ -46,6 +46,15 @@ def check_backend(name: object) -> Backend:
         raise ConfigError(
             f"kernel backend {name!r} is unknown; choose one of {', '.join(get_args(Backend))}."
         )
+    if name == "native":
+        from qsnn_ext.kernels import _native
+
+        if _native.library() is None:
+            raise ConfigError(
+                f"the native kernels are not there ({_native.PATH.name}): the package was built "
+                "without a C compiler. Install one and install the package again, or run "
+                "python hatch_build.py in its source tree."
+            )
     return name  # type: ignore[return-value]
 
 
@@ -54,13 +63,14 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (the first of the following that covers the layer and pays),
-            ``"compiled"`` (an error of the compiler is raised), ``"blocked"`` (the CPU, in blocks
-            that stay in its cache), ``"function"`` (plain tensor operations) or ``"eager"`` (the
-            reference loop in plain autograd). What a backend does not cover, ``"function"`` runs.
+        name: ``"auto"`` (the first of the following that covers the layer and pays), ``"native"``
+            (C, on the CPU), ``"compiled"`` (an error of the compiler is raised), ``"blocked"`` (the
+            CPU, in blocks that stay in its cache), ``"function"`` (plain tensor operations) or
+            ``"eager"`` (the reference loop in plain autograd). What a backend does not cover,
+            ``"function"`` runs.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.
     """
     token = _chosen.set(check_backend(name))
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import autocast, backends, buffers
+from qsnn_ext.kernels import _native, autocast, backends, buffers
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.backends import Call, eager
 from qsnn_ext.kernels.grid import compute_dtype
@@ -404,7 +404,8 @@ def lif_multi_step(
 
 def _recompute(x: Tensor) -> bool:
     """Whether to save the input and compute the charges again: pays where the core is fused."""
-    return x.shape[0] > 1 and (torch.compiler.is_compiling() or B.compiles(x.numel(), x.shape[0]))
+    fused = torch.compiler.is_compiling() or _native.wanted(x) is not None
+    return x.shape[0] > 1 and (fused or B.compiles(x.numel(), x.shape[0]))
 
 
 def _run_eagerly(

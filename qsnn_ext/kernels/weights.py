@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from qsnn_ext.errors import StateError
-from qsnn_ext.kernels import autocast, buffers
+from qsnn_ext.kernels import _native, autocast, buffers
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer
 
@@ -125,6 +125,9 @@ def _weight_op(
     Returns:
         ``alpha * sign(What)`` ``[C, K]``, mean and deviation of the groups, alpha ``[C, 1]``.
     """
+    native = _native.wanted(w)
+    if native is not None and w.dtype in (torch.float32, torch.float64):
+        return _native.weight_forward(native, w, standardize, scale)
     out = buffers.reusable_like(w)
     key = ("binary_weight", standardize, scale)
     dynamic_dims = (2, *[2] * len(out))
@@ -161,6 +164,11 @@ def _weight_backward_op(
     gradient: str,
 ) -> Tensor:
     """Gradient of the latent weights ``[C, K]``."""
+    native = _native.wanted(w)
+    if native is not None and w.dtype in (torch.float32, torch.float64):
+        return _native.weight_backward(
+            native, g, w, mean, std, alpha, temperature.item(), standardize, gradient
+        )
     # One value per channel is as free a length as the channels of ``w``; one per layer is fixed.
     groups = 1 if standardize == "channel" else 0
     out = buffers.reusable_like(w)

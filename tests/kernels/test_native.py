@@ -3,7 +3,7 @@
 import itertools
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsnn_ext.kernels import LIFOptions, Surrogate, _native, lif_multi_step_eager
-from qsnn_ext.kernels.lif import compute_dtype
+from qsnn_ext.errors import ConfigError
+from qsnn_ext.kernels import (
+    LIFOptions,
+    Surrogate,
+    _native,
+    lif_multi_step,
+    use_backend,
+)
+from qsnn_ext.kernels.grid import compute_dtype
 from qsnn_ext.kernels.surrogates import DERIVATIVES
+from qsnn_ext.layers import BinaryLinear
 from qsnn_ext.quantizers import BinaryWeight
 from tests import reference
 
@@ -42,9 +50,9 @@ def eager(o, x, v, params, alpha, g_spikes, g_v, g_counts):
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     v = None if v is None else v.detach().clone().requires_grad_()
     numbers = [p.clone().requires_grad_() for p in params]
-    r = lif_multi_step_eager(
+    r = lif_multi_step(
         x, v, o, decay=numbers[0], gain=numbers[1], offset=numbers[2], threshold=numbers[3],
-        alpha=alpha,
+        alpha=alpha, backend="eager",
     )  # fmt: skip
     loss = (r.spikes * g_spikes).sum() + (r.v * g_v).sum() + (r.counts * g_counts).sum()
     loss.backward()
@@ -83,7 +91,7 @@ def check(o, x, v=None, numbers=(0.5, 1.0, 0.0, 1.0), alpha=None):
 def test_every_option(dtype, order, reset):
     x, v = (torch.randn(3, 5, 7) * 1.5).to(dtype), torch.randn(5, 7).to(dtype)
     for bits, scale, mode, squash in itertools.product(
-        (0, 2, 4, 8), ("max", "absmax"), ("dynamic", "running", "given"), (False, True)
+        (None, 2, 4, 8), ("max", "absmax"), ("dynamic", "running", "given"), (None, "tanh")
     ):
         if not bits and mode != "dynamic":
             continue
@@ -96,7 +104,7 @@ def test_every_option(dtype, order, reset):
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     steps=st.integers(1, 5),
-    bits=st.sampled_from([0, 2, 3, 8]),
+    bits=st.sampled_from([None, 2, 3, 8]),
     kind=st.sampled_from(["normal", "zero", "negative", "threshold", "tiny", "large", "infinite"]),
     order=st.sampled_from(ORDERS),
     reset=st.sampled_from(RESETS),
@@ -119,7 +127,7 @@ def test_odd_inputs(shape, steps, bits, kind, order, reset, scale, strict, dtype
     o = LIFOptions(SIGMOID._replace(strict=strict), bits, scale, order=order, reset=reset)
     if kind in ("large", "infinite"):  # no gradients: they exceed what the dtype holds
         params = torch.tensor([0.5, 1.0, 0.0, 1.0], dtype=compute_dtype(x))
-        expected = lif_multi_step_eager(x, None, o, decay=0.5)
+        expected = lif_multi_step(x, None, o, decay=0.5, backend="eager")
         got = _native.lif_forward(LIBRARY, o, x, None, params, None)
         for a, b in zip(got, (expected.spikes, expected.v), strict=False):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -135,7 +143,7 @@ def test_all_builds_give_the_same_bits(dtype, monkeypatch):
     x, v, g = ((torch.randn(3, 1100) * 1.5).to(dtype) for _ in range(3))
     params = torch.tensor([0.6, 0.4, 0.1, 0.9], dtype=compute_dtype(x))
     for kind, bits, squash, order, reset in itertools.product(
-        DERIVATIVES, (0, 4), (False, True), ORDERS, RESETS
+        DERIVATIVES, (None, 4), (None, "tanh"), ORDERS, RESETS
     ):
         surrogate = Surrogate(kind, 2.0, 0.3, True)
         o = LIFOptions(surrogate, bits, squash=squash, order=order, reset=reset, save="input")
@@ -163,7 +171,7 @@ def test_surrogates(kind, dtype):
     x = torch.cat([torch.randn(1, 500), torch.linspace(-300, 300, 601)[None]], 1).to(dtype)
     x[0, :3] = torch.tensor([1.0, 2.0, 0.0])
     for a, b in ((2.0, 0.3), (0.7, 1.5)):
-        check(LIFOptions(Surrogate(kind, a, b, False), 0, reset="none"), x)
+        check(LIFOptions(Surrogate(kind, a, b, False), None, reset="none"), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -171,7 +179,7 @@ def test_tanh(dtype):
     """To 4 units in the last place, relative."""
     x = torch.cat([torch.randn(4000), 10.0 ** torch.linspace(-40, 2, 500)]).to(dtype)
     x = torch.cat([x, -x])
-    o = LIFOptions(SIGMOID, 8, "absmax", "given", squash=True, reset="none")
+    o = LIFOptions(SIGMOID, 8, "absmax", "given", squash="tanh", reset="none")
     params = torch.tensor([0.0, 1.0, 0.0, 5.0], dtype=dtype)
     # Its derivative, 1 - tanh^2, where the surrogate's is 0.
     o = replace(o, surrogate=Surrogate("rect", 10.0, 0.0, False), save="input")
@@ -237,11 +245,10 @@ def test_oracle(bits, order, preset):
             0.6, 0.7, 0.1, 0.9, v_reset, order, detach,
         )  # fmt: skip
         o = LIFOptions(
-            SIGMOID, bits or 0, options["scale"], "dynamic" if alpha is None else "given",
-            squash=options["squash"] == "tanh", order=order, v_reset=v_reset or 0.0,
+            SIGMOID, bits, options["scale"], "dynamic" if alpha is None else "given",
+            squash=options["squash"], order=order, v_reset=v_reset or 0.0,
             reset="soft" if v_reset is None else "hard", detach_reset=detach, save="input",
         )  # fmt: skip
-        params = torch.tensor([0.6, 0.7, 0.1, 0.9]).double()
         params = torch.tensor([0.6, 0.7, 0.1, 0.9], dtype=torch.float64)
         scale = None if alpha is None else torch.tensor(alpha, dtype=torch.float64)
         got, grads = native(o, x, v, params, scale, g_s, g_v, torch.zeros(5))
@@ -257,9 +264,59 @@ def test_oracle(bits, order, preset):
             np.testing.assert_allclose(got_one, expected[name], rtol=1e-9, atol=1e-10)
 
 
-@dataclass(frozen=True)
-class Delayed(LIFOptions):
-    delayed: bool = True
+def test_the_backend_is_taken_where_it_is_there():
+    """By itself on the CPU, by name, and not where another was asked for."""
+    x = torch.randn(3, 40) * 1.5
+    o = LIFOptions(SIGMOID, 4)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = _native.Library.run
+        patch.setattr(
+            _native.Library, "run", lambda self, name, *a: (calls.append(name), run(self, name, *a))
+        )
+        for backend, times in (("auto", 1), ("native", 1), ("function", 0), ("eager", 0)):
+            calls.clear()
+            leaf = x.clone().requires_grad_()
+            with use_backend(backend):
+                lif_multi_step(leaf, None, o, decay=0.5).spikes.sum().backward()
+            assert calls == ["lif_forward", "lif_backward"] * times
+        calls.clear()
+        with use_backend("auto"):
+            BinaryLinear(4, 3)(torch.randn(2, 4)).sum().backward()
+        assert calls == ["weight_forward", "weight_backward"]
+
+
+def test_no_library_is_no_error_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(_native, "library", lambda: None)
+    x = torch.randn(3, 40)
+    expected = lif_multi_step(x, None, LIFOptions(SIGMOID, 4), decay=0.5, backend="eager")
+    got = lif_multi_step(x, None, LIFOptions(SIGMOID, 4), decay=0.5, backend="auto")
+    assert torch.equal(got.spikes, expected.spikes)
+    with pytest.raises(ConfigError, match="without a C compiler"), use_backend("native"):
+        pass
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(_native, "_LAYOUT", 0)
+    _native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="another version"):
+            assert _native.library() is None
+    finally:
+        _native.library.cache_clear()
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    x, params = torch.randn(3, 5, 7), torch.tensor([0.5, 1.0, 0.0, 1.0])
+    o = LIFOptions(SIGMOID, 4)
+    with pytest.raises(RuntimeError):
+        _native.lif_forward(LIBRARY, o, x, torch.randn(4, 7), params, None)
+    with pytest.raises(ValueError, match="4 numbers"):
+        _native.lif_forward(LIBRARY, o, x, None, params[:3], None)
+    row = torch.randn(1, 7)  # has the strides of a whole state
+    got = _native.lif_forward(LIBRARY, o, x, row, params, None)
+    expected = _native.lif_forward(LIBRARY, o, x, row.expand(5, 7).contiguous(), params, None)
+    assert torch.equal(got[0], expected[0])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -275,8 +332,8 @@ def test_oracle_of_the_delayed_reset(bits, order, preset):
             reference.Membrane(bits, **options), 0.8, theta, mechanism, True, order=order,
             derivative=reference.atan_derivative,
         )  # fmt: skip
-        o = Delayed(
-            atan, bits, options["scale"], squash=options["squash"] == "tanh", order=order,
+        o = LIFOptions(
+            atan, bits, options["scale"], squash=options["squash"], order=order, delayed=True,
             reset={"subtract": "soft", "zero": "hard", "none": "none"}[mechanism],
         )  # fmt: skip
         params = torch.tensor([0.8, 1.0, 0.0, theta], dtype=torch.float64)

@@ -57,10 +57,11 @@ class Implementation(Protocol):
         """What the core of this call returns."""
 
 
-from qsnn_ext.kernels.backends import blocked, compiled, function  # noqa: E402
+from qsnn_ext.kernels.backends import blocked, compiled, function, native  # noqa: E402
 
 #: In the order in which they are tried. The last covers everything.
 BACKENDS: dict[B.Backend, Implementation] = {
+    "native": native,
     "compiled": compiled,
     "blocked": blocked,
     "function": function,

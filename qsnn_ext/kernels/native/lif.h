@@ -57,7 +57,7 @@ static void NAME(charge)(const lif_job *j, const NAME(numbers) *p, const REAL *v
         for (i = 0; i < n; i++) h[i] = gain * x[i] + offset;
     else if (j->delayed && j->reset == HARD)
         for (i = 0; i < n; i++) {
-            const REAL kept = v[i] >= fire_at ? 0 : v[i];
+            const REAL kept = v[i] >= fire_at ? v[i] * 0 : v[i];
             h[i] = decay * kept + gain * x[i] + offset;
         }
     else if (j->delayed && j->reset == SOFT)

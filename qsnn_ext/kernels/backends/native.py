@@ -1,0 +1,65 @@
+"""The kernels in C on the CPU: every option and dtype, nothing compiled at run time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from qsnn_ext.kernels import _native
+from qsnn_ext.kernels.backends import Call
+
+
+def covers(call: Call) -> bool:
+    """All there is on the CPU, where the package was built with a C compiler."""
+    known = call.device.type == "cpu" and call.dtype in _native.DTYPES
+    return known and _native.library() is not None
+
+
+def run(call: Call, *args: Any) -> Any:
+    """What the core of this call returns."""
+    library = _native.library()
+    assert library is not None
+    if call.kind == "forward":
+        return _forward(library, call, *args)
+    return _backward(library, call, *args)
+
+
+def _forward(
+    library: _native.Library,
+    call: Call,
+    x: Tensor,
+    v: Tensor | None,
+    params: Tensor,
+    alpha: Tensor | None,
+    *out: Tensor,
+) -> Any:
+    # The rows lie one after the other: the first is where the whole begins.
+    into = (out[0], out[call.steps]) if out else (None, None)
+    spikes, last, alphas, counts, charges = _native.lif_forward(
+        library, call.options, x, v, params, alpha, *into
+    )
+    made = (None, None) if out else (spikes, last)
+    kept = (charges,) if call.options.save == "charge" else ()
+    return (*made, alphas, counts, *kept)
+
+
+def _backward(
+    library: _native.Library,
+    call: Call,
+    g_spikes: Tensor | None,
+    g_v: Tensor | None,
+    g_counts: Tensor,
+    saved: Tensor,
+    v: Tensor | None,
+    params: Tensor,
+    alphas: Tensor,
+    *rows: Tensor,
+) -> Any:
+    g_x, g_v0, g_params = _native.lif_backward(
+        library, call.options, g_spikes, g_v, g_counts, saved, v, params, alphas,
+        call.need_v, call.need_params, rows[0] if rows else None,
+    )  # fmt: skip
+    results: list[Tensor | None] = [None if rows else g_x]
+    results += [g_v0] * call.need_v + [g_params] * call.need_params
+    return tuple(results)
