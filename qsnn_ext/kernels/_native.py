@@ -156,10 +156,10 @@ def library() -> Library | None:
 def wanted(x: Tensor) -> Library | None:
     """The compiled kernels where they shall compute with tensors like this one, else ``None``.
 
-    They do on the CPU, unless :func:`qsnn_ext.kernels.use_backend` has chosen otherwise.
+    They do on the CPU, where :func:`qsnn_ext.kernels.use_backend` has chosen them.
     """
     known = x.device.type == "cpu" and x.dtype in DTYPES
-    return library() if known and B.current_backend() in ("auto", "native") else None
+    return library() if known and B.current_backend() == "native" else None
 
 
 # --------------------------------------------------------------------------- memory

@@ -63,11 +63,11 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (the first of the following that covers the layer and pays), ``"native"``
-            (C, on the CPU), ``"compiled"`` (an error of the compiler is raised), ``"blocked"`` (the
-            CPU, in blocks that stay in its cache), ``"function"`` (plain tensor operations) or
-            ``"eager"`` (the reference loop in plain autograd). What a backend does not cover,
-            ``"function"`` runs.
+        name: ``"auto"`` (the first of the following that covers the layer and pays, ``"native"``
+            left out), ``"native"`` (C, on the CPU), ``"compiled"`` (an error of the compiler is
+            raised), ``"blocked"`` (the CPU, in blocks that stay in its cache), ``"function"``
+            (plain tensor operations) or ``"eager"`` (the reference loop in plain autograd). What a
+            backend does not cover, ``"function"`` runs.
 
     Raises:
         ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.
