@@ -1,0 +1,206 @@
+"""Recurrent and second-order neurons of snnTorch, trained on event digits in float and quantized.
+
+    python -m benchmarks.second_states            # all runs: writes results/second_states.json
+    python -m benchmarks.second_states --quick    # one seed, two epochs: only prints
+
+Two networks of a convolution and a hidden layer, one with ``RLeaky`` (spikes fed back over weights
+of its own), one with ``Synaptic`` (a synaptic current beside the potential), read from a leaky
+integrator, on the recipes' handwritten digits before a simulated event camera. Each is trained from
+the same seeds in floating point and with 1-bit weights and 2-bit states, by the same optimizer with
+the same rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import snntorch as snn
+import torch
+from snntorch import surrogate
+from torch import Tensor, nn
+
+from qsnn_ext import quantize_
+from recipes import data as datasets
+
+RESULTS = Path(__file__).parent / "results" / "second_states.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How all of the networks are trained.
+
+    Attributes:
+        channels: of the convolution.
+        hidden: neurons of the hidden layer.
+        size: pixels of the sensor's side.
+        steps: T.
+        epochs: passes over the training set.
+        batch: samples of an optimizer step.
+        lr: of Adam, annealed to zero by a cosine.
+        seeds: of weights and order of samples.
+        bits: of the quantized networks.
+    """
+
+    channels: int = 16
+    hidden: int = 64
+    size: int = 16
+    steps: int = 10
+    epochs: int = 15
+    batch: int = 64
+    lr: float = 2e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    bits: str = "1w-2u"
+
+
+class Recurrent(nn.Module):
+    """``RLeaky`` after a convolution, fed back by one, and after a linear layer, likewise."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        channels, hidden, grad = config.channels, config.hidden, surrogate.atan()
+        self.conv1 = nn.Conv2d(2, channels, 5, stride=2, padding=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.lif1 = snn.RLeaky(beta=0.8, conv2d_channels=channels, kernel_size=3, spike_grad=grad)
+        self.fc2 = nn.Linear(channels * (config.size // 2) ** 2, hidden, bias=False)
+        self.norm2 = nn.BatchNorm1d(hidden)
+        self.lif2 = snn.RLeaky(beta=0.8, linear_features=hidden, spike_grad=grad)
+        self.fc3 = nn.Linear(hidden, 10)
+        self.readout = snn.Leaky(beta=0.9, reset_mechanism="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, N, 2, H, W]`` to the mean potentials ``[N, 10]``."""
+        spk1, mem1 = self.lif1.reset_mem()
+        spk2, mem2 = self.lif2.reset_mem()
+        mem3 = self.readout.reset_mem()
+        out = []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.norm1(self.conv1(x_t)), spk1, mem1)
+            spk2, mem2 = self.lif2(self.norm2(self.fc2(spk1.flatten(1))), spk2, mem2)
+            _, mem3 = self.readout(self.fc3(spk2), mem3)
+            out.append(mem3)
+        return torch.stack(out).mean(0)
+
+
+class SecondOrder(nn.Module):
+    """``Synaptic`` after a convolution and after a linear layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        channels, hidden, grad = config.channels, config.hidden, surrogate.atan()
+        self.conv1 = nn.Conv2d(2, channels, 5, stride=2, padding=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.lif1 = snn.Synaptic(alpha=0.5, beta=0.8, spike_grad=grad)
+        self.fc2 = nn.Linear(channels * (config.size // 2) ** 2, hidden, bias=False)
+        self.norm2 = nn.BatchNorm1d(hidden)
+        self.lif2 = snn.Synaptic(alpha=0.5, beta=0.8, spike_grad=grad)
+        self.fc3 = nn.Linear(hidden, 10)
+        self.readout = snn.Leaky(beta=0.9, reset_mechanism="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, N, 2, H, W]`` to the mean potentials ``[N, 10]``."""
+        syn1, mem1 = self.lif1.reset_mem()
+        syn2, mem2 = self.lif2.reset_mem()
+        mem3 = self.readout.reset_mem()
+        out = []
+        for x_t in x:
+            spk1, syn1, mem1 = self.lif1(self.norm1(self.conv1(x_t)), syn1, mem1)
+            spk2, syn2, mem2 = self.lif2(self.norm2(self.fc2(spk1.flatten(1))), syn2, mem2)
+            _, mem3 = self.readout(self.fc3(spk2), mem3)
+            out.append(mem3)
+        return torch.stack(out).mean(0)
+
+
+NETWORKS: dict[str, Callable[[Config], nn.Module]] = {
+    "RLeaky": Recurrent,
+    "Synaptic": SecondOrder,
+}
+
+Arrays = tuple[Tensor, Tensor]
+
+
+def load(config: Config) -> tuple[Arrays, Arrays]:
+    """Training and test digits: event counts ``[T, N, 2, size, size]``, labels ``[N]``."""
+    sets = datasets.datasets("digits-events", size=config.size, steps=config.steps, augment=False)
+    arrays = []
+    for part in sets:
+        x, y = datasets.collate_frames([part[i] for i in range(len(part))])  # type: ignore[arg-type]
+        arrays.append((x, y))
+    return arrays[0], arrays[1]
+
+
+def train(net: nn.Module, data: Arrays, config: Config, seed: int) -> None:
+    """Cross-entropy of the mean potentials, Adam, a cosine."""
+    x, y = data
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    batches = -(-len(y) // config.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * batches)
+    net.train()
+    for _ in range(config.epochs):
+        for chosen in torch.randperm(len(y), generator=generator).split(config.batch):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[:, chosen]), y[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, data: Arrays) -> float:
+    """Per cent."""
+    x, y = data
+    return 100 * (net.eval()(x).argmax(1) == y).float().mean().item()
+
+
+def run(name: str, bits: str | None, seed: int, data: tuple[Arrays, Arrays], config: Config) -> Any:
+    """One network, trained and tested; ``bits`` as ``quantize_`` takes them, ``None`` for float."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    (x, _), _ = data
+    net = NETWORKS[name](config)
+    quantized: dict[str, Any] = {}
+    if bits is not None:
+        report = quantize_(net, bits, sample=x[:, :4])
+        quantized = {
+            "weight_bits": {r.name: r.weight_bits for r in report.modules if r.weight_bits},
+            "membrane_bits": {r.name: r.membrane_bits for r in report.modules if r.membrane_bits},
+        }
+    train(net, data[0], config, seed)
+    return {
+        "network": name, "bits": bits or "float", "seed": seed,
+        "accuracy": round(accuracy(net, data[1]), 2),
+        "seconds": round(time.perf_counter() - start, 1), **quantized,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--network", choices=NETWORKS)
+    args = parser.parse_args()
+    config = Config(epochs=2, seeds=(0,)) if args.quick else Config()
+    data = load(config)
+    rows = []
+    for name in [args.network] if args.network else NETWORKS:
+        for bits in (None, config.bits):
+            for seed in config.seeds:
+                rows.append(run(name, bits, seed, data, config))
+                print(rows[-1], flush=True)
+            mean = statistics.mean(row["accuracy"] for row in rows[-len(config.seeds) :])
+            print(f"{name} {bits or 'float'}: {mean:.2f} %", flush=True)
+    if not args.quick and not args.network:
+        versions = {package: version(package) for package in ("torch", "snntorch")}
+        content = {"config": asdict(config), "versions": versions, "runs": rows}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
