@@ -27,7 +27,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("metadata", MALFORMED, ids=lambda m: next(iter(m.items()))[1][:30])
 def test_malformed(metadata):
-    program = random_program(6)
+    program = random_program(16)
     assert min(program.values[0].shape[1:]) > 1
     assert len(program.outputs) == 2
     program.metadata = metadata
@@ -39,7 +39,7 @@ def test_malformed(metadata):
 
 @pytest.mark.parametrize("loops", [[[10**9, 1]], [[2, 10**9]], [[2, -1]], [[0, 1]], [[1.0, 1]], 3])
 def test_views_stay_within_their_neuron(loops):
-    program = random_program(6)
+    program = random_program(16)
     program.metadata = {"views": json.dumps({program.neurons[0].name: loops})}
     with pytest.raises(FormatError, match="views"):
         program.validate()
@@ -55,7 +55,7 @@ STEPS = [
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: f"{s[0]} {str(s[1:])[:20]}")
 def test_steps_that_do_not_fit(step):
-    program = random_program(6)
+    program = random_program(16)
     program.timesteps = 2
     answer = {"steps": [[step], []], "form": {"tuple": [0, 1]}}
     program.metadata = {"answer": json.dumps(answer)}
