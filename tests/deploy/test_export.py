@@ -17,7 +17,7 @@ from qsnn_ext import layers as own_layers
 from qsnn_ext.deploy import DeployedModel, export_c, lower, pixel_table
 from qsnn_ext.deploy.export import resident_size
 from qsnn_ext.deploy.fileformat import dump_program, parse_program
-from qsnn_ext.deploy.program import Conv
+from qsnn_ext.deploy.program import Affine, Conv
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from tests.deploy.networks import FramesLoop, PLIFNet, calibrate, make_dyadic, quantize
@@ -138,7 +138,7 @@ def test_sizes_are_those_of_the_footprint(name, tmp_path):
     assert size.weights == said.parts["weights"]
     assert size.membranes == said.parts["membrane"]
     # Scales, batch norm and neurons are fixed point here and real numbers there.
-    channels = sum(op.multiplier.size for op in program.ops if isinstance(op, Conv))
+    channels = sum(op.multiplier.size for op in program.ops if isinstance(op, Conv | Affine))
     tables = sum(
         n.leak.size + n.threshold.size + n.bounds.size + n.reset_value.size for n in program.neurons
     )
