@@ -52,7 +52,7 @@ def _index(x: Real, parts: Sequence[Any]) -> Real:
 
 def _take(x: Real, steps: Sequence[int]) -> Real:
     if len(steps) > len(x):
-        raise ValueError("it repeats time steps")
+        raise FormatError("it repeats time steps")
     result: Real = x[np.asarray(steps)]
     return result
 

@@ -496,10 +496,12 @@ class _Validator:
                 count, last = 1, 0
                 for times, stride in loops:
                     if type(times) is not int or type(stride) is not int or stride < 0:
-                        raise ValueError("no loop")
+                        raise _fail("metadata", f"a loop of the views of {name[:40]!r} is none")
                     count, last = count * times, last + (times - 1) * stride
                 if not 1 <= count <= size[name] or not 0 <= last < size[name]:
-                    raise ValueError("beyond the value")
+                    raise _fail("metadata", f"views of {name[:40]!r} go beyond its value")
+        except FormatError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise _fail("metadata", "views do not fit the neurons") from None
 

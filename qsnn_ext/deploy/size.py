@@ -140,7 +140,7 @@ def _run(command: list[str], folder: str) -> str:
         raise ConfigError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
-        raise ConfigError(f"{' '.join(command[:-4])} failed: {said[0][:200]}")
+        raise ConfigError(f"{' '.join(command[:-4])} cannot build the network: {said[0][:200]}")
     return done.stdout
 
 

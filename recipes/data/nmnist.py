@@ -133,7 +133,9 @@ def _frames(path: Path, steps: int) -> NDArray[np.uint8]:
     try:
         frames = to_frames(read(path), steps, SENSOR)
     except DataError as error:
-        raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
     if frames.max() > 255:
         raise DataError(f"{path} has {frames.max():,} events of one pixel in one frame: damaged.")
     return frames.astype(np.uint8)

@@ -98,9 +98,10 @@ def lower(
         attempt = _Attempt(model, tape, lead, shown.numpy(), input_scale, input_bits)
         try:
             return attempt.run()
-        except LoweringError as error:
-            errors.append((attempt.reached, error))
-    raise max(errors, key=lambda pair: pair[0])[1]
+        except LoweringError as found:
+            errors.append((attempt.reached, found))
+    _, error = max(errors, key=lambda pair: pair[0])
+    raise error
 
 
 def _leads(sample: Tensor, time_first: bool | None) -> list[str]:
