@@ -56,7 +56,7 @@ def test_rows_are_the_rows_and_look_like_tensors_of_their_own():
 
 def test_short_rows_are_left_to_the_heap():
     assert buffers.sequence(torch.empty(0), 100, 1000) == (None, ())
-    assert buffers.like(torch.empty(10)) == ()
+    assert buffers.reusable_like(torch.empty(10)) == ()
 
 
 def test_no_more_than_the_limit_is_kept(monkeypatch):
