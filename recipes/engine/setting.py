@@ -46,7 +46,8 @@ def channels_last_is_safe(config: Config) -> bool:
     """
     if on_gpu(config):
         return True
-    with torch.device("meta"):
+    # Not on the meta device: snnTorch's neurons look at the values of their buffers.
+    with torch.random.fork_rng(devices=[]):
         model = networks.build(config, datasets.spec(config.data))
     return not any(
         isinstance(m, nn.Conv2d)
