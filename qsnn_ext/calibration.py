@@ -206,8 +206,8 @@ def _recorder(
                 return
             # kthvalue, because quantile refuses more than 16 million values.
             alpha = flat.kthvalue(math.ceil(percentile / 100 * flat.numel())).values
-            # A percentile steps over what the maximum shows: a few values that are not finite.
-            alpha = torch.where(torch.isfinite(flat).all(), alpha, torch.nan)
+        # Scales leave out what is not finite, and a percentile steps over it: here it must show.
+        alpha = torch.where(torch.isfinite(v).all(), alpha, torch.nan)
         values.append(alpha.clamp(min=0))
 
     return record

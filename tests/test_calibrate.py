@@ -142,11 +142,10 @@ def test_wrong_calls_say_what_is_wrong():
 
 
 def test_what_quantize_left_is_said():
-    net = nn.Sequential(
-        nn.Linear(8, 8), snn.Synaptic(alpha=0.9, beta=0.8, init_hidden=True), nn.Linear(8, 2)
-    )
+    readout = snn.Leaky(0.9, init_hidden=True, reset_mechanism="none")
+    net = nn.Sequential(nn.Linear(8, 8), readout, nn.Linear(8, 2))
     quantize_(net, "1w-2u")
-    with pytest.raises(StateError, match=r"quantize_ ran and left 1 \(Synaptic\): "):
+    with pytest.raises(StateError, match=r"quantize_ ran and left 1 \(Leaky\): read-out"):
         calibrate(net, [torch.rand(4, 8)])
 
 
@@ -359,7 +358,7 @@ def test_a_folded_layer_refuses_other_quantizers():
     quantize_(net, "1w-2u")
     fold_batchnorm_(net.eval())
     assert not quantize_(net, "1w-2u").changed
-    with pytest.raises(Exception, match="fold last"):
+    with pytest.raises(Exception, match="fold and scale last"):
         quantize_(net, QuantConfig(first=4))
 
 
