@@ -147,10 +147,10 @@ def test_a_library_that_fails_inside(monkeypatch):
     model = spikingjelly_model()
     before = snapshot(model)
 
-    def fail(model):
+    def fail(model, copied):
         raise RuntimeError("the host has changed")
 
-    monkeypatch.setattr(hosts.adapters()[0], "converted", fail)
+    monkeypatch.setattr(hosts.adapters()[0], "adopt", fail)
     with pytest.raises(ConversionError, match=r"undone.*the host has changed") as caught:
         quantize_(model, "1w-2u")
     assert isinstance(caught.value.__cause__, RuntimeError)
