@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,8 @@ def recognize(surrogate: Any) -> Surrogate | None:
     """
     if surrogate is F.triangle:
         return Surrogate("triangle", 1.0, 0.0, False)
+    if isinstance(surrogate, FunctionType) and torch.compiler.is_compiling():
+        return None  # tracing finds no module of the type; the graph fuses the loop anyway
     cls = type(surrogate)
     home, name = cls.__module__, cls.__name__
     if home == "qsnn_ext.snntorch" and name == "Triangle":
