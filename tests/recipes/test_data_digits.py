@@ -33,7 +33,7 @@ def test_specs():
     assert spec("dvsgesture") == DataSpec("dvsgesture", 11, 2, (48, 48), True, 16)
     assert spec("digits", size=32).size == (32, 32)
     assert spec("digits-events", size=24, steps=6).steps == 6
-    assert len(NAMES) == 7
+    assert len(NAMES) == 9
 
 
 @pytest.mark.parametrize(
