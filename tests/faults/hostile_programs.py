@@ -149,7 +149,13 @@ def _grown(p: Program, rng: random.Random) -> None:
 
 def _padded(p: Program, rng: random.Random) -> None:
     """More padding, stride or dilation of a convolution or pool, and what follows of its target."""
-    windows = [op for op in p.ops if isinstance(op, Conv | Pool) and op.stride]
+    last = len(p.values)  # another change may have led an operation nowhere
+    windows = [
+        op
+        for op in p.ops
+        if isinstance(op, Conv | Pool) and op.stride
+        and -last <= op.source < last and -last <= op.target < last
+    ]  # fmt: skip
     if not windows:
         return
     op = rng.choice(windows)
