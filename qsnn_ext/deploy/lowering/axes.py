@@ -110,7 +110,7 @@ def regroup(draft: Draft, a: Array, shape: Sequence[int]) -> Array:
     """A reshape to ``shape``: the same loops in the same order, grouped into other axes."""
     atoms = [atom for axis in a.axes for atom in axis]
     axes: list[Axis] = []
-    for size in shape:
+    for size, following in zip(shape, [*shape[1:], 0], strict=True):
         group: list[Atom] = []
         product = 1
         while product < size and atoms:
@@ -129,6 +129,11 @@ def regroup(draft: Draft, a: Array, shape: Sequence[int]) -> Array:
             group.append(atom)
             product *= atom.size
         if size == 1 and atoms and atoms[0].size == 1:
+            group.append(atoms.pop(0))
+        # A batch of one goes with the time in front of it, not with the channels behind it.
+        while following != 1 and group and atoms and atoms[0].size == 1:
+            if not {group[-1].label, atoms[0].label} <= {"T", "N"}:
+                break
             group.append(atoms.pop(0))
         if product != size:
             raise draft.fail(
