@@ -206,7 +206,13 @@ def train(
         handle.remove()
     reset(net)
     trained = {n: m for n, m in layers.items() if any(p.requires_grad for p in m.parameters())}
-    gradients = [m.weight.grad for m in trained.values()]  # type: ignore[attr-defined]
+    weights = [
+        p
+        for m in trained.values()
+        for n, p in m.named_parameters()
+        if "weight" in n and p.requires_grad
+    ]
+    gradients = [p.grad for p in weights]
     after = [_fingerprint(module) for module in layers.values()]
     moved = dict(zip(layers, (a != b for a, b in zip(after, before, strict=True)), strict=True))
     return {
