@@ -52,6 +52,7 @@ from qsnn_ext.layers import (
     QuantLinear,
 )
 from qsnn_ext.quantizers import PRESETS, BinaryWeight, IntWeight, MembraneQuantizer
+from qsnn_ext.registered import register_neuron
 from qsnn_ext.regularizers import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.report import Summary, summarize
 from qsnn_ext.scaling import calibrate_scales
@@ -60,7 +61,14 @@ if TYPE_CHECKING:
     from qsnn_ext import deploy as deploy
     from qsnn_ext import snntorch as snntorch
     from qsnn_ext import spikingjelly as spikingjelly
+    from qsnn_ext.snntorch import QSLSTM as QSLSTM
+    from qsnn_ext.snntorch import QAlpha as QAlpha
+    from qsnn_ext.snntorch import QLapicque as QLapicque
     from qsnn_ext.snntorch import QLeaky as QLeaky
+    from qsnn_ext.snntorch import QRLeaky as QRLeaky
+    from qsnn_ext.snntorch import QRSynaptic as QRSynaptic
+    from qsnn_ext.snntorch import QSConv2dLSTM as QSConv2dLSTM
+    from qsnn_ext.snntorch import QSynaptic as QSynaptic
     from qsnn_ext.spikingjelly import QuantIFNode as QuantIFNode
     from qsnn_ext.spikingjelly import QuantLIFNode as QuantLIFNode
     from qsnn_ext.spikingjelly import QuantParametricLIFNode as QuantParametricLIFNode
@@ -70,12 +78,25 @@ _LATER = {
     "QuantLIFNode": "spikingjelly",
     "QuantIFNode": "spikingjelly",
     "QuantParametricLIFNode": "spikingjelly",
-    "QLeaky": "snntorch",
+    **dict.fromkeys(
+        (
+            "QAlpha",
+            "QLapicque",
+            "QLeaky",
+            "QRLeaky",
+            "QRSynaptic",
+            "QSConv2dLSTM",
+            "QSLSTM",
+            "QSynaptic",
+        ),
+        "snntorch",
+    ),
 }
 _MODULES = ("deploy", "snntorch", "spikingjelly")
 
 __all__ = [
     "PRESETS",
+    "QSLSTM",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryConv3d",
@@ -90,8 +111,14 @@ __all__ = [
     "IntWeight",
     "MembraneConfig",
     "MembraneQuantizer",
+    "QAlpha",
+    "QLapicque",
     "QLeaky",
+    "QRLeaky",
+    "QRSynaptic",
+    "QSConv2dLSTM",
     "QSNNError",
+    "QSynaptic",
     "QuantConfig",
     "QuantConv1d",
     "QuantConv2d",
@@ -124,6 +151,7 @@ __all__ = [
     "models",
     "quantize_",
     "quantizers",
+    "register_neuron",
     "regularizers",
     "report",
     "save_checkpoint",

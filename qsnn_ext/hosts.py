@@ -84,12 +84,14 @@ _TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch":
 
 
 def adapters() -> list[Adapter]:
-    """Adapters of the hosts that have been imported."""
-    return [
+    """Adapters of the hosts that have been imported, behind that of the registered neurons."""
+    found = [
         importlib.import_module(_ADAPTERS[host]).ADAPTER
         for host, trigger in _TRIGGERS.items()
         if trigger in sys.modules
     ]
+    registered = sys.modules.get("qsnn_ext.registered")
+    return found if registered is None else [registered.ADAPTER, *found]
 
 
 def adapter(host: str) -> Adapter:

@@ -441,3 +441,65 @@ def firing_rate_loss(
     """Eq. 17 over the hidden layers' rates; the authors' code takes the mean."""
     total = sum((f - target) ** 2 for f in rates)
     return strength * (total if reduction == "sum" else total / len(rates))
+
+
+# ------------------------------------------------------------------ neurons with further states
+
+
+def step_quantizers(bits: int, n: int) -> list[Membrane]:
+    """One quantizer for each of ``n`` states: they have scales of their own."""
+    return [Membrane(bits) for _ in range(n)]
+
+
+def delayed_store(u: Array, s: Array, theta: float, reset: str, membrane: Membrane) -> Array:
+    """What snnTorch's neurons store, see :class:`SnnTorchLeaky`."""
+    return SnnTorchLeaky(membrane, theta=theta, reset_mechanism=reset)._consistent(
+        membrane(after := u - s * theta if reset == "subtract" else u * (1 - s)),
+        s,
+        membrane.unit(after),
+    )
+
+
+def synaptic(x_seq: Array, alpha: float, beta: float, theta: float, bits: int) -> dict[str, Array]:
+    """snnTorch's Synaptic, subtraction: i = alpha i + x, u = beta u + i - r theta."""
+    q_syn, q_mem = step_quantizers(bits, 2)
+    i = m = np.zeros_like(x_seq[0])
+    spikes = []
+    for x in x_seq:
+        r = (m > theta).astype(float)
+        i = alpha * i + x
+        u = beta * m + i - r * theta
+        s = (u > theta).astype(float)
+        i, m = q_syn(i), delayed_store(u, s, theta, "subtract", q_mem)
+        spikes.append(s)
+    return {"s": np.stack(spikes), "syn": i, "mem": m}
+
+
+def recurrent_leaky(x_seq: Array, beta: float, V: float, theta: float, bits: int) -> dict:
+    """snnTorch's RLeaky, one to one: u = beta u + x + V s[t-1] - r theta."""
+    (q,) = step_quantizers(bits, 1)
+    s = m = np.zeros_like(x_seq[0])
+    spikes = []
+    for x in x_seq:
+        r = (m > theta).astype(float)
+        u = beta * m + x + V * s - r * theta
+        s = (u > theta).astype(float)
+        m = delayed_store(u, s, theta, "subtract", q)
+        spikes.append(s)
+    return {"s": np.stack(spikes), "mem": m}
+
+
+def spikingjelly_node(
+    x_seq: Array, charge: Callable[[Array, Array, Array], tuple[Array, Array]], theta: float,
+    v_reset: float, bits: int, start: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, Array]:  # fmt: skip
+    """A node of SpikingJelly with a hard reset: ``h, w = charge(x, v, w)``, fire, reset, round."""
+    q_v, q_w = step_quantizers(bits, 2)
+    v, w = (np.full_like(x_seq[0], value) for value in start)
+    spikes = []
+    for x in x_seq:
+        h, w = charge(x, v, w)
+        s = (h >= theta).astype(float)
+        v, w = q_v(h * (1 - s) + v_reset * s), q_w(w)
+        spikes.append(s)
+    return {"s": np.stack(spikes), "v": v, "w": w}
