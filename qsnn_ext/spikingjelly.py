@@ -236,7 +236,7 @@ class QuantizedLoop(QuantizedNeuron):
     def neuronal_charge(self, x: Tensor) -> None:
         """The host's; for a node that never fires it ends the step."""
         super().neuronal_charge(x)  # type: ignore[misc]
-        if not hasattr(self, "neuronal_reset"):
+        if not hasattr(self.float_type(), "neuronal_reset"):
             self._round()
 
     def neuronal_reset(self, *args: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import backend as B
@@ -46,7 +46,9 @@ def run_layer(x: Tensor, v: Tensor | None, model: NeuronModel) -> tuple[Tensor, 
         "offset": charge.offset,
         "threshold": model.threshold,
     }
-    known = recognize(model.fire)
+    # A graph that is being compiled cannot look into a closure; there, its steps fuse by themselves.
+    opaque = torch.compiler.is_compiling() and not isinstance(model.fire, nn.Module)
+    known = None if opaque else recognize(model.fire)
     reason = _why_eager(x, v, model, membrane, known)
     if reason or known is None:
         if B.current_backend() != "eager" and not torch.compiler.is_compiling():
@@ -126,8 +128,6 @@ def _why_eager(
         return "its decay or threshold differs between neurons"
     if v is not None and v.device != x.device:
         return "its state lies on another device"
-    if model.delayed and torch.compiler.is_compiling():
-        return "single steps fuse by themselves inside a graph that is being compiled"
     return None
 
 
