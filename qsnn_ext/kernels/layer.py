@@ -46,7 +46,7 @@ def run_layer(x: Tensor, v: Tensor | None, model: NeuronModel) -> tuple[Tensor, 
         "offset": charge.offset,
         "threshold": model.threshold,
     }
-    # A graph that is being compiled cannot look into a closure; there, its steps fuse by themselves.
+    # A graph being compiled cannot look into a closure; there, plain steps fuse by themselves.
     opaque = torch.compiler.is_compiling() and not isinstance(model.fire, nn.Module)
     known = None if opaque else recognize(model.fire)
     reason = _why_eager(x, v, model, membrane, known)
