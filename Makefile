@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt hatch_build.py
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(REQUIRED) || { \
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python $(REQUIRED) || { \
 		$(BIN)/python -m pip install --quiet 'pip>=25.1' && \
 		$(BIN)/python -m pip install --quiet $(REQUIRED); }
 	@touch $@

@@ -16,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -37,9 +36,10 @@ X86 = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """A shared library: one source built for several instruction sets, and one that chooses.
+
+    No dataclass, as these look for their module, and build tools run this file without one.
 
     Attributes:
         what: for messages.

@@ -6,6 +6,7 @@ Compilers are played by scripts before the real one, so that old ones need not b
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -101,3 +102,11 @@ def test_tcc(tmp_path, monkeypatch):
         assert supports(target)[0] == 1
     else:
         assert not target.exists()
+
+
+def test_build_tools_run_the_hook_without_naming_its_module():
+    """As hatchling does: the module is not in ``sys.modules`` while it runs."""
+    spec = importlib.util.spec_from_file_location("a_build_hook", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert [library.what for library in module.LIBRARIES] == ["engine", "kernels"]
