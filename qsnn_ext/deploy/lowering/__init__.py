@@ -19,7 +19,7 @@ the reason, a remedy and the line of the model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from qsnn_ext.deploy.lowering.functions import InputArithmeticError
 from qsnn_ext.deploy.lowering.input_codes import requested_code
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.tracing import Event, ModelFailedError, Tape, trace
-from qsnn_ext.deploy.lowering.walk import is_leaf, walk
+from qsnn_ext.deploy.lowering.walk import has_state, is_leaf, walk
 from qsnn_ext.deploy.program import Program
 from qsnn_ext.errors import InputError, LoweringError
 
@@ -88,13 +88,20 @@ def lower(
     seen = input_seen(model)
     _check(sample, seen, input_scale, input_bits)
     leads = _leads(sample, time_first)
-    tape = _tape(model, sample, forward)
-    hosts.reset(model)
     shown = sample.detach().double().cpu().reshape(-1)
     if seen is not None:
         shown = torch.cat([shown, seen.values])
+    tapes: dict[tuple[int, ...], Tape] = {}
     errors: list[tuple[int, LoweringError]] = []
-    for lead in leads:
+    for lead, batch in _readings(sample, leads):
+        try:
+            if batch.shape not in tapes:
+                tapes[tuple(batch.shape)] = _tape(model, batch, forward)
+                hosts.reset(model)
+        except LoweringError as error:
+            errors.append((-1, error))
+            continue
+        tape = tapes[tuple(batch.shape)]
         attempt = _Attempt(model, tape, lead, shown.numpy(), input_scale, input_bits)
         try:
             return attempt.run()
@@ -102,6 +109,19 @@ def lower(
             errors.append((attempt.reached, found))
     _, error = max(errors, key=lambda pair: pair[0])
     raise error
+
+
+def _readings(sample: Tensor, leads: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """What the first axes may be, each with a sample of which the batch is no single one.
+
+    An axis of size 1 could be anything. A model that fixes its batch gets the sample as it is.
+    """
+    single = [lead for lead in leads if sample.shape[lead.index("N")] == 1]
+    for lead in leads:
+        axis = lead.index("N")
+        yield lead, torch.cat([sample, sample], axis) if lead in single else sample
+    for lead in single:
+        yield lead, sample
 
 
 def _leads(sample: Tensor, time_first: bool | None) -> list[str]:
@@ -167,7 +187,7 @@ class _Attempt:
     ) -> None:
         self.model, self.tape, self.lead = model, tape, lead
         self.shown, self.scale, self.bits = shown, scale, bits
-        self.events: list[Event] = tape.live()
+        self.events: list[Event] = tape.live(has_state)
         self.shape, self.axes = sample_axes(tape.shape, lead)
         self.prologue: list[tuple[Real, Real]] = []
         self.reached = 0

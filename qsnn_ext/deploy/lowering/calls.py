@@ -7,6 +7,7 @@ potential; all of that is checked here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,8 @@ from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Membrane, Neu
 from qsnn_ext.deploy.lowering.layers import affine
 from qsnn_ext.deploy.lowering.neurons import Constants, fits_unit, read_neuron
 from qsnn_ext.deploy.lowering.pooling import once_per_step
-from qsnn_ext.deploy.lowering.settle import NEURON_BITS, READOUT_BITS, settle
+from qsnn_ext.deploy.lowering.settle import NEURON_BITS, READOUT_BITS, rescaled, settle
+from qsnn_ext.deploy.program import WIDE_LIMIT
 
 
 def runs_over_time(module: nn.Module) -> bool:
@@ -51,6 +53,24 @@ def is_neuron(module: nn.Module) -> bool:
     return hosts.adapter_of(module) is not None or runs_over_time(module)
 
 
+def takes_sequences(draft: Draft, module: Any, x: Array) -> bool:
+    """Whether a module runs over the first axis of ``x`` as time; checks that it is."""
+    over_time = runs_over_time(module) or getattr(module, "step_mode", "s") == "m"
+    once_per_step(draft, x)
+    if over_time and not (x.axes and labels(x.axes[0]) == {"T"}):
+        raise draft.fail(
+            "it runs over its first axis, which is not time here",
+            "put time in front, [T, N, ...], or say where it is with time_first=",
+        )
+    if not over_time and has_time(x):
+        raise draft.fail(
+            "it takes all time steps for one, as it is in single-step mode",
+            "set its step mode to 'm', call it once per step, or say that the input has no time "
+            "axis with time_first=False",
+        )
+    return over_time
+
+
 def lower_neuron(
     draft: Draft, module: nn.Module, x: Array, membrane: Any
 ) -> tuple[Array, Membrane, bool]:
@@ -66,34 +86,51 @@ def lower_neuron(
         Spikes, membrane potential after the call, and whether the host returns both.
     """
     inner: Any = module.neuron if runs_over_time(module) else module
-    over_time = runs_over_time(module) or getattr(inner, "step_mode", "s") == "m"
-    once_per_step(draft, x)
-    if over_time and not (x.axes and labels(x.axes[0]) == {"T"}):
-        raise draft.fail(
-            "it runs over its first axis, which is not time here",
-            "put time in front, [T, N, ...], or say where it is with time_first=",
-        )
-    if not over_time and has_time(x):
-        raise draft.fail(
-            "it takes all time steps for one, as it is in single-step mode",
-            "set its step mode to 'm', call it once per step, or say that the input has no time "
-            "axis with time_first=False",
-        )
-    model = read_neuron(draft.where, inner)
-    _per_channel(draft, model, inner, x)
-    bits = READOUT_BITS if model.silent else NEURON_BITS
+    over_time = takes_sequences(draft, module, x)
+    spiked, after = fire(draft, inner, read_neuron(draft.where, inner), x, membrane, over_time)
+    return spiked, after, not over_time and _returns_membrane(inner)
+
+
+def fire(
+    draft: Draft,
+    module: Any,
+    model: NeuronModel,
+    x: Array,
+    membrane: Any,
+    over_time: bool,
+    spikes: int | None = None,
+) -> tuple[Array, Membrane]:
+    """A call of a neuron that is described already.
+
+    Args:
+        draft: The program so far.
+        module: The neuron, which tells its calls from others'.
+        model: What it computes.
+        x: Its current.
+        membrane: What the call passes as the membrane potential, or None.
+        over_time: Whether the call is on a whole sequence.
+        spikes: The value that its spikes go to, if there is one already.
+
+    Returns:
+        Spikes and the membrane potential after the call.
+    """
+    bits = _readout_bits(model) if model.silent else NEURON_BITS
     if x.gain is None and not fits_unit(model, x.scale):
         x = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
     x = whole(draft, settle(draft, x, bits, model.largest / model.gain))
-    key = (id(inner), x.index)
-    if membrane is None and any(k[0] == id(inner) and k != key for k in draft.neurons):
+    if draft.largest[x.index] >= WIDE_LIMIT:  # a membrane potential as current
+        x = rescaled(draft, x, NEURON_BITS)
+    _per_channel(draft, model, module, x)
+    key = (id(module), x.index)
+    if membrane is None and any(k[0] == id(module) and k != key for k in draft.neurons):
         raise draft.fail(
             "it is used in two places of the network, which would share a state",
             "give each place a neuron of its own",
         )
     if key not in draft.neurons:
         name = draft.unique(draft.where)
-        spikes = draft.value(f"{name}.spikes", draft.shape(x), 1, 1.0, 1)
+        if spikes is None:
+            spikes = draft.value(f"{name}.spikes", draft.shape(x), 1, 1.0, 1)
         view = None if is_natural(draft, x) else loops(draft, x)
         draft.neurons[key] = NeuronUse(name, model, x.index, spikes, x.scale, over_time, view=view)
         draft.ops.append(draft.neurons[key])
@@ -115,8 +152,15 @@ def lower_neuron(
     last = x.axes[0][0].size - 1 if over_time else step
     draft.steps = max(draft.steps, last + 1)
     spiked = Array(use.spikes, x.axes, 1.0, steps=expected)
-    after = Membrane(key, last, x.axes[1:] if over_time else x.axes)
-    return spiked, after, not over_time and _returns_membrane(inner)
+    return spiked, Membrane(key, last, x.axes[1:] if over_time else x.axes)
+
+
+def _readout_bits(model: NeuronModel) -> int:
+    """Bits of a current that is summed up: with a leak the sum has a bound."""
+    leak = float(model.decay.max())
+    if leak >= 1:
+        return READOUT_BITS
+    return min(max(29 - math.ceil(math.log2(1 / (1 - leak))), READOUT_BITS), 26)
 
 
 def _per_channel(draft: Draft, model: Constants, module: Any, x: Array) -> None:

@@ -187,6 +187,8 @@ class Draft:
             bias`` of one entry or one per channel.
         rank: Axes of one sample of the input.
         steps: Time steps the model is known to run.
+        loops: Recurrent module -> where its spikes come back.
+        kept: Objects whose identity is part of a key.
         reached: How many events have been lowered.
         left: Layer -> why ``quantize_`` left it in floating point.
         room: Bits of input codes that the first layer has room for, once it found too many.
@@ -203,6 +205,8 @@ class Draft:
         self.where = "the model"
         self.line = ""
         self.prologue: list[tuple[Real, Real]] = []
+        self.loops: dict[int, Any] = {}
+        self.kept: list[Any] = []
         self.reached = 0
         self.left: dict[str, str] = {}
         self.room: int | None = None

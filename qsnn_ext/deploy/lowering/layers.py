@@ -42,7 +42,7 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
             "three-dimensional convolutions are not part of the integer program",
             "use two-dimensional ones, with time as steps",
         )
-    codes, alpha = _weight_codes(draft, module)
+    codes, alpha = weight_codes(draft, module)
     one = isinstance(module, nn.Conv1d)
     if one:
         codes = codes[:, :, None, :]
@@ -79,7 +79,7 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
     x = natural(draft, x)
     if one and draft.shape(x)[1] > 1:
         x = arrange(draft, x)  # rows that were flattened become one
-    y = _convolve(draft, module, x, codes, alpha, geometry)
+    y = convolve(draft, module, x, codes, alpha, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
 
 
@@ -98,7 +98,7 @@ def _pointwise(
     """
     if not is_whole(draft, x) or x.axes[channel] != full("C", draft.shape(x)[0]):
         return None
-    y = _convolve(draft, module, x, codes, alpha, geometry)
+    y = convolve(draft, module, x, codes, alpha, geometry)
     axes = list(x.axes)
     axes[channel] = full("C", codes.shape[0])
     return replace(y, axes=tuple(axes))
@@ -106,13 +106,13 @@ def _pointwise(
 
 def lower_linear(draft: Draft, module: Any, x: Array) -> Array:
     """``nn.Linear``: a kernel of one pixel over channels, or one that covers all it flattens."""
-    codes, alpha = _weight_codes(draft, module)
+    codes, alpha = weight_codes(draft, module)
     lead, rest = lead_axes(draft, x), rest_axes(draft, x)
     x = _convolvable(draft, x, codes[:, :, None, None])
     if all(size_of(axis) == 1 for axis in rest[:-1]):
         x = natural(draft, replace(x, axes=(*lead, rest[-1])))
         codes = codes.reshape(codes.shape[0], *draft.shape(x))
-        y = _convolve(draft, module, x, codes, alpha, Geometry())
+        y = convolve(draft, module, x, codes, alpha, Geometry())
         return replace(y, axes=(*lead, *rest[:-1], full("C", codes.shape[0])))
     last = len(x.axes) - 1
     found = _pointwise(draft, module, x, codes[:, :, None, None], alpha, Geometry(), last)
@@ -197,7 +197,7 @@ def real(t: torch.Tensor) -> Real:
     return np.asarray(t.detach().to(torch.float64).cpu().numpy())
 
 
-def _weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
+def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
     """Integer codes and per-output-channel scale, from the quantizer that trained them."""
     quantizer = getattr(module, "quantizer", None)
     if quantizer is None:
@@ -221,7 +221,7 @@ def _weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
     return codes, np.broadcast_to(alpha, (codes.shape[0],)).astype(np.float64)
 
 
-def _convolve(
+def convolve(
     draft: Draft, module: Any, x: Array, codes: IntArray, alpha: Real, geometry: Geometry
 ) -> Array:
     """A convolution with weight codes ``[C_out, C_in/groups, kh, kw]`` and scales ``[C_out]``."""

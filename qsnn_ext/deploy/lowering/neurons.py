@@ -17,6 +17,7 @@ from torch import nn
 from qsnn_ext import hosts
 from qsnn_ext.deploy.program import INT32_MAX, WIDE_LIMIT, Neuron
 from qsnn_ext.errors import LoweringError
+from qsnn_ext.neuron import Charge
 from qsnn_ext.quantizers import MembraneQuantizer
 
 Real = npt.NDArray[np.float64]
@@ -70,12 +71,14 @@ def _array(value: Any) -> Real:
     return np.atleast_1d(np.asarray(tensor.numpy(), np.float64).reshape(-1))
 
 
-def read_neuron(name: str, module: nn.Module) -> Constants:
+def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> Constants:
     """The constants of a neuron of any host.
 
     Args:
         name: Module path, for messages.
         module: The neuron.
+        charge: How it charges, where its description leaves that open because more than its own
+            potential and the current go into it.
 
     Raises:
         LoweringError: For neurons with no integer equivalent; says why.
@@ -83,11 +86,18 @@ def read_neuron(name: str, module: nn.Module) -> Constants:
     model = hosts.describe(module)
     if model is not None and "inhibition" in vars(module) and module.inhibition:
         raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
-    if model is None or model.charge is None or model.fire is None or model.threshold is None:
+    if model is not None and charge is None:
+        charge = model.charge
+    if model is not None and model.kind == "Alpha":
+        raise LoweringError(
+            f"{name}: a {type(module).__name__} has no integer form, as a spike resets two "
+            "currents that do not fire themselves; use Synaptic"
+        )
+    if model is None or charge is None or model.fire is None or model.threshold is None:
         raise LoweringError(
             f"{name}: a {type(module).__name__} has no integer form; neurons that "
-            "can be lowered are LIFNode, IFNode, ParametricLIFNode and Leaky, and their "
-            "quantized versions"
+            "can be lowered are LIFNode, IFNode, ParametricLIFNode, Leaky, RLeaky, Synaptic and "
+            "RSynaptic, and their quantized versions"
         )
     if model.obstacle is not None:
         raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
@@ -95,7 +105,6 @@ def read_neuron(name: str, module: nn.Module) -> Constants:
         raise LoweringError(
             f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
         )
-    charge = model.charge
     bits, alpha, squash = _membrane(name, model.quantizer)
     if bits == 32 and model.reset == "soft" and _resets_twice(module):
         raise LoweringError(

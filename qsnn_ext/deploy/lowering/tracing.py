@@ -87,8 +87,12 @@ class Tape:
     output: Any
     shape: torch.Size
 
-    def live(self) -> list[Event]:
-        """The events the output depends on, among them all calls of a neuron that has a say."""
+    def live(self, has_state: Callable[[nn.Module], bool]) -> list[Event]:
+        """The events the output depends on, among them all calls of a neuron that has a say.
+
+        Args:
+            has_state: Whether a module carries anything from call to call.
+        """
         needed = set(_numbers(self.output))
         neurons: set[int] = set()
         kept: set[int] = set()
@@ -100,7 +104,7 @@ class Tape:
                 if place not in kept and (own or not needed.isdisjoint(event.writes())):
                     kept.add(place)
                     needed.update(event.reads())
-                    if event.states:
+                    if event.module is not None and has_state(event.module):
                         neurons.add(id(event.module))
             if (len(kept), len(neurons)) == before:
                 return [event for place, event in enumerate(self.events) if place in kept]

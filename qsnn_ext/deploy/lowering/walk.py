@@ -19,6 +19,7 @@ from qsnn_ext.deploy.lowering.functions import FUNCTIONS, Call
 from qsnn_ext.deploy.lowering.layers import lower_conv, lower_linear, lower_norm
 from qsnn_ext.deploy.lowering.operands import as_array
 from qsnn_ext.deploy.lowering.pooling import lower_pool
+from qsnn_ext.deploy.lowering.recurrence import is_recurrent, lower_recurrent
 from qsnn_ext.deploy.lowering.tracing import Event, Ref, Tape
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,7 +33,12 @@ _KINDS = (*_CONVS, nn.Linear, *_NORMS, *_POOLS)
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one event of the tape: those that :func:`walk` knows."""
-    return isinstance(module, _KINDS) or is_neuron(module)
+    return isinstance(module, _KINDS) or is_neuron(module) or is_recurrent(module)
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether a module carries anything from one time step to the next."""
+    return is_neuron(module) or is_recurrent(module)
 
 
 def walk(draft: Draft, tape: Tape, events: list[Event], sample: Array) -> Any:
@@ -121,6 +127,13 @@ def _module(
         "remove it, or feed it from the model's input, by position",
     )  # fmt: skip
     draft.check_input(x)
+    if is_recurrent(module):
+        names = [kwargs[k] for k in ("spk", "syn", "mem") if k in kwargs]
+        results = lower_recurrent(draft, module, x, [*args[1:], *names])
+        for name, index in event.states.items():
+            if name == "mem":
+                known[index] = results[-1]
+        return results
     if is_neuron(module):
         given = args[1] if len(args) > 1 else kwargs.get("mem")
         spikes, membrane, both = lower_neuron(draft, module, x, given)

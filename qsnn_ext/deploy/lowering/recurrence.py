@@ -1,0 +1,269 @@
+"""Neurons whose spikes come back, and neurons that carry a second state.
+
+What a step takes from the step before is a delay of spikes, or a membrane potential of its own: a
+current that is filtered first is a neuron without threshold whose potential is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add
+from qsnn_ext.deploy.lowering.axes import full, is_natural, natural, rest_axes, sizes
+from qsnn_ext.deploy.lowering.calls import (
+    fire,
+    is_neuron,
+    read_membrane,
+    takes_sequences,
+)
+from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Geometry, Membrane
+from qsnn_ext.deploy.lowering.layers import (
+    affine,
+    convolve,
+    lower_conv,
+    lower_linear,
+    real,
+    weight_codes,
+)
+from qsnn_ext.deploy.lowering.neurons import NeuronModel, read_neuron
+from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.program import Delay
+
+_SECOND_STATES = ("Synaptic", "RSynaptic")
+_RECURRENT = ("RLeaky", "RSynaptic")
+_CONTAINERS = ("LinearRecurrentContainer", "ElementWiseRecurrentContainer")
+
+
+@dataclass
+class Loop:
+    """Spikes of a neuron that are an input of its next step."""
+
+    spikes: int
+    delayed: int
+    current: dict[tuple[Any, ...], Array]
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    return {
+        base.__name__
+        for base in type(module).__mro__
+        if base.__module__.startswith(("snntorch.", "spikingjelly."))
+    }
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether :func:`lower_recurrent` knows a module."""
+    return bool(_kinds(module) & {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS, "Delay"})
+
+
+def lower_recurrent(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
+    """One call of a recurrent module.
+
+    Args:
+        draft: The program so far.
+        module: snnTorch's ``RLeaky``, ``Synaptic`` or ``RSynaptic``, SpikingJelly's recurrent
+            containers or its ``Delay``.
+        x: Its input.
+        given: States that the call passes, as far as the host takes any.
+
+    Returns:
+        The outputs of the call, spikes first.
+    """
+    kinds = _kinds(module)
+    if "Delay" in kinds:
+        return (_delayed(draft, module, x),)
+    if kinds & {*_CONTAINERS}:
+        return (_container(draft, module, x, "LinearRecurrentContainer" in kinds),)
+    return _host_neuron(draft, module, x, given, kinds)
+
+
+# --------------------------------------------------------------------------- snnTorch
+
+
+def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: set[str]) -> Any:
+    """``[spk], [syn], mem`` of snnTorch's neurons, in the order the host has them."""
+    if any(v is not None and not isinstance(v, Constant | Membrane | Array) for v in given):
+        raise draft.fail("it is given a state of another kind", "hand on what it returned last")
+    takes_sequences(draft, module, x)
+    recurrent, second = bool(kinds & {*_RECURRENT}), bool(kinds & {*_SECOND_STATES})
+    states = dict(zip([*["spk"] * recurrent, *["syn"] * second, "mem"], given, strict=False))
+    model = read_neuron(draft.where, module)
+    if second and model.reset == "hard" and not model.delayed:
+        raise draft.fail(
+            "a reset to zero in the same step does not reach its synaptic current",
+            "use reset_mechanism='subtract' or reset_delay=True",
+        )
+    current: Array = x
+    loop = None
+    if recurrent:
+        loop = _loop(draft, module, x)
+        _check_spikes(draft, loop, states.get("spk"))
+        current = _with_feedback(draft, module, x, loop)
+    outputs: list[Any] = []
+    if second:
+        with draft.at(f"{draft.where}.syn"):
+            held = states.get("syn")
+            _, after = fire(draft, module.alpha, _filter(module), current, held, False)
+        current = read_membrane(draft, after)
+        outputs.append(after)
+    spikes, membrane = fire(
+        draft, module, model, current, states.get("mem"), False, loop.spikes if loop else None
+    )
+    return (spikes, *outputs, membrane)
+
+
+def _filter(module: Any) -> NeuronModel:
+    """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
+    decay = np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1))
+    return NeuronModel(
+        decay=decay, theta=np.ones(1), gain=1.0, offset=0.0, reset="none", v_reset=0.0,
+        v_initial=0.0, strict=True, delayed=False, bits=32, alpha=1.0, squash=False,
+        order="fire_first", silent=True,
+    )  # fmt: skip
+
+
+def _with_feedback(draft: Draft, module: Any, x: Array, loop: Loop) -> Array:
+    """The current of this step plus that of the last step's spikes."""
+    x = settle(draft, x)
+    key = (x.index, x.steps)
+    if key not in loop.current:
+        last = Array(loop.delayed, x.axes, 1.0, steps=x.steps)
+        with draft.at(f"{draft.where}.recurrent"):
+            back = _feedback(draft, module.recurrent, last)
+        loop.current[key] = lower_add(draft, x, back)  # type: ignore[assignment]
+    return loop.current[key]
+
+
+def _feedback(draft: Draft, layer: Any, last: Array) -> Array:
+    if isinstance(layer, nn.Linear):
+        return lower_linear(draft, layer, last)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return lower_conv(draft, layer, last)
+    factor = getattr(layer, "V", None)
+    if factor is None:
+        raise draft.fail(
+            f"feedback through a {type(layer).__name__} cannot be lowered",
+            "use a linear layer, a convolution or one weight for each neuron",
+        )
+    return affine(draft, last, real(torch.as_tensor(factor)), np.zeros(1))
+
+
+def _check_spikes(draft: Draft, loop: Loop, spikes: Any) -> None:
+    """A call may be given no spikes, zeros, or those that the neuron returned last."""
+    if spikes is None or (isinstance(spikes, Array) and spikes.base == loop.spikes):
+        return
+    if isinstance(spikes, Constant) and not bool(torch.as_tensor(spikes.value).any()):
+        return
+    raise draft.fail(
+        "the spikes it is given are not its own last ones", "hand on what it returned last"
+    )
+
+
+def _loop(draft: Draft, module: Any, x: Array) -> Loop:
+    """The delay of a neuron's spikes, which have the shape of ``x``."""
+    if id(module) not in draft.loops:
+        shape = draft.shape(x)
+        name = draft.unique(f"{draft.where}.last")
+        spikes = draft.value(f"{draft.where}.spikes", shape, 1, 1.0, 1)
+        delayed = draft.value(name, shape, 1, 1.0, 1)
+        draft.ops.append(Delay(name, spikes, delayed))
+        draft.loops[id(module)] = Loop(spikes, delayed, {})
+    found: Loop = draft.loops[id(module)]
+    return found
+
+
+# --------------------------------------------------------------------------- SpikingJelly
+
+
+def _delayed(draft: Draft, module: Any, x: Array) -> Array:
+    """SpikingJelly's ``Delay`` of spikes by some steps."""
+    takes_sequences(draft, module, x)
+    x = settle(draft, x)
+    if draft.values[x.index].planes == 0:
+        raise draft.fail("a delay of currents cannot be lowered", "delay the spikes before them")
+    base = x.index
+    for k in range(module.delay_steps):
+        source, value = base, draft.values[base]
+        base = draft.write(
+            ("delay", id(module), k, source), f"{draft.where}.{k}",
+            (value.shape, value.planes, value.scale, 2**value.planes - 1),
+            lambda name, target, source=source: Delay(name, source, target),  # type: ignore[misc]
+        )  # fmt: skip
+    return replace(x, base=base)
+
+
+def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
+    """SpikingJelly's recurrent containers around a neuron."""
+    over_time = takes_sequences(draft, module, x)
+    inner = module.sub_module
+    if not is_neuron(inner):
+        raise draft.fail(
+            f"a recurrent container around a {type(inner).__name__} cannot be lowered",
+            "put a neuron into it, and layers before or behind",
+        )
+    name = draft.where
+    if linear:
+        x = natural(draft, settle(draft, x))
+        outputs = module.sub_module_out_features
+        shown = replace(x, axes=(*x.axes[:-1], full("C", outputs)))
+    else:
+        shown = x = settle(draft, x)
+    if id(module) not in draft.loops:
+        shape = (outputs, 1, 1) if linear else draft.shape(x)
+        with draft.at(f"{name}.sub_module"):
+            spikes = draft.value(f"{draft.where}.spikes", shape, 1, 1.0, 1)
+            last = draft.unique(f"{draft.where}.last")
+            delayed = draft.value(last, shape, 1, 1.0, 1)
+        draft.ops.append(Delay(last, spikes, delayed))
+        draft.loops[id(module)] = Loop(spikes, delayed, {})
+    loop = draft.loops[id(module)]
+    key = (x.index, x.steps)
+    if key not in loop.current:
+        back = Array(loop.delayed, shown.axes, 1.0, steps=x.steps)
+        if linear:
+            with draft.at(f"{name}.rc"):
+                loop.current[key] = _split_linear(draft, module.rc, x, back)
+        else:
+            loop.current[key] = _joined(draft, module.element_wise_function, x, back)
+    with draft.at(f"{name}.sub_module"):
+        model = read_neuron(draft.where, inner)
+        spiked, _ = fire(draft, inner, model, loop.current[key], None, over_time, loop.spikes)
+    return spiked
+
+
+def _split_linear(draft: Draft, layer: Any, x: Array, back: Array) -> Array:
+    """A linear layer on ``cat((x, back), -1)``: its weights fall into two parts."""
+    codes, alpha = weight_codes(draft, layer)
+    n = codes.shape[1] - sizes(back)[-1]
+    if len(rest_axes(draft, x)) != 1 or not is_natural(draft, x):
+        raise draft.fail("its input is no vector of features", "flatten it before")
+    parts = []
+    for value, part, bias in ((x, codes[:, :n], layer.bias), (back, codes[:, n:], None)):
+        half = SimpleNamespace(quantizer=layer.quantizer, bias=bias)
+        draft.kept.append(half)
+        kernel = part.reshape(part.shape[0], *draft.shape(value))
+        y = convolve(draft, half, value, kernel, alpha, Geometry())
+        parts.append(replace(y, axes=(*value.axes[:-1], full("C", codes.shape[0]))))
+    total = lower_add(draft, parts[0], parts[1])
+    assert isinstance(total, Array)
+    return total
+
+
+def _joined(draft: Draft, function: Any, x: Array, back: Array) -> Array:
+    """What an element-wise function makes of the last output and the input: their sum."""
+    y, z = torch.rand(2, 5, dtype=torch.float64)
+    if not torch.equal(function(y, z), y + z):
+        raise draft.fail(
+            "its element-wise function is not the sum of its operands", "add them in it"
+        )
+    if is_spikes(draft, x):
+        return lower_add(draft, back, x)  # type: ignore[return-value]
+    total = lower_add(draft, x, back)
+    assert isinstance(total, Array)
+    return total
