@@ -230,6 +230,11 @@ class _Attempt:
 def _check(
     sample: Tensor, seen: InputSeen | None, input_scale: float | None, input_bits: int | None
 ) -> None:
+    if isinstance(sample, tuple | list | dict):
+        raise InputError(
+            f"the sample is a {type(sample).__name__}, and a program takes one tensor; models of "
+            "several inputs cannot be lowered: join the inputs into one, or lower each part"
+        )
     if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.dim() < 2:
         raise InputError("the sample must be a floating point tensor [N, ...] or [T, N, ...]")
     if not bool(torch.isfinite(sample).all()) or sample.numel() == 0:

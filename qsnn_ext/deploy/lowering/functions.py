@@ -650,6 +650,29 @@ def _batch_norm(draft: Draft, call: Call) -> Any:
     return lower_batch_norm(draft, a, mean, var, weight, bias, 1e-5 if eps is None else eps)
 
 
+@_named("instance_norm")
+def _instance_norm(draft: Draft, call: Call) -> Any:
+    names = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    mean, var, weight, bias, own, _, eps = (
+        _value(call.get(i + 1, name)) for i, name in enumerate(names)
+    )
+    if own in (True, None):
+        raise draft.fail(
+            "an instance norm takes its statistics from the sample, so it is no fixed scale",
+            "build it with track_running_stats=True, or use a batch norm",
+        )
+    a = call.array(draft)
+    return lower_batch_norm(draft, a, mean, var, weight, bias, 1e-5 if eps is None else eps)
+
+
+@_named("layer_norm", "group_norm", "rms_norm", "normalize")
+def _own_statistics(draft: Draft, call: Call) -> Any:
+    raise draft.fail(
+        f"{call.name!r} takes its statistics from the sample, so it is no fixed scale",
+        "use a batch norm, whose statistics are fixed at inference",
+    )
+
+
 @_named("interpolate", "upsample", "upsample_nearest")
 def _interpolate(draft: Draft, call: Call) -> Any:
     a = call.array(draft)

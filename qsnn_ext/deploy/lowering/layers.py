@@ -7,6 +7,7 @@ biases, and those of batch norms, stay real numbers until something reads the re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,53 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
         x = arrange(draft, x)  # rows that were flattened become one
     y = convolve(draft, module, x, codes, alpha, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
+
+
+def lower_transposed_conv(draft: Draft, module: Any, x: Array, target: Sequence[int]) -> Array:
+    """``nn.ConvTranspose1d`` and ``2d``: zeros between the pixels, then a plain convolution.
+
+    Args:
+        draft: The program so far.
+        module: The layer.
+        x: Its input.
+        target: Shape of its output, which tells the output padding.
+    """
+    codes, alpha = weight_codes(draft, module)
+    codes = np.flip(_swapped(codes, module.groups), axis=tuple(range(2, codes.ndim))).copy()
+    dims = codes.ndim - 2
+    rank = len(rest_axes(draft, x))
+    if rank != dims + 1:
+        raise draft.fail(
+            f"its input has {rank} axes besides batch and time",
+            f"give it {'[C, L]' if dims == 1 else '[C, H, W]'} per sample",
+        )
+    x = settle(draft, x)
+    for place in range(dims):
+        dim = len(x.axes) - dims + place
+        n, stride, dilation = sizes(x)[dim], module.stride[place], module.dilation[place]
+        reach = dilation * (codes.shape[2 + place] - 1)
+        length = target[len(target) - dims + place] + reach
+        at = np.arange(length) - (reach - module.padding[place])
+        inside = (at >= 0) & (at % stride == 0) & (at // stride < n)
+        index = [int(i) for i in np.where(inside, at // stride, -1)]
+        if index != list(range(n)):
+            x = pick(draft, x, dim, index)
+    if dims == 1:
+        codes = codes[:, :, None, :]
+    dilations = (1, *module.dilation)[-2:] if dims == 1 else tuple(module.dilation)
+    geometry = Geometry(dilation=dilations, groups=module.groups)
+    x = natural(draft, _convolvable(draft, x, codes))
+    if dims == 1 and draft.shape(x)[1] > 1:
+        x = arrange(draft, x)
+    y = convolve(draft, module, x, codes, alpha, geometry)
+    return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
+
+
+def _swapped(codes: IntArray, groups: int) -> IntArray:
+    """``[C_in, C_out / groups, ...]`` to ``[C_out, C_in / groups, ...]``."""
+    by_group = codes.reshape(groups, -1, *codes.shape[1:]).swapaxes(1, 2)
+    result: IntArray = by_group.reshape(-1, *by_group.shape[2:])
+    return result
 
 
 def _pointwise(
@@ -218,7 +266,14 @@ def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
     if folded is not None:
         alpha = alpha * real(folded)
     codes = codes.detach().cpu().numpy()
-    return codes, np.broadcast_to(alpha, (codes.shape[0],)).astype(np.float64)
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d)
+    outputs = module.out_channels if transposed else codes.shape[0]
+    if alpha.size not in (1, outputs):
+        raise draft.fail(
+            f"its weights have {alpha.size} scales for {outputs} outputs",
+            "quantize it with one scale, or one for each output channel",
+        )
+    return codes, np.broadcast_to(alpha, (outputs,)).astype(np.float64)
 
 
 def convolve(

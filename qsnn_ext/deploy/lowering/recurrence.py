@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add
-from qsnn_ext.deploy.lowering.axes import full, is_natural, natural, rest_axes, sizes
+from qsnn_ext.deploy.lowering.axes import (
+    full,
+    is_natural,
+    labels,
+    natural,
+    rest_axes,
+    select,
+    size_of,
+    sizes,
+)
 from qsnn_ext.deploy.lowering.calls import (
     fire,
     is_neuron,
@@ -31,7 +40,8 @@ from qsnn_ext.deploy.lowering.layers import (
     real,
     weight_codes,
 )
-from qsnn_ext.deploy.lowering.neurons import NeuronModel, read_neuron
+from qsnn_ext.deploy.lowering.neurons import NeuronModel, Real, read_neuron
+from qsnn_ext.deploy.lowering.pooling import lower_mean, once_per_step
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.program import Delay
 
@@ -59,7 +69,8 @@ def _kinds(module: nn.Module) -> set[str]:
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether :func:`lower_recurrent` knows a module."""
-    return bool(_kinds(module) & {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS, "Delay"})
+    known = {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS, "Delay", "NonSpikingBaseNode"}
+    return bool(_kinds(module) & known)
 
 
 def lower_recurrent(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
@@ -76,6 +87,8 @@ def lower_recurrent(draft: Draft, module: Any, x: Array, given: list[Any]) -> An
         The outputs of the call, spikes first.
     """
     kinds = _kinds(module)
+    if "NonSpikingBaseNode" in kinds:
+        return _readout(draft, module, x, kinds)
     if "Delay" in kinds:
         return (_delayed(draft, module, x),)
     if kinds & {*_CONTAINERS}:
@@ -120,7 +133,11 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
 
 def _filter(module: Any) -> NeuronModel:
     """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
-    decay = np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1))
+    return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
+
+
+def _silent(decay: Real) -> NeuronModel:
+    """What leaks and never fires."""
     return NeuronModel(
         decay=decay, theta=np.ones(1), gain=1.0, offset=0.0, reset="none", v_reset=0.0,
         v_initial=0.0, strict=True, delayed=False, bits=32, alpha=1.0, squash=False,
@@ -179,6 +196,35 @@ def _loop(draft: Draft, module: Any, x: Array) -> Loop:
 
 
 # --------------------------------------------------------------------------- SpikingJelly
+
+
+def _readout(draft: Draft, module: Any, x: Array, kinds: set[str]) -> Any:
+    """SpikingJelly's neurons that never fire: their potential is the output."""
+    if not kinds & {"NonSpikingIFNode", "NonSpikingLIFNode"}:
+        raise draft.fail(
+            f"a {type(module).__name__} has no integer form", "use a NonSpikingLIFNode or IFNode"
+        )
+    once_per_step(draft, x)
+    if not (x.axes and labels(x.axes[0]) == {"T"}):
+        raise draft.fail(
+            "it runs over its first axis, which is not time here",
+            "put time in front, [T, N, ...], or say where it is with time_first=",
+        )
+    gain = 1.0 / float(module.tau) if "NonSpikingLIFNode" in kinds else 1.0
+    decay = 1.0 - gain if "NonSpikingLIFNode" in kinds else 1.0
+    model = replace(_silent(np.array([decay])), gain=gain)
+    _, after = fire(draft, module, model, x, None, True)
+    steps = size_of(x.axes[0])
+    if module.decode == "last_mem":
+        return (after,)
+    every = read_membrane(draft, replace(after, axes=x.axes, whole=True))
+    if module.decode == "mean-mem":
+        return (lower_mean(draft, every, 0, total=False),)
+    if module.decode is not None:
+        raise draft.fail(
+            f"decode={module.decode!r} has no integer form", "use 'last_mem', 'mean-mem' or None"
+        )
+    return tuple(select(draft, every, t) for t in range(steps))
 
 
 def _delayed(draft: Draft, module: Any, x: Array) -> Array:

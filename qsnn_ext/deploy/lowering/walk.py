@@ -16,7 +16,12 @@ from qsnn_ext.deploy.lowering.axes import labels, sizes
 from qsnn_ext.deploy.lowering.calls import is_neuron, lower_neuron
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft
 from qsnn_ext.deploy.lowering.functions import FUNCTIONS, Call
-from qsnn_ext.deploy.lowering.layers import lower_conv, lower_linear, lower_norm
+from qsnn_ext.deploy.lowering.layers import (
+    lower_conv,
+    lower_linear,
+    lower_norm,
+    lower_transposed_conv,
+)
 from qsnn_ext.deploy.lowering.operands import as_array
 from qsnn_ext.deploy.lowering.pooling import lower_pool
 from qsnn_ext.deploy.lowering.recurrence import is_recurrent, lower_recurrent
@@ -28,7 +33,8 @@ _POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
-_KINDS = (*_CONVS, nn.Linear, *_NORMS, *_POOLS)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+_KINDS = (*_CONVS, *_TRANSPOSED, nn.Linear, *_NORMS, *_POOLS)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -141,10 +147,12 @@ def _module(
             sequence = replace(membrane, axes=spikes.axes, whole=True)
             known[index] = sequence if name == "v_seq" else membrane
         return (spikes, membrane) if both else (spikes,)
-    if isinstance(module, (*_NORMS, *_CONVS)):
+    if isinstance(module, (*_NORMS, *_CONVS, *_TRANSPOSED)):
         _check_steps(draft, module, x)
     if isinstance(module, _CONVS):
         return lower_conv(draft, module, x)
+    if isinstance(module, _TRANSPOSED):
+        return lower_transposed_conv(draft, module, x, next(iter(event.shapes.values())))
     if isinstance(module, nn.Linear):
         return lower_linear(draft, module, x)
     if isinstance(module, _NORMS):
