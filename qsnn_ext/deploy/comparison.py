@@ -92,7 +92,9 @@ class _Recorder:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            self.spikes.setdefault(name, []).append(hosts.spikes(output).detach())
+            spikes = hosts.spikes(output)
+            if isinstance(spikes, Tensor):
+                self.spikes.setdefault(name, []).append(spikes.detach())
 
         return record
 
