@@ -65,9 +65,13 @@ NEURONS = {
     "RLeaky one to one": lambda **o: snn.RLeaky(
         beta=0.5, V=torch.arange(HIDDEN) / 8 - 0.5, all_to_all=False, **o
     ),
-    "RLeaky zero": lambda **o: recurrent(snn.RLeaky, reset_mechanism="zero", **o),
+    "RLeaky zero": lambda **o: recurrent(
+        snn.RLeaky, reset_mechanism="zero", reset_delay=False, **o
+    ),
     "Synaptic": lambda **o: snn.Synaptic(alpha=0.5, beta=0.5, **o),
-    "Synaptic zero": lambda **o: snn.Synaptic(alpha=0.75, beta=0.5, reset_mechanism="zero", **o),
+    "Synaptic zero": lambda **o: snn.Synaptic(
+        alpha=0.75, beta=0.5, reset_mechanism="zero", reset_delay=False, **o
+    ),
     "RSynaptic": lambda **o: recurrent(snn.RSynaptic, alpha=0.5, **o),
 }  # fmt: skip
 
@@ -196,8 +200,8 @@ class TestRefusals:
             (snn.Alpha(alpha=0.75, beta=0.5, init_hidden=True), r"^lif: a Alpha has no integer"),
             (snn.RLeaky(beta=0.5, linear_features=HIDDEN, init_hidden=True),
              r"^lif\.recurrent: its weights are floating point"),
-            (snn.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero", reset_delay=False,
-                          init_hidden=True), r"^lif: a reset to zero in the same step"),
+            (snn.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero", init_hidden=True),
+             r"^lif: its delayed reset to zero drops the current"),
         ],
     )  # fmt: skip
     def test_by_name(self, lif, match):

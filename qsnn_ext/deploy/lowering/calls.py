@@ -94,7 +94,7 @@ def lower_neuron(
 def fire(
     draft: Draft,
     module: Any,
-    model: NeuronModel,
+    model: Constants,
     x: Array,
     membrane: Any,
     over_time: bool,
@@ -155,7 +155,7 @@ def fire(
     return spiked, Membrane(key, last, x.axes[1:] if over_time else x.axes)
 
 
-def _readout_bits(model: NeuronModel) -> int:
+def _readout_bits(model: Constants) -> int:
     """Bits of a current that is summed up: with a leak the sum has a bound."""
     leak = float(model.decay.max())
     if leak >= 1:

@@ -188,7 +188,6 @@ class Draft:
         rank: Axes of one sample of the input.
         steps: Time steps the model is known to run.
         loops: Recurrent module -> where its spikes come back.
-        kept: Objects whose identity is part of a key.
         reached: How many events have been lowered.
         left: Layer -> why ``quantize_`` left it in floating point.
         room: Bits of input codes that the first layer has room for, once it found too many.
@@ -206,7 +205,6 @@ class Draft:
         self.line = ""
         self.prologue: list[tuple[Real, Real]] = []
         self.loops: dict[int, Any] = {}
-        self.kept: list[Any] = []
         self.reached = 0
         self.left: dict[str, str] = {}
         self.room: int | None = None

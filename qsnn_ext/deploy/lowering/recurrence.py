@@ -6,7 +6,7 @@ current that is filtered first is a neuron without threshold whose potential is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qsnn_ext import hosts
 from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add
 from qsnn_ext.deploy.lowering.axes import (
     full,
@@ -40,10 +41,11 @@ from qsnn_ext.deploy.lowering.layers import (
     real,
     weight_codes,
 )
-from qsnn_ext.deploy.lowering.neurons import NeuronModel, Real, read_neuron
+from qsnn_ext.deploy.lowering.neurons import Constants, Real, read_neuron
 from qsnn_ext.deploy.lowering.pooling import lower_mean, once_per_step
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.program import Delay
+from qsnn_ext.neuron import Charge
 
 _SECOND_STATES = ("Synaptic", "RSynaptic")
 _RECURRENT = ("RLeaky", "RSynaptic")
@@ -57,6 +59,7 @@ class Loop:
     spikes: int
     delayed: int
     current: dict[tuple[Any, ...], Array]
+    halves: list[Any] = field(default_factory=list)  # of a linear layer's weights
 
 
 def _kinds(module: nn.Module) -> set[str]:
@@ -106,11 +109,23 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
     takes_sequences(draft, module, x)
     recurrent, second = bool(kinds & {*_RECURRENT}), bool(kinds & {*_SECOND_STATES})
     states = dict(zip([*["spk"] * recurrent, *["syn"] * second, "mem"], given, strict=False))
-    model = read_neuron(draft.where, module)
-    if second and model.reset == "hard" and not model.delayed:
+    described = hosts.describe(module)
+    if (
+        second
+        and described is not None
+        and any(s.quantizer is not None for s in described.states if s.name != described.potential)
+    ):
         raise draft.fail(
-            "a reset to zero in the same step does not reach its synaptic current",
-            "use reset_mechanism='subtract' or reset_delay=True",
+            "its synaptic current is quantized between steps and used unquantized within one, "
+            "which no integer operation gives out yet",
+            "leave that state in floating point, or use a neuron with one state",
+        )
+    charge = Charge(torch.as_tensor(module.beta).detach().clamp(0, 1))
+    model = read_neuron(draft.where, module, charge)
+    if model.reset == "hard" and model.delayed:
+        raise draft.fail(
+            "its delayed reset to zero drops the current of the step after a spike",
+            "use reset_mechanism='subtract' or reset_delay=False",
         )
     current: Array = x
     loop = None
@@ -131,14 +146,14 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
     return (spikes, *outputs, membrane)
 
 
-def _filter(module: Any) -> NeuronModel:
+def _filter(module: Any) -> Constants:
     """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
     return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
 
 
-def _silent(decay: Real) -> NeuronModel:
+def _silent(decay: Real) -> Constants:
     """What leaks and never fires."""
-    return NeuronModel(
+    return Constants(
         decay=decay, theta=np.ones(1), gain=1.0, offset=0.0, reset="none", v_reset=0.0,
         v_initial=0.0, strict=True, delayed=False, bits=32, alpha=1.0, squash=False,
         order="fire_first", silent=True,
@@ -274,7 +289,7 @@ def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
         back = Array(loop.delayed, shown.axes, 1.0, steps=x.steps)
         if linear:
             with draft.at(f"{name}.rc"):
-                loop.current[key] = _split_linear(draft, module.rc, x, back)
+                loop.current[key] = _split_linear(draft, module.rc, x, back, loop)
         else:
             loop.current[key] = _joined(draft, module.element_wise_function, x, back)
     with draft.at(f"{name}.sub_module"):
@@ -283,16 +298,17 @@ def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
     return spiked
 
 
-def _split_linear(draft: Draft, layer: Any, x: Array, back: Array) -> Array:
+def _split_linear(draft: Draft, layer: Any, x: Array, back: Array, loop: Loop) -> Array:
     """A linear layer on ``cat((x, back), -1)``: its weights fall into two parts."""
     codes, alpha = weight_codes(draft, layer)
     n = codes.shape[1] - sizes(back)[-1]
     if len(rest_axes(draft, x)) != 1 or not is_natural(draft, x):
         raise draft.fail("its input is no vector of features", "flatten it before")
+    if not loop.halves:
+        biases = (layer.bias, None)
+        loop.halves = [SimpleNamespace(quantizer=layer.quantizer, bias=b) for b in biases]
     parts = []
-    for value, part, bias in ((x, codes[:, :n], layer.bias), (back, codes[:, n:], None)):
-        half = SimpleNamespace(quantizer=layer.quantizer, bias=bias)
-        draft.kept.append(half)
+    for value, part, half in zip((x, back), (codes[:, :n], codes[:, n:]), loop.halves, strict=True):
         kernel = part.reshape(part.shape[0], *draft.shape(value))
         y = convolve(draft, half, value, kernel, alpha, Geometry())
         parts.append(replace(y, axes=(*value.axes[:-1], full("C", codes.shape[0]))))
