@@ -130,7 +130,8 @@ def compare(
         batches: Inputs, or pairs of inputs and labels.
         forward: ``forward(model, x)`` runs one batch over all its time steps and returns the
             answer, or a list of the answers of all steps, for models that are called in another
-            way than ``model(x)``, such as once per time step.
+            way than ``model(x)``. A model that takes one step at a time is given ``[T, N, ...]``
+            step by step.
         quantize_input: Give the model the rounded input of the program, to see what remains.
 
     Returns:
@@ -161,10 +162,14 @@ def compare(
             if quantize_input:
                 x = torch.from_numpy(deployed.inputs(codes)).to(torch.float32)
             hosts.reset(model)
+            run = forward
+            steps = x.dim() == len(deployed.input_shape) + 2
+            if run is None and steps and program.metadata.get("time") == "step":
+                run = _step_by_step
             with torch.no_grad():
                 shown = x.to(like.device, like.dtype)
-                result = forward(model, shown) if forward is not None else model(shown)
-            if forward is not None and isinstance(result, tuple | list):
+                result = run(model, shown) if run is not None else model(shown)
+            if run is not None and isinstance(result, tuple | list):
                 result = torch.stack([_first(step) for step in result])
             expected = _first(result).double().cpu().numpy()
             recorded = recorder.take()
@@ -206,6 +211,10 @@ def compare(
     )  # fmt: skip
 
 
+def _step_by_step(model: nn.Module, x: Tensor) -> list[Any]:
+    return [model(step) for step in x]
+
+
 def _predicted(answer: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
     """The class of every sample, from an answer ``[N, ...]``, ``[T, N, ...]`` or of classes."""
     if (answer.ndim > 1 and answer.shape[0] != batch) or answer.ndim in (3, 5):
@@ -236,7 +245,7 @@ def _layers(
         if name not in recorded:
             continue
         mine = np.stack([as_the_model(program, name, s) for s in spikes])
-        theirs = np.concatenate([t.reshape(-1).numpy(force=True) for t in recorded[name]])
+        theirs = np.concatenate([t.reshape(-1).float().numpy(force=True) for t in recorded[name]])
         flat = mine.reshape(-1)
         if theirs.size != flat.size:
             continue
@@ -263,7 +272,7 @@ def _membranes(
         code = np.where(word >= 2 ** (n.bits - 1), word - 2**n.bits, word)
         code = as_the_model(program, n.name, code)
         value = code * (max(float(quantizer.alpha), 0.0) / n.levels)
-        theirs = potential.detach().cpu().numpy()
+        theirs = potential.detach().float().cpu().numpy()
         if theirs.size == value.size:
             errors.setdefault(n.name, []).append(
                 float(np.abs(value.reshape(-1) - theirs.reshape(-1)).mean())

@@ -508,6 +508,82 @@ def test_convolutions_that_pad_with_what_is_there(mode):
     answers_alike(one, grid(4, 3, 2, 9))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": (3, 4), "stride": (1, 3), "padding": (2, 0), "groups": 2},
+        {"kernel_size": 3, "stride": 2, "dilation": 2},
+    ],
+    ids=["2x2", "3x3", "uneven", "dilated"],
+)
+def test_transposed_convolutions(options):
+    torch.manual_seed(0)
+    up = _converted(layer.ConvTranspose2d(8, 4, step_mode="m", **options), 1)
+    net = Net(lambda net, x: net.spike(net.up(net.stem(x))), up=up,
+              spike=QuantLIFNode(step_mode="m"))  # fmt: skip
+    answers_alike(net, grid(3, 2, 2, 6, 6))
+
+
+def test_transposed_convolutions_of_one_dimension():
+    torch.manual_seed(0)
+    up = layer.ConvTranspose1d(8, 4, 4, stride=2, padding=1, step_mode="m")
+    net = nn.Sequential(
+        _converted(layer.Conv1d(2, 8, 3, padding=1, step_mode="m"), 8),
+        QuantLIFNode(step_mode="m"), _converted(up, 1), QuantLIFNode(step_mode="m"),
+    )  # fmt: skip
+    answers_alike(net, grid(4, 3, 2, 9))
+
+
+@pytest.mark.parametrize("decode", [None, "last_mem", "mean-mem"])
+@pytest.mark.parametrize("kind", ["if", "lif"])
+def test_readouts_that_never_fire(kind, decode):
+    out = neuron.NonSpikingIFNode(decode) if kind == "if" else neuron.NonSpikingLIFNode(2.0, decode)
+    net = make_dyadic(Net(lambda net, x: net.out(net.head(body(net, x))), out=out))
+    x = grid(4, 3, 2, 6, 6)
+    program = lower(net, x)
+    with torch.no_grad():
+        same(DeployedModel(program)(x), tuple(net(x)) if decode is None else net(x))
+
+
+def test_norms_with_fixed_statistics():
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    norm.running_mean.copy_(torch.arange(8.0) / 8)
+    norm.weight.data.copy_(torch.arange(1.0, 9.0) / 8)
+    norm.eps = 0.0
+    net = Net(
+        lambda net, x: net.head(
+            net.spike(net.norm(net.mid[0](net.stem(x)).flatten(0, 1)).view(4, 3, 8, 6, 6))
+        ).mean(0),
+        norm=norm, spike=QuantLIFNode(step_mode="m"),
+    )  # fmt: skip
+    answers_alike(net, grid(4, 3, 2, 6, 6))
+    own_statistics = Net(
+        lambda net, x: net.norm(body(net, x).flatten(0, 1)), norm=nn.GroupNorm(2, 8)
+    )
+    with pytest.raises(LoweringError, match=r"'group_norm' takes its statistics from the sample"):
+        lower(make_dyadic(own_statistics), grid(4, 3, 2, 6, 6))
+
+
+def test_a_batch_of_one():
+    """Its axis could be any; the program is that of a larger batch."""
+    for how, x in (("mean", grid(4, 3, 2, 6, 6)), ("tokens", grid(4, 3, 2, 6, 6))):
+        net = make_dyadic(Net(MULTI[how]))
+        assert lower(net, x[:, :1]).metadata == lower(net, x).metadata
+    net = make_dyadic(Net(lambda net, x: counted(net, x), step_mode="s"))
+    assert lower(net, grid(1, 2, 6, 6)).timesteps == 4
+    repeat = make_dyadic(
+        Net(lambda net, x: net.head(body(net, x.unsqueeze(0).repeat(4, 1, 1, 1, 1))).mean(0))
+    )
+    assert lower(repeat, grid(1, 2, 6, 6)).metadata["time"] == "repeat"
+
+
+def test_several_inputs():
+    with pytest.raises(InputError, match="models of several inputs cannot be lowered"):
+        lower(make_dyadic(Net(MULTI["mean"])), (grid(4, 3, 2, 6, 6), grid(4, 3, 2, 6, 6)))
+
+
 def test_models_called_once_per_step():
     net, x = make_dyadic(per_step()), grid(5, 3, 2, 6, 6)
 
@@ -519,6 +595,7 @@ def test_models_called_once_per_step():
     assert report.samples == 3
     assert [a.agreement for a in report.layers] == [1.0, 1.0]
     assert report.output_error < 1e-4
+    assert compare(net, program, [x]).output_error < 1e-4  # one step at a time, by itself
     other = make_dyadic(Net(MULTI["mean"]))
     mean = lower(other, grid(4, 3, 2, 6, 6))
     other.how = MULTI["all"]

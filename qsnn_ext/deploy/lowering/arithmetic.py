@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from qsnn_ext.deploy.lowering.axes import (
 )
 from qsnn_ext.deploy.lowering.draft import Array, Atom, Complement, Constant, Draft
 from qsnn_ext.deploy.lowering.layers import affine, real
-from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.settle import rescaled, settle
 from qsnn_ext.deploy.program import Add, Logic
 
 
@@ -42,6 +43,7 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
             "it adds a sum over time to something else", "sum or average over time last"
         )
     a, b = _alike(draft, settle(draft, a), settle(draft, b))
+    a, b = _in_reach(draft, a, b)
     values, high = draft.values, draft.largest
     counts = [values[x.index].planes > 0 for x in (a, b)]
     if all(counts) and a.scale == b.scale and sign > 0:
@@ -67,6 +69,18 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
     )  # fmt: skip
     axes = a.axes if len(a.axes) >= len(b.axes) else b.axes
     return Array(base, axes, scale, steps=steps, reduction=a.reduction, factor=a.factor)
+
+
+def _in_reach(draft: Draft, a: Array, b: Array) -> tuple[Array, Array]:
+    """Two values of which the currents have units so coarse that their sum fits 32 bits."""
+    reach = [x.scale * draft.largest[x.index] for x in (a, b)]
+    coarse = 2.0 ** math.ceil(math.log2(max(sum(reach), 1e-30) / 2**29))
+    found = []
+    for x, top in zip((a, b), reach, strict=True):
+        current = draft.values[x.index].planes == 0 and x.scale < coarse
+        bits = math.floor(math.log2(max(top / coarse, 16.0)))
+        found.append(rescaled(draft, x, bits) if current else x)
+    return found[0], found[1]
 
 
 def lower_multiply(draft: Draft, a: Any, b: Any) -> Array | Constant:

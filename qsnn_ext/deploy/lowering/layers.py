@@ -94,7 +94,7 @@ def lower_transposed_conv(draft: Draft, module: Any, x: Array, target: Sequence[
         target: Shape of its output, which tells the output padding.
     """
     codes, alpha = weight_codes(draft, module)
-    codes = np.flip(_swapped(codes, module.groups), axis=tuple(range(2, codes.ndim))).copy()
+    codes = np.flip(codes, axis=tuple(range(2, codes.ndim))).copy()
     dims = codes.ndim - 2
     rank = len(rest_axes(draft, x))
     if rank != dims + 1:
@@ -122,13 +122,6 @@ def lower_transposed_conv(draft: Draft, module: Any, x: Array, target: Sequence[
         x = arrange(draft, x)
     y = convolve(draft, module, x, codes, alpha, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
-
-
-def _swapped(codes: IntArray, groups: int) -> IntArray:
-    """``[C_in, C_out / groups, ...]`` to ``[C_out, C_in / groups, ...]``."""
-    by_group = codes.reshape(groups, -1, *codes.shape[1:]).swapaxes(1, 2)
-    result: IntArray = by_group.reshape(-1, *by_group.shape[2:])
-    return result
 
 
 def _pointwise(
@@ -260,14 +253,14 @@ def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
         raise draft.fail(
             "its weights contain NaN or infinity", "train on or load a sound checkpoint"
         )
-    codes, scale = quantizer.codes(module.weight)
+    rows = getattr(module, "rows", None)  # of a transposed convolution: outputs first
+    codes, scale = quantizer.codes(module.weight if rows is None else rows(module.weight))
     alpha = real(scale).reshape(-1)
     folded = getattr(module, "output_scale", None)  # left by fold_batchnorm_
     if folded is not None:
         alpha = alpha * real(folded)
     codes = codes.detach().cpu().numpy()
-    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d)
-    outputs = module.out_channels if transposed else codes.shape[0]
+    outputs = codes.shape[0]
     if alpha.size not in (1, outputs):
         raise draft.fail(
             f"its weights have {alpha.size} scales for {outputs} outputs",
