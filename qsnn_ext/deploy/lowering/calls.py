@@ -117,7 +117,8 @@ def fire(
     bits = _readout_bits(model) if model.silent else NEURON_BITS
     if x.gain is None and not fits_unit(model, x.scale):
         x = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
-    x = whole(draft, settle(draft, x, bits, model.largest / model.gain))
+    # The scale of a 2-bit neuron's current costs nothing at run time: firing is decided on bits.
+    x = whole(draft, settle(draft, x, bits, model.largest / model.gain, fast=model.bits != 2))
     if draft.largest[x.index] >= WIDE_LIMIT:  # a membrane potential as current
         x = rescaled(draft, x, NEURON_BITS)
     _per_channel(draft, model, module, x)

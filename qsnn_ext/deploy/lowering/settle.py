@@ -17,12 +17,14 @@ from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.program import MAX_SHIFT, Affine, Conv, IntArray
 
 # A current is scaled so that its largest possible value has about this many bits.
-CURRENT_BITS = 26  # room to be added to currents of other units
+CURRENT_BITS = 28  # sums of currents coarsen their units where they have to
 NEURON_BITS = 28  # into a neuron, where nothing but the membrane potential is added
 READOUT_BITS = 20  # into a neuron that only integrates, and may do so for a thousand steps
 
 
-def settle(draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0) -> Array:
+def settle(
+    draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0, fast: bool = False
+) -> Array:
     """Write a pending convolution or batch norm into the program.
 
     Args:
@@ -30,6 +32,7 @@ def settle(draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0
         a: Any array; one with nothing pending comes back as it is.
         bits: Bits of the largest result.
         beside: Largest constant the result meets, in real numbers; it must fit as well.
+        fast: Let products fit 32 bits where they can, which costs digits of the scale.
     """
     if a.gain is None or a.bias is None:
         return a
@@ -37,7 +40,7 @@ def settle(draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0
         shape = draft.shape(a)
         if isinstance(a.base, PendingConv):
             conv, g = a.base, a.base.geometry
-            f = _fixed_point(draft, a.gain, a.bias, conv.reach, bits, beside)
+            f = _fixed_point(draft, a.gain, a.bias, conv.reach, bits, beside, fast)
             base = draft.write(
                 ("conv", id(conv), *f.key), conv.name, (shape, 0, f.unit, f.largest),
                 lambda name, target: Conv(
@@ -47,7 +50,7 @@ def settle(draft: Draft, a: Array, bits: int = CURRENT_BITS, beside: float = 0.0
             )  # fmt: skip
         else:
             source = a.base
-            f = _fixed_point(draft, a.gain, a.bias, draft.largest[source], bits, beside)
+            f = _fixed_point(draft, a.gain, a.bias, draft.largest[source], bits, beside, fast)
             base = draft.write(
                 ("affine", source, *f.key), draft.where, (shape, 0, f.unit, f.largest),
                 lambda name, target: Affine(name, source, target, f.multiplier, f.shift, f.bias),
@@ -71,9 +74,9 @@ class _FixedPoint:
 
 
 def _fixed_point(
-    draft: Draft, gain: Real, bias: Real, reach: int, bits: int, beside: float
+    draft: Draft, gain: Real, bias: Real, reach: int, bits: int, beside: float, fast: bool
 ) -> _FixedPoint:
-    """``gain * x + bias`` for ``|x| <= reach``; ``bits`` and ``beside`` as for :func:`settle`."""
+    """``gain * x + bias`` for ``|x| <= reach``; the rest as for :func:`settle`."""
     if not (np.isfinite(gain).all() and np.isfinite(bias).all()):
         raise draft.fail(
             "its scale or bias is not finite",
@@ -84,8 +87,8 @@ def _fixed_point(
     exponent = bits - math.ceil(math.log2(held)) if held > 0 else 16
     exponent = max(-8, min(exponent, 24))
     unit = 2.0**-exponent
-    # 32-bit products are faster; use them where they leave the multiplier 15 bits.
-    narrow = reach * 2**15 < 2**30
+    # 32-bit products are faster; they leave the multiplier 15 bits where there is room.
+    narrow = fast and reach * 2**15 < 2**30
     cap, longest = ((2**30) / max(reach, 1), 30) if narrow else (2.0**30, MAX_SHIFT)
     ratio = np.abs(gain) / unit
     with np.errstate(divide="ignore"):
