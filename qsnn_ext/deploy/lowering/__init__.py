@@ -202,6 +202,7 @@ class _Attempt:
             rank = len(self.tape.shape) - len(self.lead)
             draft = Draft(self.shape, rank, scale, max(-limits[0], limits[1]))
             draft.prologue, draft.left = self.prologue, self.left
+            draft.modules = dict(self.model.named_modules())
             if "T" in self.lead:
                 draft.steps = self.tape.shape[self.lead.index("T")]
             sample = Array(draft.input, self.axes, scale, raw=True)

@@ -42,6 +42,8 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
         raise draft.fail(
             "it adds a sum over time to something else", "sum or average over time last"
         )
+    for x in (a, b):
+        draft.check_input(x)
     a, b = _alike(draft, settle(draft, a), settle(draft, b))
     a, b = _in_reach(draft, a, b)
     values, high = draft.values, draft.largest

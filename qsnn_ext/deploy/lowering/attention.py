@@ -42,6 +42,7 @@ def lower_matmul(draft: Draft, a: Any, b: Any) -> Array:
     if len(steps) > 1:
         raise draft.fail("it combines different time steps", "let only neurons carry anything on")
     for x in (a, b):
+        draft.check_input(x)
         once_per_step(draft, x)
     lead = lead_axes(draft, a)
     if lead != lead_axes(draft, b):

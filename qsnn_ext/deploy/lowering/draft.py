@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from torch import nn
+
 from qsnn_ext.deploy.lowering.neurons import Constants, Real
 from qsnn_ext.deploy.lowering.tracing import error_at
 from qsnn_ext.deploy.program import IntArray, Op, Value
@@ -189,6 +191,7 @@ class Draft:
         steps: Time steps the model is known to run.
         loops: Recurrent module -> where its spikes come back.
         reached: How many events have been lowered.
+        modules: Path -> module of the model.
         left: Layer -> why ``quantize_`` left it in floating point.
         room: Bits of input codes that the first layer has room for, once it found too many.
     """
@@ -206,6 +209,7 @@ class Draft:
         self.prologue: list[tuple[Real, Real]] = []
         self.loops: dict[int, Any] = {}
         self.reached = 0
+        self.modules: dict[str, nn.Module] = {}
         self.left: dict[str, str] = {}
         self.room: int | None = None
         self._written: dict[tuple[Any, ...], int] = {}
@@ -234,7 +238,7 @@ class Draft:
 
     def check_input(self, a: Array) -> None:
         """Refuse a reader of the input that takes it before what the host does to it."""
-        if a.raw and a.done != len(self.prologue):
+        if a.raw and a.base == self.input and a.done != len(self.prologue):
             raise self.fail(
                 "it reads the input without what another part of the model does to it first",
                 "normalise the input once, for all that read it",

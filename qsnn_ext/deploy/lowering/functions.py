@@ -36,12 +36,13 @@ from qsnn_ext.deploy.lowering.draft import (
     Filling,
     Membrane,
 )
-from qsnn_ext.deploy.lowering.layers import affine, lower_batch_norm, real
+from qsnn_ext.deploy.lowering.layers import Kernel, affine, lower_batch_norm, real
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.operands import as_array, as_tensor
 from qsnn_ext.deploy.lowering.pooling import lower_mean, lower_pool, repeat_pixels
 from qsnn_ext.deploy.lowering.settle import settle
 from qsnn_ext.deploy.lowering.tracing import Event
+from qsnn_ext.deploy.lowering.weights import lower_product
 from qsnn_ext.deploy.program import Concat
 
 
@@ -98,7 +99,7 @@ def _operands(draft: Draft, call: Call) -> tuple[Any, Any]:
 
 def _affine_of_input(draft: Draft, a: Any, factor: Any, shift: Any) -> Array | None:
     """``x * factor + shift`` of the model's input is the host's work, before codes are made."""
-    if not isinstance(a, Array) or not a.raw:
+    if not isinstance(a, Array) or not a.raw or a.base != draft.input or a.reduction != "none":
         return None
     factors, shifts = real(torch.as_tensor(factor)), real(torch.as_tensor(shift))
     if not factors.all():
@@ -441,6 +442,8 @@ def _cat(draft: Draft, call: Call) -> Any:
 
 def concatenate(draft: Draft, arrays: list[Array], dim: int) -> Array:
     """Tensors side by side along an axis of a sample."""
+    for a in arrays:
+        draft.check_input(a)
     arrays = [settle(draft, a) for a in arrays]
     front = len(lead_axes(draft, arrays[0]))
     if dim < front:
@@ -513,6 +516,46 @@ def _einsum(draft: Draft, call: Call) -> Any:
 
 def _flat(values: Any) -> list[Any]:
     return [x for v in values for x in (_flat(v) if isinstance(v, tuple | list) else [v])]
+
+
+def _tuple(value: Any, dims: int) -> Any:
+    listed = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return value if isinstance(value, str) else listed * (dims if len(listed) == 1 else 1)
+
+
+@_named("linear")
+def _linear(draft: Draft, call: Call) -> Any:
+    weight, bias = _value(call.get(1, "weight")), _value(call.get(2, "bias"))
+    return lower_product(draft, call.array(draft), weight, bias, None)
+
+
+@_named("conv1d", "conv2d", "conv3d")
+def _conv(draft: Draft, call: Call) -> Any:
+    names = {"weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    weight, bias, *rest = (
+        _value(call.get(place + 1, name, default))
+        for place, (name, default) in enumerate(names.items())
+    )
+    dims = int(call.name[4])
+    stride, padding, dilation = (_tuple(v, dims) for v in rest[:3])
+    kernel = Kernel(stride, padding, dilation, rest[3])
+    return lower_product(draft, call.array(draft), weight, bias, kernel)
+
+
+@_named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(draft: Draft, call: Call) -> Any:
+    names = {
+        "weight": None, "bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1,
+        "dilation": 1,
+    }  # fmt: skip
+    weight, bias, *rest = (
+        _value(call.get(place + 1, name, default))
+        for place, (name, default) in enumerate(names.items())
+    )
+    dims = int(call.name[14])
+    stride, padding, dilation = (_tuple(v, dims) for v in (rest[0], rest[1], rest[4]))
+    kernel = Kernel(stride, padding, dilation, rest[3])
+    return lower_product(draft, call.array(draft), weight, bias, kernel, call.shapes[0])
 
 
 # --------------------------------------------------------------------------- pixels elsewhere

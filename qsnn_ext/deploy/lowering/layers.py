@@ -7,13 +7,13 @@ biases, and those of batch norms, stay real numbers until something reads the re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from qsnn_ext.deploy.lowering.axes import (
     along,
@@ -36,27 +36,62 @@ from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, rescaled, settle
 from qsnn_ext.deploy.program import IntArray, output_size, words
 
 
-def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a layer multiplies with: ``codes * alpha`` per output channel, and its bias.
+
+    Args:
+        codes: ``[C_out, C_in / groups, ...]``.
+        alpha, bias: ``[C_out]``.
+        binary: Whether the codes are -1 and 1.
+    """
+
+    codes: IntArray
+    alpha: Real
+    bias: Real
+    binary: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """How a convolution is laid over its input, as torch says it.
+
+    Args:
+        stride, dilation: One number for each axis, as in ``output_padding``.
+        padding: Likewise, or ``"valid"`` or ``"same"``.
+        groups: Channel groups.
+        padding_mode: What stands outside.
+    """
+
+    stride: Sequence[int]
+    padding: Sequence[int] | str
+    dilation: Sequence[int]
+    groups: int
+    padding_mode: str = "zeros"
+
+
+def lower_conv(draft: Draft, weights: Weights, kernel: Kernel, x: Array) -> Array:
     """``nn.Conv1d`` and ``nn.Conv2d``; one dimension is a row of pixels."""
-    if isinstance(module, nn.Conv3d):
+    codes = weights.codes
+    one = codes.ndim == 3
+    if codes.ndim > 4:
         raise draft.fail(
             "three-dimensional convolutions are not part of the integer program",
             "use two-dimensional ones, with time as steps",
         )
-    codes, alpha = weight_codes(draft, module)
-    one = isinstance(module, nn.Conv1d)
     if one:
         codes = codes[:, :, None, :]
-    kernel, stride, dilation = ((1, v[0]) if one else v for v in (
-        module.kernel_size, module.stride, module.dilation))  # fmt: skip
-    if module.padding == "valid":
+        weights = replace(weights, codes=codes)
+    size = codes.shape[2:]
+    stride, dilation = ((1, v[0]) if one else tuple(v) for v in (kernel.stride, kernel.dilation))
+    if kernel.padding == "valid":
         padding = (0, 0, 0, 0)
-    elif module.padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    elif kernel.padding == "same":
+        total = [d * (k - 1) for k, d in zip(size, dilation, strict=True)]
         before = [t // 2 for t in total]
         padding = (before[0], before[1], total[0] - before[0], total[1] - before[1])
     else:
-        p = (0, module.padding[0]) if one else module.padding
+        p = (0, kernel.padding[0]) if one else kernel.padding
         padding = (int(p[0]), int(p[1]), int(p[0]), int(p[1]))
     rank = len(rest_axes(draft, x))
     if rank != (2 if one else 3):
@@ -64,38 +99,46 @@ def lower_conv(draft: Draft, module: Any, x: Array) -> Array:
             f"its input has {rank} axes besides batch and time",
             f"give it {'[C, L]' if one else '[C, H, W]'} per sample",
         )
-    if module.padding_mode != "zeros":
+    if kernel.padding_mode != "zeros":
         x = settle(draft, x)
         for place, (first, last) in enumerate((padding[::2], padding[1::2])[-rank + 1 :]):
             dim = len(x.axes) - rank + 1 + place
-            index = padded_index(draft, sizes(x)[dim], first, last, module.padding_mode)
+            index = padded_index(draft, sizes(x)[dim], first, last, kernel.padding_mode)
             x = pick(draft, x, dim, index)
         padding = (0, 0, 0, 0)
-    geometry = Geometry(tuple(stride), padding, tuple(dilation), module.groups)
+    geometry = Geometry(stride, padding, dilation, kernel.groups)
     x = _convolvable(draft, x, codes)
-    if kernel == (1, 1) and geometry == Geometry(groups=module.groups):
-        y = _pointwise(draft, module, x, codes, alpha, geometry, len(lead_axes(draft, x)))
+    if size == (1, 1) and geometry == Geometry(groups=kernel.groups):
+        y = _pointwise(draft, weights, x, geometry, len(lead_axes(draft, x)))
         if y is not None:
             return y
     x = natural(draft, x)
     if one and draft.shape(x)[1] > 1:
         x = arrange(draft, x)  # rows that were flattened become one
-    y = convolve(draft, module, x, codes, alpha, geometry)
+    y = convolve(draft, weights, x, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
 
 
-def lower_transposed_conv(draft: Draft, module: Any, x: Array, target: Sequence[int]) -> Array:
+def lower_transposed_conv(
+    draft: Draft, weights: Weights, kernel: Kernel, x: Array, target: Sequence[int]
+) -> Array:
     """``nn.ConvTranspose1d`` and ``2d``: zeros between the pixels, then a plain convolution.
 
     Args:
         draft: The program so far.
-        module: The layer.
+        weights: Those of the layer, output channels first.
+        kernel: How it is laid over its output.
         x: Its input.
         target: Shape of its output, which tells the output padding.
     """
-    codes, alpha = weight_codes(draft, module)
-    codes = np.flip(codes, axis=tuple(range(2, codes.ndim))).copy()
+    codes = np.flip(weights.codes, axis=tuple(range(2, weights.codes.ndim))).copy()
     dims = codes.ndim - 2
+    if dims > 2:
+        raise draft.fail(
+            "three-dimensional convolutions are not part of the integer program",
+            "use two-dimensional ones, with time as steps",
+        )
+    assert not isinstance(kernel.padding, str)
     rank = len(rest_axes(draft, x))
     if rank != dims + 1:
         raise draft.fail(
@@ -105,33 +148,27 @@ def lower_transposed_conv(draft: Draft, module: Any, x: Array, target: Sequence[
     x = settle(draft, x)
     for place in range(dims):
         dim = len(x.axes) - dims + place
-        n, stride, dilation = sizes(x)[dim], module.stride[place], module.dilation[place]
+        n, stride, dilation = sizes(x)[dim], kernel.stride[place], kernel.dilation[place]
         reach = dilation * (codes.shape[2 + place] - 1)
         length = target[len(target) - dims + place] + reach
-        at = np.arange(length) - (reach - module.padding[place])
+        at = np.arange(length) - (reach - kernel.padding[place])
         inside = (at >= 0) & (at % stride == 0) & (at // stride < n)
         index = [int(i) for i in np.where(inside, at // stride, -1)]
         if index != list(range(n)):
             x = pick(draft, x, dim, index)
     if dims == 1:
         codes = codes[:, :, None, :]
-    dilations = (1, *module.dilation)[-2:] if dims == 1 else tuple(module.dilation)
-    geometry = Geometry(dilation=dilations, groups=module.groups)
+    down, across = (1, *kernel.dilation)[-2:]
+    geometry = Geometry(dilation=(down, across), groups=kernel.groups)
     x = natural(draft, _convolvable(draft, x, codes))
     if dims == 1 and draft.shape(x)[1] > 1:
         x = arrange(draft, x)
-    y = convolve(draft, module, x, codes, alpha, geometry)
+    y = convolve(draft, replace(weights, codes=codes), x, geometry)
     return replace(y, axes=per_sample_axes(lead_axes(draft, x), draft.shape(y), rank))
 
 
 def _pointwise(
-    draft: Draft,
-    module: Any,
-    x: Array,
-    codes: IntArray,
-    alpha: Real,
-    geometry: Geometry,
-    channel: int,
+    draft: Draft, weights: Weights, x: Array, geometry: Geometry, channel: int
 ) -> Array | None:
     """A layer that looks at one pixel, whatever the order of pixels; None if that is not all.
 
@@ -139,28 +176,29 @@ def _pointwise(
     """
     if not is_whole(draft, x) or x.axes[channel] != full("C", draft.shape(x)[0]):
         return None
-    y = convolve(draft, module, x, codes, alpha, geometry)
+    y = convolve(draft, weights, x, geometry)
     axes = list(x.axes)
-    axes[channel] = full("C", codes.shape[0])
+    axes[channel] = full("C", weights.codes.shape[0])
     return replace(y, axes=tuple(axes))
 
 
-def lower_linear(draft: Draft, module: Any, x: Array) -> Array:
+def lower_linear(draft: Draft, weights: Weights, x: Array) -> Array:
     """``nn.Linear``: a kernel of one pixel over channels, or one that covers all it flattens."""
-    codes, alpha = weight_codes(draft, module)
+    codes = weights.codes
+    pixel = replace(weights, codes=codes[:, :, None, None])
     lead, rest = lead_axes(draft, x), rest_axes(draft, x)
-    x = _convolvable(draft, x, codes[:, :, None, None])
+    x = _convolvable(draft, x, pixel.codes)
     if all(size_of(axis) == 1 for axis in rest[:-1]):
         x = natural(draft, replace(x, axes=(*lead, rest[-1])))
         codes = codes.reshape(codes.shape[0], *draft.shape(x))
-        y = convolve(draft, module, x, codes, alpha, Geometry())
+        y = convolve(draft, replace(weights, codes=codes), x, Geometry())
         return replace(y, axes=(*lead, *rest[:-1], full("C", codes.shape[0])))
     last = len(x.axes) - 1
-    found = _pointwise(draft, module, x, codes[:, :, None, None], alpha, Geometry(), last)
+    found = _pointwise(draft, pixel, x, Geometry(), last)
     if found is None:
         x = arrange(draft, permute(x, [*range(len(lead)), last, *range(len(lead), last)]))
         x = permute(x, [*range(len(lead)), *range(len(lead) + 1, last + 1), len(lead)])
-        found = _pointwise(draft, module, x, codes[:, :, None, None], alpha, Geometry(), last)
+        found = _pointwise(draft, pixel, x, Geometry(), last)
     if found is None:
         raise draft.fail(
             f"it reads features of a tensor of shape {sizes(x)} that lie apart",
@@ -238,7 +276,7 @@ def real(t: torch.Tensor) -> Real:
     return np.asarray(t.detach().to(torch.float64).cpu().numpy())
 
 
-def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
+def layer_weights(draft: Draft, module: Any) -> Weights:
     """Integer codes and per-output-channel scale, from the quantizer that trained them."""
     quantizer = getattr(module, "quantizer", None)
     if quantizer is None:
@@ -249,12 +287,13 @@ def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
             f"quantize the {type(module).__name__} (for example quantize_(model, "
             '"1w-2u"), which keeps first and last layer at 8 bits)',
         )  # fmt: skip
-    if not bool(torch.isfinite(module.weight).all()):
+    latent = module.weight
+    if not bool(torch.isfinite(latent).all()):
         raise draft.fail(
             "its weights contain NaN or infinity", "train on or load a sound checkpoint"
         )
     rows = getattr(module, "rows", None)  # of a transposed convolution: outputs first
-    codes, scale = quantizer.codes(module.weight if rows is None else rows(module.weight))
+    codes, scale = quantizer.codes(latent if rows is None else rows(latent))
     alpha = real(scale).reshape(-1)
     folded = getattr(module, "output_scale", None)  # left by fold_batchnorm_
     if folded is not None:
@@ -266,25 +305,34 @@ def weight_codes(draft: Draft, module: Any) -> tuple[IntArray, Real]:
             f"its weights have {alpha.size} scales for {outputs} outputs",
             "quantize it with one scale, or one for each output channel",
         )
-    return codes, np.broadcast_to(alpha, (outputs,)).astype(np.float64)
+    bias = np.zeros(outputs) if module.bias is None else real(module.bias)
+    alpha = np.broadcast_to(alpha, (outputs,)).astype(np.float64)
+    return Weights(codes, alpha, bias, getattr(quantizer, "bits", 32) == 1)
 
 
-def convolve(
-    draft: Draft, module: Any, x: Array, codes: IntArray, alpha: Real, geometry: Geometry
-) -> Array:
-    """A convolution with weight codes ``[C_out, C_in/groups, kh, kw]`` and scales ``[C_out]``."""
+def kernel_of(module: Any) -> Kernel:
+    """How a layer of torch is laid over its input."""
+    return Kernel(
+        module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    )
+
+
+def convolve(draft: Draft, weights: Weights, x: Array, geometry: Geometry) -> Array:
+    """A convolution with weight codes ``[C_out, C_in/groups, kh, kw]``."""
+    codes = weights.codes
     draft.check_input(x)
     x = _convolvable(draft, x, codes)
-    key = ("layer", id(module), x.index, x.scale)
+    held = hashlib.sha256(np.ascontiguousarray(codes)).digest()
+    key = ("layer", draft.where, held, codes.shape, geometry, x.index, x.scale)
     if key not in draft.convolutions:
-        binary = getattr(module.quantizer, "bits", 32) == 1
-        draft.convolutions[key] = _pending(draft, x.index, codes, binary, geometry)
-    bias = np.zeros(codes.shape[0]) if module.bias is None else real(module.bias)
+        draft.convolutions[key] = _pending(draft, x.index, codes, weights.binary, geometry)
+    bias = weights.bias
     if x.reduction == "sum":
         bias = bias / (x.factor * steps_summed(draft, x))
     return replace(
-        x, base=draft.convolutions[key], gain=alpha * x.scale, bias=bias, origin=draft.where
-    )
+        x, base=draft.convolutions[key], gain=weights.alpha * x.scale, bias=bias,
+        origin=draft.where,
+    )  # fmt: skip
 
 
 def _convolvable(draft: Draft, x: Array, codes: IntArray) -> Array:

@@ -22,6 +22,8 @@ from qsnn_ext.quantizers import MembraneQuantizer
 
 Real = npt.NDArray[np.float64]
 
+FINE = 2**12  # units of a current in a membrane scale from which on it is rounded, not exact
+
 
 @dataclass
 class Constants:
@@ -307,7 +309,9 @@ def _bounds(m: Constants, n: int, alpha: float, one: float) -> npt.NDArray[np.in
     """Integers from which on each code is reached: ``code = (number of bounds <= v) - n``.
 
     Code c begins at ``(c - 1/2) * alpha/n``; on the boundary itself rounding half to even gives
-    the even neighbour.
+    the even neighbour. With 2 bits that boundary is met again and again: the largest current there
+    is makes the scale, and after a leak by half it leads from code -1 to exactly there. A fine
+    current is rounded by less than 2 units, which so still count as the boundary.
     """
     limit = float(2**30)
     if alpha <= 0:  # every membrane potential quantizes to code 0
@@ -318,7 +322,8 @@ def _bounds(m: Constants, n: int, alpha: float, one: float) -> npt.NDArray[np.in
         with np.errstate(divide="ignore"):
             edge = np.where(np.abs(edge) < 1, np.arctanh(np.clip(edge, -1, 1)), np.sign(edge) * 1e9)
     even = codes % 2 == 0
-    bounds = np.where(even, np.ceil(edge / one), np.floor(edge / one) + 1)
+    wider = 2 if n == 1 and alpha / one >= FINE else 0
+    bounds = np.where(even, np.ceil(edge / one) - wider, np.floor(edge / one) + 1 + wider)
     return np.clip(bounds, -limit, limit).astype(np.int64).astype(np.int32)
 
 

@@ -106,6 +106,7 @@ def lower_mean(draft: Draft, a: Array, dims: Any, total: bool, keepdim: bool = F
             "a mean over the batch makes a sample depend on its batch",
             "average over time, height, width or channels",
         )
+    draft.check_input(a)
     a = whole(draft, settle(draft, a))
     over = {d: labels(a.axes[d]) for d in chosen}
     pixels = [d for d in chosen if over[d] and over[d] <= {"H", "W"}]
@@ -239,6 +240,7 @@ def _window(
     padding: tuple[int, int, int, int],
 ) -> Array:
     area = kernel[0] * kernel[1]
+    draft.check_input(x)
     x = settle(draft, x)
     if function == "sum" and draft.values[x.index].planes == 0:
         x = rescaled(draft, x, 30 - area.bit_length())

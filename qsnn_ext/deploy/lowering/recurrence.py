@@ -6,8 +6,7 @@ current that is filtered first is a neuron without threshold whose potential is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,11 @@ from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Geometry, Mem
 from qsnn_ext.deploy.lowering.layers import (
     affine,
     convolve,
+    kernel_of,
+    layer_weights,
     lower_conv,
     lower_linear,
     real,
-    weight_codes,
 )
 from qsnn_ext.deploy.lowering.neurons import Constants, Real, read_neuron
 from qsnn_ext.deploy.lowering.pooling import lower_mean, once_per_step
@@ -59,7 +59,6 @@ class Loop:
     spikes: int
     delayed: int
     current: dict[tuple[Any, ...], Array]
-    halves: list[Any] = field(default_factory=list)  # of a linear layer's weights
 
 
 def _kinds(module: nn.Module) -> set[str]:
@@ -174,9 +173,9 @@ def _with_feedback(draft: Draft, module: Any, x: Array, loop: Loop) -> Array:
 
 def _feedback(draft: Draft, layer: Any, last: Array) -> Array:
     if isinstance(layer, nn.Linear):
-        return lower_linear(draft, layer, last)
+        return lower_linear(draft, layer_weights(draft, layer), last)
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return lower_conv(draft, layer, last)
+        return lower_conv(draft, layer_weights(draft, layer), kernel_of(layer), last)
     factor = getattr(layer, "V", None)
     if factor is None:
         raise draft.fail(
@@ -289,7 +288,7 @@ def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
         back = Array(loop.delayed, shown.axes, 1.0, steps=x.steps)
         if linear:
             with draft.at(f"{name}.rc"):
-                loop.current[key] = _split_linear(draft, module.rc, x, back, loop)
+                loop.current[key] = _split_linear(draft, module.rc, x, back)
         else:
             loop.current[key] = _joined(draft, module.element_wise_function, x, back)
     with draft.at(f"{name}.sub_module"):
@@ -298,19 +297,20 @@ def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
     return spiked
 
 
-def _split_linear(draft: Draft, layer: Any, x: Array, back: Array, loop: Loop) -> Array:
+def _split_linear(draft: Draft, layer: Any, x: Array, back: Array) -> Array:
     """A linear layer on ``cat((x, back), -1)``: its weights fall into two parts."""
-    codes, alpha = weight_codes(draft, layer)
+    weights = layer_weights(draft, layer)
+    codes = weights.codes
     n = codes.shape[1] - sizes(back)[-1]
     if len(rest_axes(draft, x)) != 1 or not is_natural(draft, x):
         raise draft.fail("its input is no vector of features", "flatten it before")
-    if not loop.halves:
-        biases = (layer.bias, None)
-        loop.halves = [SimpleNamespace(quantizer=layer.quantizer, bias=b) for b in biases]
     parts = []
-    for value, part, half in zip((x, back), (codes[:, :n], codes[:, n:]), loop.halves, strict=True):
+    for value, part, bias in (
+        (x, codes[:, :n], weights.bias),
+        (back, codes[:, n:], np.zeros_like(weights.bias)),
+    ):
         kernel = part.reshape(part.shape[0], *draft.shape(value))
-        y = convolve(draft, half, value, kernel, alpha, Geometry())
+        y = convolve(draft, replace(weights, codes=kernel, bias=bias), value, Geometry())
         parts.append(replace(y, axes=(*value.axes[:-1], full("C", codes.shape[0]))))
     total = lower_add(draft, parts[0], parts[1])
     assert isinstance(total, Array)

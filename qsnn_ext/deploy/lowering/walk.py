@@ -17,6 +17,8 @@ from qsnn_ext.deploy.lowering.calls import is_neuron, lower_neuron
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft
 from qsnn_ext.deploy.lowering.functions import FUNCTIONS, Call
 from qsnn_ext.deploy.lowering.layers import (
+    kernel_of,
+    layer_weights,
     lower_conv,
     lower_linear,
     lower_norm,
@@ -39,7 +41,29 @@ _KINDS = (*_CONVS, *_TRANSPOSED, nn.Linear, *_NORMS, *_POOLS)
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one event of the tape: those that :func:`walk` knows."""
-    return isinstance(module, _KINDS) or is_neuron(module) or is_recurrent(module)
+    if isinstance(module, _KINDS):
+        return not _computes_its_own_way(module)
+    return is_neuron(module) or is_recurrent(module)
+
+
+def _computes_its_own_way(module: nn.Module) -> bool:
+    """Whether a layer's forward is neither torch's nor the same over time, as SpikingJelly's.
+
+    What such a forward does is then recorded function by function.
+    """
+    if "forward" in vars(module):
+        return True
+    for kind in type(module).__mro__:
+        if not {"forward", "_conv_forward", "__call__"} & set(vars(kind)):
+            continue
+        if kind.__module__.startswith("qsnn_ext."):
+            continue
+        if kind.__module__.startswith("torch.nn."):
+            return False
+        wrapped = kind.__module__.startswith("spikingjelly.activation_based.layer")
+        if not (wrapped and getattr(nn, kind.__name__, None) in kind.__mro__):
+            return True
+    return False
 
 
 def has_state(module: nn.Module) -> bool:
@@ -150,11 +174,13 @@ def _module(
     if isinstance(module, (*_NORMS, *_CONVS, *_TRANSPOSED)):
         _check_steps(draft, module, x)
     if isinstance(module, _CONVS):
-        return lower_conv(draft, module, x)
+        return lower_conv(draft, layer_weights(draft, module), kernel_of(module), x)
     if isinstance(module, _TRANSPOSED):
-        return lower_transposed_conv(draft, module, x, next(iter(event.shapes.values())))
+        target = next(iter(event.shapes.values()))
+        weights = layer_weights(draft, module)
+        return lower_transposed_conv(draft, weights, kernel_of(module), x, target)
     if isinstance(module, nn.Linear):
-        return lower_linear(draft, module, x)
+        return lower_linear(draft, layer_weights(draft, module), x)
     if isinstance(module, _NORMS):
         return lower_norm(draft, module, x)
     return lower_pool(draft, module, x)
