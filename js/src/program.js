@@ -182,9 +182,15 @@ const RULES = {
 
   Delay(p, op, ranges) {
     const src = p.values[op.source], dst = p.values[op.target];
-    need(String(src.shape) === String(dst.shape) && src.planes === dst.planes && dst.planes > 0,
-      op.name, "it delays counts or spikes, and keeps their shape and planes");
-    setRange(p, op, ranges, op.target, 0, 2 ** dst.planes - 1);
+    need(String(src.shape) === String(dst.shape) && src.planes === dst.planes, op.name,
+      "a delay keeps shape and planes");
+    if (dst.planes > 0) return setRange(p, op, ranges, op.target, 0, 2 ** dst.planes - 1);
+    const neuron = p.ops.find(
+      (n) => n.op === "Neuron" && n.membrane === op.source && n.bits !== 32);
+    const reading = neuron?.reading?.data;
+    need(reading instanceof Int32Array && reading.length > 0, op.name,
+      "it delays counts, spikes, or membrane outputs of neurons of 8 bits or less");
+    setRange(p, op, ranges, op.target, Math.min(0, ...reading), Math.max(0, ...reading));
   },
 
   Conv(p, op, ranges) {

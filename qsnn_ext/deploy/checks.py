@@ -147,10 +147,9 @@ def states(program: Program, batch: int, state: Any) -> dict[str, IntArray]:
             raise InputError(
                 f"the state of {delay.name!r} must be integers of shape {(batch, *v.shape)}"
             )
-        if int(words.min()) < 0 or int(words.max()) >= 2**v.planes:
-            raise InputError(
-                f"the state of {delay.name!r} holds numbers outside 0..{2**v.planes - 1}"
-            )
+        low, high = program.delay_range(delay)
+        if int(words.min()) < low or int(words.max()) > high:
+            raise InputError(f"the state of {delay.name!r} holds numbers outside {low}..{high}")
         found[delay.name] = words
     extra = [k for k in state if k not in found]
     if extra:

@@ -121,7 +121,9 @@ def _pack_state(array: IntArray, slot: StateSlot) -> npt.NDArray[np.uint32]:
     c, h, w = slot.shape
     flat = np.ascontiguousarray(array.reshape(c, h * w).T).astype(np.int32)
     if slot.state_bits == 32:
-        return flat.reshape(-1).view(np.uint32)
+        wide = np.zeros((h * w, slot.pitch), np.int32)
+        wide[:, :c] = flat
+        return wide.reshape(-1).view(np.uint32)
     planes = (flat[:, None, :] >> np.arange(slot.state_bits)[:, None]) & 1
     padded = np.zeros((*planes.shape[:2], words(c) * 32), np.uint8)
     padded[:, :, :c] = planes
@@ -133,7 +135,8 @@ def _unpack_state(area: npt.NDArray[np.uint32], slot: StateSlot) -> npt.NDArray[
     """Inverse of :func:`_pack_state`."""
     c, h, w = slot.shape
     if slot.state_bits == 32:
-        flat = area[slot.offset : slot.offset + h * w * c].view(np.int32).reshape(h * w, c)
+        wide = area[slot.offset : slot.offset + h * w * slot.pitch].view(np.int32)
+        flat = wide.reshape(h * w, slot.pitch)[:, :c]
     else:
         size = h * w * slot.state_bits * words(c)
         packed = area[slot.offset : slot.offset + size].astype("<u4").view(np.uint8)

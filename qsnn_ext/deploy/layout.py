@@ -88,12 +88,21 @@ class Region:
 
 @dataclass(frozen=True)
 class StateSlot:
-    """Where the membrane potentials of one neuron operation lie in the state area."""
+    """Where the membrane potentials of one neuron operation lie in the state area.
+
+    Args:
+        name: Of the operation.
+        offset: Where they begin.
+        shape: ``[C, H, W]``.
+        state_bits: 32 for plain int32, channel last; otherwise bit planes.
+        pitch: Words from one pixel to the next.
+    """
 
     name: str
     offset: int
     shape: tuple[int, int, int]
-    state_bits: int  # 32: plain int32, channel last; otherwise bit planes
+    state_bits: int
+    pitch: int
 
 
 @dataclass(eq=False)
@@ -277,12 +286,15 @@ class Layout:
             )  # fmt: skip
             self.neurons[id(n)] = plan
             bits = n.state_bits if n.bits <= 8 else 32
-            self.slots.append(StateSlot(n.name, state, shape, bits))
+            self.slots.append(StateSlot(n.name, state, shape, bits, self._state_pitch(n)))
         self._delays: dict[int, int] = {}
         for d in self.program.delays:
             v = self.program.values[d.source]
             self._delays[id(d)] = self._state.take(self._stored(v, d.source))
-            self.slots.append(StateSlot(d.name, self._delays[id(d)], v.shape, v.planes))
+            slot = StateSlot(
+                d.name, self._delays[id(d)], v.shape, v.planes or 32, self._stride(d.source)
+            )
+            self.slots.append(slot)
 
     def _parameter(self, plan: Plan, name: str, count: int) -> None:
         offset = self._image.take(count) if count else 0

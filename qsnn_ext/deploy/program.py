@@ -280,8 +280,9 @@ class Matmul:
 class Delay:
     """``y`` is what ``x`` was one time step before, 0 at the first: recurrence.
 
-    ``x`` holds counts or spikes, and may be written by a later operation: it is taken at the end of
-    the step.
+    ``x`` holds counts or spikes, or is the membrane output of a neuron of 8 bits or less, whose
+    range its reading tells. It may be written by a later operation: it is taken at the end of the
+    step.
     """
 
     name: str
@@ -350,6 +351,24 @@ class Program:
     def delays(self) -> list[Delay]:
         """The operations that remember a value for a step, in order."""
         return [op for op in self.ops if isinstance(op, Delay)]
+
+    def delay_range(self, delay: Delay) -> tuple[int, int]:
+        """Least and largest number that a delay may hold.
+
+        Raises:
+            FormatError: If it delays an int32 of which nothing is known beforehand.
+        """
+        planes = self.values[delay.source].planes
+        if planes:
+            return 0, 2**planes - 1
+        for n in self.neurons:
+            if n.membrane == delay.source and n.bits != 32:
+                reading = n.reading
+                if isinstance(reading, np.ndarray) and reading.dtype == np.int32 and reading.size:
+                    return min(int(reading.min()), 0), max(int(reading.max()), 0)
+        raise _fail(
+            delay.name, "it delays counts, spikes, or membrane outputs of neurons of 8 bits or less"
+        )
 
     @property
     def input_rank(self) -> int:
@@ -730,10 +749,14 @@ class _Validator:
 
     def _delay(self, op: Delay) -> None:
         src, dst = self.p.values[op.source], self.p.values[op.target]
-        if src.shape != dst.shape or src.planes != dst.planes or dst.planes == 0:
-            raise _fail(op.name, "it delays counts or spikes, and keeps their shape and planes")
-        # Whatever is written to the source fits its planes; that is checked there.
-        self._set(op.name, op.target, 0, 2**dst.planes - 1)
+        if src.shape != dst.shape or src.planes != dst.planes:
+            raise _fail(op.name, "a delay keeps shape and planes")
+        if dst.planes:
+            # Whatever is written to the source fits its planes; that is checked there.
+            self._set(op.name, op.target, 0, 2**dst.planes - 1)
+            return
+        lo, hi = self.p.delay_range(op)
+        self._set(op.name, op.target, lo, hi)
 
     def _neuron(self, op: Neuron) -> None:
         src, dst = self.p.values[op.source], self.p.values[op.target]

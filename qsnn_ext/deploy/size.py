@@ -90,7 +90,8 @@ def size_of(
         membranes += h * w * (c if neuron.bits == 32 else neuron.bits * words(c)) * 4
     for delay in program.delays:
         c, h, w = program.values[delay.source].shape
-        membranes += h * w * program.values[delay.source].planes * words(c) * 4
+        planes = program.values[delay.source].planes
+        membranes += h * w * (planes * words(c) if planes else c) * 4
     item = 1 if fits_bytes(*program.input_range) else 2
     io = item * program.values[0].elements
     io += 4 * sum(program.values[i].elements for i in program.outputs)

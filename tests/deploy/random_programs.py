@@ -17,6 +17,7 @@ from qsnn_ext.deploy.program import (
     Pool,
     Program,
     Value,
+    targets_of,
     words,
 )
 from qsnn_ext.errors import FormatError
@@ -307,10 +308,18 @@ class RandomProgram:
         """A value of the step before, among them of one that is written later."""
         v = self.values[source]
         if v.planes == 0:
-            return self.affine(source)
+            read = [
+                op.membrane
+                for op in self.ops
+                if isinstance(op, Neuron) and op.membrane is not None and op.bits != 32
+            ]
+            if not read:
+                return self.affine(source)
+            source = self.pick(*read)
+            v = self.values[source]
         target = self.value(v.shape, v.planes)
         op = Delay(f"op{len(self.ops)}", source, target)
-        first = next((k for k, o in enumerate(self.ops) if o.target == source), len(self.ops))
+        first = next((k for k, o in enumerate(self.ops) if source in targets_of(o)), len(self.ops))
         self.ops.insert(first if self.rng.random() < 0.5 else len(self.ops), op)
         return target
 

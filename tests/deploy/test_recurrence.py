@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import snntorch as snn
@@ -9,10 +11,12 @@ import torch
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
+import qsnn_ext
+from qsnn_ext import hosts
 from qsnn_ext import layers as own
 from qsnn_ext.deploy import DeployedModel, compare, lower
 from qsnn_ext.deploy.program import Delay
-from qsnn_ext.errors import InputError, LoweringError
+from qsnn_ext.errors import FormatError, InputError, LoweringError
 from qsnn_ext.spikingjelly import QuantLIFNode
 from tests.deploy.networks import make_dyadic, reset
 from tests.deploy.test_forwards import answers_alike, grid
@@ -191,6 +195,51 @@ def test_streaming_goes_on_from_a_saved_state():
             np.testing.assert_array_equal(other.step(c)[0], expected)
         with pytest.raises(InputError, match=r"lif\.last"):
             other.restore({**saved, "lif.last": saved["lif.last"] + 2})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["Synaptic", "RSynaptic"])
+def test_quantized_synaptic_currents(kind, bits):
+    """Both states of a neuron are carried with k bits; the current is used before it is rounded."""
+    torch.manual_seed(0)
+    net = Hidden(NEURONS[kind](init_hidden=True))
+    x = torch.rand(12, 4, 6)
+    qsnn_ext.quantize_(net, {"weight": 1, "membrane": bits}, sample=x)
+    net.fc.weight.data.mul_(8)
+    net.eval()
+    qsnn_ext.calibrate(net, [torch.rand(12, 8, 6)])
+    assert {s.quantizer.bits for s in hosts.describe(net.lif).rounded if s.name != "spk"} == {bits}
+    program = lower(net, x)
+    assert len(program.delays) == 1 + (kind == "RSynaptic")
+    report = compare(net, program, [x], quantize_input=True)
+    assert report.layers[-1].rate_model > 0.02
+    assert min(a.agreement for a in report.layers) >= 0.999, str(report)
+    engine, reference = DeployedModel(program), DeployedModel(program, "numpy")
+    np.testing.assert_array_equal(engine.integers(x)[0], reference.integers(x)[0])
+    codes = engine.codes(x)
+    session, other = engine.session(4), reference.session(4)
+    for c in codes[:5]:
+        session.step(c)
+        other.step(c)
+    saved = session.state()
+    for name, state in other.state().items():
+        np.testing.assert_array_equal(saved[name], state)
+    resumed = engine.session(4)
+    resumed.restore(saved)
+    for c in codes[5:]:
+        np.testing.assert_array_equal(resumed.step(c)[0], session.step(c)[0])
+
+
+def test_a_delayed_current_must_have_a_range():
+    torch.manual_seed(0)
+    net = make_dyadic(Hidden(NEURONS["Synaptic"](init_hidden=True)))
+    program = lower(net, grid(4, 3, 6))
+    current = next(i for i, v in enumerate(program.values) if i and v.planes == 0)
+    v = program.values[current]
+    program.values.append(dataclasses.replace(v, name="late"))
+    program.ops.append(Delay("late", current, len(program.values) - 1))
+    with pytest.raises(FormatError, match=r"late: it delays counts, spikes, or membrane outputs"):
+        program.validate()
 
 
 class TestRefusals:

@@ -114,7 +114,7 @@ def fire(
     Returns:
         Spikes and the membrane potential after the call.
     """
-    bits = _readout_bits(model) if model.silent else NEURON_BITS
+    bits = _readout_bits(model) if model.silent and model.bits == 32 else NEURON_BITS
     if x.gain is None and not fits_unit(model, x.scale):
         x = replace(affine(draft, x, np.ones(1), np.zeros(1)), origin=f"{draft.where}.scale")
     # The scale of a 2-bit neuron's current costs nothing at run time: firing is decided on bits.
@@ -188,7 +188,7 @@ def read_membrane(draft: Draft, m: Membrane) -> Array:
         shape = draft.values[use.source].shape
         use.membrane = draft.value(f"{use.name}.membrane", shape, 0, unit, 2**31 - 2)
     steps = None if m.whole else frozenset([m.step])
-    return Array(use.membrane, m.axes, unit, steps=steps)
+    return Array(use.membrane, m.axes, draft.values[use.membrane].scale, steps=steps)
 
 
 def _check_membrane(draft: Draft, key: tuple[int, int], step: int, membrane: Any) -> None:

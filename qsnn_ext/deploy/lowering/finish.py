@@ -100,7 +100,7 @@ def finish(
         metadata["input_bias"] = ",".join(repr(float(b)) for b in bias)
     program = Program(
         values,
-        [_integer(op, values) if isinstance(op, NeuronUse) else op for op in draft.ops],
+        [_integer(op, draft.values) if isinstance(op, NeuronUse) else op for op in draft.ops],
         tuple(a.index for a in outputs),
         reduction=reduction,
         input_scale=draft.values[draft.input].scale,

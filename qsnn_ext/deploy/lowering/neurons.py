@@ -107,7 +107,7 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
         raise LoweringError(
             f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
         )
-    bits, alpha, squash = _membrane(name, model.quantizer)
+    bits, alpha, squash = membrane_of(name, model.quantizer)
     if bits == 32 and model.reset == "soft" and _resets_twice(module):
         raise LoweringError(
             f"{name}: a float membrane potential with reset_delay=False and subtraction can "
@@ -136,7 +136,8 @@ def _number(value: Any) -> float:
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
-def _membrane(name: str, quantizer: MembraneQuantizer | None) -> tuple[int, float, bool]:
+def membrane_of(name: str, quantizer: MembraneQuantizer | None) -> tuple[int, float, bool]:
+    """Bits, frozen scale of a carried state, and whether tanh precedes its quantizer."""
     if quantizer is None:
         return 32, 1.0, False
     if quantizer.mode != "frozen" or not quantizer.calibrated:

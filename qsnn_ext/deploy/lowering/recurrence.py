@@ -6,6 +6,7 @@ current that is filtered first is a neuron without threshold whose potential is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +42,9 @@ from qsnn_ext.deploy.lowering.layers import (
     lower_linear,
     real,
 )
-from qsnn_ext.deploy.lowering.neurons import Constants, Real, read_neuron
+from qsnn_ext.deploy.lowering.neurons import Constants, Real, membrane_of, read_neuron
 from qsnn_ext.deploy.lowering.pooling import lower_mean, once_per_step
-from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.settle import NEURON_BITS, settle
 from qsnn_ext.deploy.program import Delay
 from qsnn_ext.neuron import Charge
 
@@ -108,17 +109,7 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
     takes_sequences(draft, module, x)
     recurrent, second = bool(kinds & {*_RECURRENT}), bool(kinds & {*_SECOND_STATES})
     states = dict(zip([*["spk"] * recurrent, *["syn"] * second, "mem"], given, strict=False))
-    described = hosts.describe(module)
-    if (
-        second
-        and described is not None
-        and any(s.quantizer is not None for s in described.states if s.name != described.potential)
-    ):
-        raise draft.fail(
-            "its synaptic current is quantized between steps and used unquantized within one, "
-            "which no integer operation gives out yet",
-            "leave that state in floating point, or use a neuron with one state",
-        )
+    described: Any = hosts.describe(module)
     charge = Charge(torch.as_tensor(module.beta).detach().clamp(0, 1))
     model = read_neuron(draft.where, module, charge)
     if model.reset == "hard" and model.delayed:
@@ -134,10 +125,19 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
         current = _with_feedback(draft, module, x, loop)
     outputs: list[Any] = []
     if second:
+        quantizer = next((s.quantizer for s in described.states if s.name == "syn"), None)
+        if quantizer is not None and described.order != "fire_first":
+            raise draft.fail(
+                "its synaptic current is quantized before it is used",
+                "choose the order fire_first, or leave that state in floating point",
+            )
+        held = states.get("syn")
         with draft.at(f"{draft.where}.syn"):
-            held = states.get("syn")
-            _, after = fire(draft, module.alpha, _filter(module), current, held, False)
-        current = read_membrane(draft, after)
+            if quantizer is None:
+                _, after = fire(draft, module.alpha, _filter(module), current, held, False)
+                current = read_membrane(draft, after)
+            else:
+                current, after = _quantized_filter(draft, module, quantizer, current, held)
         outputs.append(after)
     spikes, membrane = fire(
         draft, module, model, current, states.get("mem"), False, loop.spikes if loop else None
@@ -148,6 +148,41 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
 def _filter(module: Any) -> Constants:
     """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
     return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
+
+
+def _quantized_filter(
+    draft: Draft, module: Any, quantizer: Any, x: Array, held: Any
+) -> tuple[Array, Membrane]:
+    """A synaptic current of which k bits are carried on, but which is used before it is rounded.
+
+    What was carried is read a step later: a delay of the membrane potential of a neuron that never
+    fires. Leaked, and with the current of the step, it is what the membrane potential integrates.
+
+    Returns:
+        The synaptic current, and what is carried.
+    """
+    filtered = _filter(module)
+    bits, alpha, squash = membrane_of(draft.where, quantizer)
+    filtered.bits, filtered.alpha, filtered.squash = bits, alpha, squash
+    x = settle(draft, x)
+    _, after = fire(draft, module.alpha, filtered, x, held, False)
+    use = draft.neurons[after.neuron]
+    if use.membrane is None:
+        shape = draft.shape(x)
+        unit = 2.0 ** (math.ceil(math.log2(max(alpha, 1e-6))) - NEURON_BITS)
+        largest = round(max(alpha, 0.0) / unit) + 1
+        use.membrane = draft.value(f"{use.name}.membrane", shape, 0, unit, largest)
+    unit = draft.values[use.membrane].scale
+    key = ("delay", id(module), use.membrane)
+    source = use.membrane
+    last = draft.write(
+        key, f"{draft.where}.last", (draft.shape(x), 0, unit, draft.largest[source]),
+        lambda name, target: Delay(name, source, target),
+    )  # fmt: skip
+    carried = affine(draft, Array(last, x.axes, unit, steps=x.steps), filtered.decay, np.zeros(1))
+    total = lower_add(draft, x, carried)
+    assert isinstance(total, Array)
+    return replace(total, axes=x.axes), after
 
 
 def _silent(decay: Real) -> Constants:
