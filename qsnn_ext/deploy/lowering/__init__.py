@@ -98,8 +98,8 @@ def lower(
             if batch.shape not in tapes:
                 tapes[tuple(batch.shape)] = _tape(model, batch, forward)
                 hosts.reset(model)
-        except LoweringError as error:
-            errors.append((-1, error))
+        except LoweringError as found:
+            errors.append((-1, found))
             continue
         tape = tapes[tuple(batch.shape)]
         attempt = _Attempt(model, tape, lead, shown.numpy(), input_scale, input_bits)

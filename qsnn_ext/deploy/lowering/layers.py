@@ -83,7 +83,9 @@ def lower_conv(draft: Draft, weights: Weights, kernel: Kernel, x: Array) -> Arra
         codes = codes[:, :, None, :]
         weights = replace(weights, codes=codes)
     size = codes.shape[2:]
-    stride, dilation = ((1, v[0]) if one else tuple(v) for v in (kernel.stride, kernel.dilation))
+    stride, dilation = (
+        ((1, v[0]) if one else (v[0], v[1])) for v in (kernel.stride, kernel.dilation)
+    )
     if kernel.padding == "valid":
         padding = (0, 0, 0, 0)
     elif kernel.padding == "same":
@@ -322,7 +324,7 @@ def convolve(draft: Draft, weights: Weights, x: Array, geometry: Geometry) -> Ar
     codes = weights.codes
     draft.check_input(x)
     x = _convolvable(draft, x, codes)
-    held = hashlib.sha256(np.ascontiguousarray(codes)).digest()
+    held = hashlib.sha256(codes.tobytes()).digest()
     key = ("layer", draft.where, held, codes.shape, geometry, x.index, x.scale)
     if key not in draft.convolutions:
         draft.convolutions[key] = _pending(draft, x.index, codes, weights.binary, geometry)
