@@ -27,6 +27,7 @@ from qsnn_ext.layers import (
     normalization_affine,
 )
 from qsnn_ext.models import ConvBN
+from qsnn_ext.text import printable
 from qsnn_ext.wrapping import named_modules, unwrap
 
 
@@ -50,7 +51,7 @@ class FoldReport:
         """One line for each batch norm."""
         lines = [f"{norm}: folded into {layer}" for layer, norm in self.folded]
         lines += [f"{norm}: left, {reason}" for norm, reason in self.left.items()]
-        return "\n".join(lines) or "no batch norm found"
+        return "\n".join(printable(line, most=1000) for line in lines) or "no batch norm found"
 
 
 def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:

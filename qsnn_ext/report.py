@@ -29,7 +29,7 @@ from qsnn_ext.footprint import (
 from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.membranes import Membrane
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
-from qsnn_ext.text import columns
+from qsnn_ext.text import columns, printable
 from qsnn_ext.trace import call, check_model, untouched, watching
 
 
@@ -152,7 +152,9 @@ class Summary:
             f"({self.energy.source})",
         ]
         if self.uncounted:
-            lines.append(f"operations are not counted in: {', '.join(self.uncounted)}")
+            lines.append(
+                f"operations are not counted in: {', '.join(map(printable, self.uncounted))}"
+            )
         return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
@@ -578,4 +580,5 @@ def _names(axis: Any, layers: list[LayerSummary]) -> None:
     """Names under the bars; of many layers only some, so that they stay legible."""
     every = -(-len(layers) // 24) or 1
     places = range(0, len(layers), every)
-    axis.set_xticks(list(places), [layers[i].name for i in places], rotation=90, fontsize=7)
+    names = [printable(layers[i].name) for i in places]
+    axis.set_xticks(list(places), names, rotation=90, fontsize=7, parse_math=False)

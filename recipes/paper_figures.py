@@ -62,7 +62,7 @@ def figure_2(plain: dict[str, Any]) -> Any:
     """Firing rates of the first eight layers without WS-DR."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     bars(axes, {"without WS-DR": first_layers(plain["layer_rates"])}, "$p_s$", "spiking layer")
-    axes.set_title(described(plain), fontsize=9)
+    axes.set_title(described(plain), fontsize=9, parse_math=False)
     return figure
 
 
@@ -90,7 +90,7 @@ def figure_4(regulated: dict[str, Any]) -> Any:
     bars(axes[0], signs, "$p_w$", "binary layer")
     rates = {"with WS-DR": first_layers(regulated["layer_rates"])}
     bars(axes[1], rates, "$p_s$", "spiking layer")
-    figure.suptitle(described(regulated), fontsize=9)
+    figure.suptitle(described(regulated), fontsize=9, parse_math=False)
     return figure
 
 

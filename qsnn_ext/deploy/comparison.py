@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
 from qsnn_ext.errors import InputError, StateError
+from qsnn_ext.text import columns
 from qsnn_ext.wrapping import unwrap
 
 
@@ -63,17 +65,22 @@ class Comparison:
     at_the_ends: float = 0.0
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<40} {'agree':>9} {'rate':>7} {'program':>7} {'membrane':>9}"]
-        for a in self.layers:
-            lines.append(
-                f"{a.name[-40:]:<40} {a.agreement:>9.5f} {a.rate_model:>7.4f} "
-                f"{a.rate_program:>7.4f} {a.membrane_error:>9.2e}"
+        rows = [
+            (
+                layer.name,
+                f"{layer.agreement:.5f}",
+                f"{layer.rate_model:.4f}",
+                f"{layer.rate_program:.4f}",
+                f"{layer.membrane_error:.2e}",
             )
-        lines.append(
-            f"{self.samples} samples: predictions agree on {self.predictions:.4%}, accuracy "
-            f"{self.accuracy_model:.4f} and {self.accuracy_program:.4f}, largest output "
-            f"difference {self.output_error:.3g}"
-        )
+            for layer in self.layers
+        ]
+        lines = [columns(("layer", "agree", "rate", "program", "membrane"), rows, left=1)]
+        said = [f"{self.samples} samples: predictions agree on {self.predictions:.4%}"]
+        if not math.isnan(self.accuracy_model):  # there were labels
+            said.append(f"accuracy {self.accuracy_model:.4f} and {self.accuracy_program:.4f}")
+        said.append(f"largest output difference {self.output_error:.3g}")
+        lines.append(", ".join(said))
         if self.at_the_ends:
             lines.append(f"input codes at the ends of their range: {self.at_the_ends:.3%}")
         return "\n".join(lines)

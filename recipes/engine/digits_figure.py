@@ -41,7 +41,8 @@ def draw(plain: dict[str, Any], regulated: dict[str, Any], path: Path) -> None:
     config = regulated["config"]
     figure.suptitle(
         f"{config['network']} on {config['data']}, {config['bits']}, seed {config['seed']}: "
-        f"{plain['last_accuracy']:.2f} % without, {regulated['last_accuracy']:.2f} % with WS-DR"
+        f"{plain['last_accuracy']:.2f} % without, {regulated['last_accuracy']:.2f} % with WS-DR",
+        parse_math=False,
     )
     figure.savefig(path, dpi=140)
     plt.close(figure)

@@ -37,7 +37,9 @@ def plot_run(result: dict[str, Any], path: Path) -> None:
     names, values = list(result["layer_rates"]), list(result["layer_rates"].values())
     layers.bar(range(len(values)), values, color="C2")
     layers.axhline(0.5, color="grey", linestyle=":", linewidth=1)
-    layers.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    layers.set_xticks(
+        range(len(names)), names, rotation=60, ha="right", fontsize=7, parse_math=False
+    )
     layers.set(ylabel="firing rate per layer", ylim=(0, 1))
     for axes in (loss, accuracy):
         axes.legend()
@@ -45,7 +47,8 @@ def plot_run(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['recipe']} on {config['data']}, {config['bits']}, {result['variant']}, "
         f"seed {result['seed']}: last {result['last_accuracy']:.2f} %, "
-        f"best {result['best_accuracy']:.2f} %"
+        f"best {result['best_accuracy']:.2f} %",
+        parse_math=False,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
