@@ -148,6 +148,7 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
                         f"rebuild a {type(module).__name__}; save model.state_dict() instead."
                     )
                 entry["order"] = module.order
+                entry["preset"] = module.preset
             found[name] = entry
     return found
 
@@ -282,7 +283,7 @@ def _restore(
         )
         if entry is not None:
             quantizer = _KINDS[entry["quantizer"]](**entry["options"])
-            target = Target(quantizer, entry.get("order"), device)
+            target = Target(quantizer, entry.get("order"), device, entry.get("preset", "paper"))
             changes.append((module, target))
         elif is_quantized:
             changes.append((module, Target(None)))

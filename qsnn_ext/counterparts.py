@@ -59,7 +59,8 @@ class QuantizedNeuron:
     Args:
         bits: 2 to 8, or ``None``/32 for states in floating point.
         membrane: a ready quantizer; overrides ``bits`` and the options below.
-        preset: ``"paper"`` or ``"official"``: defaults of the options below.
+        preset: ``"paper"`` or ``"official"``: defaults of the options below and, in SpikingJelly,
+            of :class:`qsnn_ext.spikingjelly.Triangle`.
         scale: ``"max"`` or ``"absmax"``.
         squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
         mode: ``"dynamic"`` (default) or ``"frozen"``.
@@ -72,6 +73,7 @@ class QuantizedNeuron:
 
     membrane: MembraneQuantizer | None
     order: F.StepOrder
+    preset: str
     carried: nn.ModuleDict
 
     #: What the classes made by :meth:`over` are called: this and the host's name.
@@ -102,7 +104,7 @@ class QuantizedNeuron:
             membrane = membrane_quantizer(bits, preset, scale=scale, squash=squash, mode=mode)
         F.check_order(order)
         super().__init__(*args, **kwargs)
-        self._take(membrane, order)
+        self._take(membrane, order, preset)
 
     @property
     def bits(self) -> int | None:
@@ -142,6 +144,7 @@ class QuantizedNeuron:
         node: nn.Module,
         membrane: MembraneQuantizer | None,
         order: F.StepOrder = "fire_first",
+        preset: str = "paper",
     ) -> Self:
         """Turn a host neuron into this one, in place (its class changes), and return it.
 
@@ -159,7 +162,7 @@ class QuantizedNeuron:
         node.__class__ = cls  # type: ignore[assignment]
         assert isinstance(node, cls)
         try:
-            node._take(membrane, order)
+            node._take(membrane, order, preset)
         except ConfigError:
             node.to_float()
             raise
@@ -167,18 +170,21 @@ class QuantizedNeuron:
 
     def to_float(self) -> nn.Module:
         """Turn back into the class this one extends, in place, and return it."""
-        for name in ("membrane", "order", "carried"):
+        for name in ("membrane", "order", "preset", "carried"):
             if name in self.__dict__ or name in self._modules:  # type: ignore[attr-defined]
                 delattr(self, name)
         self.__class__ = self.float_type()  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
         return self
 
-    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
+    def _take(
+        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
+    ) -> None:
         """Hold the quantizers of the states."""
         assert isinstance(self, nn.Module)
         self.membrane = None
         self.order = order
+        self.preset = preset
         model = hosts.describe(self)
         assert model is not None
         if membrane is None:

@@ -75,8 +75,10 @@ class QuantizedModule(QuantizedNeuron):
 
     prefix = "Quant"
 
-    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
-        super()._take(membrane, order)
+    def _take(
+        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
+    ) -> None:
+        super()._take(membrane, order, preset)
         if membrane is not None and order != "fire_first":
             raise ConfigError(
                 f"a {type(self).__name__} runs its own step, which fires on the unrounded charge; "

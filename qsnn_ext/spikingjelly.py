@@ -50,7 +50,8 @@ class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
         beta: half-width and height of the triangle; positive.
         spiking: ``False`` returns the primitive function, as for every SpikingJelly surrogate.
         strict: whether the threshold itself does not fire, as in the authors' code. ``None`` is
-            ``True`` in neurons built with ``preset="official"`` and ``False`` elsewhere.
+            ``False``, but neurons built with or converted to ``preset="official"`` get a ``True``
+            one in its place.
 
     Raises:
         ConfigError: ``beta`` is not positive.
@@ -97,14 +98,13 @@ class QuantizedNode(QuantizedNeuron):
     _memories: dict[str, Any]
     _has_rounded: bool
 
-    def __init__(self, *args: Any, preset: str = "paper", **kwargs: Any) -> None:
-        super().__init__(*args, preset=preset, **kwargs)
+    def _take(
+        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
+    ) -> None:
+        super()._take(membrane, order, preset)
         fire = getattr(self, "surrogate_function", None)
         if preset == "official" and isinstance(fire, Triangle) and fire.strict is None:
             self.surrogate_function = Triangle(fire.beta, fire.spiking, strict=True)
-
-    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
-        super()._take(membrane, order)
         if membrane is not None and order != "fire_first" and self._affine() is None:
             raise ConfigError(
                 f"a {type(self).__name__} runs the host's own step, which fires on the unrounded "
@@ -228,8 +228,10 @@ class QuantizedLoop(QuantizedNeuron):
 
     prefix = "Quant"
 
-    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
-        super()._take(membrane, order)
+    def _take(
+        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
+    ) -> None:
+        super()._take(membrane, order, preset)
         if membrane is not None and order != "fire_first":
             raise ConfigError(f"a {type(self).__name__} takes order='fire_first' only.")
 

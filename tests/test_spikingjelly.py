@@ -15,9 +15,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 from qsnn_ext import functional as F
+from qsnn_ext.checkpoint import load_checkpoint, save_checkpoint
+from qsnn_ext.conversion.quantize import quantize_
 from qsnn_ext.errors import InputError, QSNNError
 from qsnn_ext.quantizers import MembraneQuantizer
-from qsnn_ext.spikingjelly import QuantIFNode, QuantLIFNode, QuantParametricLIFNode
+from qsnn_ext.spikingjelly import QuantIFNode, QuantLIFNode, QuantParametricLIFNode, Triangle
 
 BITS = [2, 3, 4, 8]
 RESETS = {"hard0": 0.0, "hard": -0.4, "soft": None}
@@ -556,3 +558,24 @@ def test_a_sequence_needs_a_step():
 def test_the_presets_squash_can_be_switched_off():
     assert QuantLIFNode(bits=2, preset="official").membrane.squash == "tanh"
     assert QuantLIFNode(bits=2, preset="official", squash="none").membrane.squash is None
+
+
+@pytest.mark.parametrize(("preset", "fires"), [("paper", 1.0), ("official", 0.0)])
+def test_a_converted_neuron_fires_at_its_threshold_as_the_preset_does(preset, fires, tmp_path):
+    """The authors' code compares with ``>``; where the model itself says which, that counts."""
+
+    def network(**strict):
+        return torch.nn.Sequential(neuron.IFNode(surrogate_function=Triangle(**strict)))
+
+    def at_threshold(model):
+        return model(torch.ones(2, 3)).mean().item()
+
+    model = network()
+    quantize_(model, preset)
+    assert at_threshold(model) == fires
+    save_checkpoint(model, tmp_path / "net.safetensors")
+    assert at_threshold(load_checkpoint(tmp_path / "net.safetensors", network)) == fires
+    for said in (True, False):
+        model = network(strict=said)
+        quantize_(model, preset)
+        assert at_threshold(model) == float(not said)

@@ -23,12 +23,14 @@ class Target:
     Attributes:
         quantizer: of weights or membrane potential; ``None`` for floating point.
         order: step order, for neurons.
+        preset: whose defaults a neuron follows besides its quantizer's, such as a strict threshold.
         device: where the quantizer goes, for neurons (layers know theirs).
     """
 
     quantizer: Quantizer | None
     order: Any = None
     device: torch.device | None = None
+    preset: str = "paper"
 
 
 def quantized_layer(module: nn.Module, quantizer: Quantizer) -> type[QuantizedWeight] | None:
@@ -56,7 +58,8 @@ def change_class(module: Any, target: Target) -> None:
     if type(module) is quantized:
         module.to_float()
     if target.quantizer is not None:
-        quantized.from_float(module, target.quantizer.to(target.device), target.order)
+        quantizer = target.quantizer.to(target.device)
+        quantized.from_float(module, quantizer, target.order, target.preset)
 
 
 def _restore_float(layer: Any) -> None:

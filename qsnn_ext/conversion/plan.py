@@ -363,7 +363,9 @@ class Plan:
                 return unit.settle("kept", f"{reason}: 32 bits")
             return unit.settle("unchanged", f"{reason}; already quantized so")
         kind = quantized if membrane is not None else quantized.float_type()
-        unit.convert(Target(membrane, wanted.order, unit.device), kind.__name__, reason)
+        unit.convert(
+            Target(membrane, wanted.order, unit.device, self.config.preset), kind.__name__, reason
+        )
         unit.bits["membrane"] = membrane.bits if membrane is not None else None
 
     def _fires(self, unit: Unit) -> str | None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext import functional as F
+from qsnn_ext.errors import InputError
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.grid import compute_dtype
 from qsnn_ext.kernels.options import LIFOptions
@@ -193,10 +194,10 @@ def _numbers(x: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """``count`` numbers (or more) of a dtype in a row.
 
     Raises:
-        ValueError: fewer.
+        InputError: fewer.
     """
     if x.numel() < count:
-        raise ValueError(f"{count} numbers are needed, got a tensor of shape {tuple(x.shape)}")
+        raise InputError(f"{count} numbers are needed, got a tensor of shape {tuple(x.shape)}.")
     return x.to(dtype).contiguous()
 
 
