@@ -187,7 +187,7 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     neuron = (tmp_path / "site" / "explanation" / "neuron.html").read_text(encoding="utf-8")
     assert "<math" in neuron
     assert "arithmatex" not in neuron
-    assert "qsnn_ext.convert.quantize_" in (tmp_path / "site/api/conversion.html").read_text()
+    assert "qsnn_ext.conversion.quantize_" in (tmp_path / "site/api/conversion.html").read_text()
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
