@@ -26,13 +26,16 @@ from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import check_memory
 from qsnn_ext.errors import InputError, InputTypeError
 
+KEPT_SESSIONS = 2  # memory of finished calls that the next ones may use again
+
 Answer = Any  # array, or arrays in the form that the model returned them in
 
 
 class DeployedModel:
     """Calls a program like the model it came from.
 
-    One object may be used from several threads at once: every call has its own membranes.
+    One object may be used from several threads at once: every call has its own membranes. The
+    memory of the last calls is kept and used again by calls of as many samples.
 
     Args:
         program: A valid program.
@@ -65,6 +68,7 @@ class DeployedModel:
         self.threads = checks.count("threads", threads, MAX_THREADS)
         self.memory_limit = memory_limit
         self._image: Image | None = None
+        self._idle: list[EngineSession] = []
         if self.backend == "numpy":
             check_memory(program, memory_limit)
         else:
@@ -88,6 +92,30 @@ class DeployedModel:
         return open_session(
             self.program, batch, self.backend, self.threads, self._image, self.memory_limit
         )
+
+    def _take(self, batch: int) -> Session:
+        """A session at its beginning: one that an earlier call has left, if there is any."""
+        for session in list(self._idle):
+            try:
+                if session.batch == batch:
+                    self._idle.remove(session)
+                    session.reset()
+                    return session
+            except ValueError:  # another thread took it
+                continue
+        return self.session(batch)
+
+    def _leave(self, session: EngineSession) -> None:
+        """Keep a session for the next call; the oldest one goes."""
+        self._idle.append(session)
+        while len(self._idle) > KEPT_SESSIONS:
+            try:
+                self._idle.pop(0)
+            except IndexError:  # another thread took the last one
+                return
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle": []}  # what runs cannot be copied
 
     def codes(self, x: Any) -> npt.NDArray[np.int32]:
         """Integer input codes ``[..., C, H, W]`` of real inputs: the last float there is.
@@ -180,11 +208,13 @@ class DeployedModel:
         batch = codes.shape[0] if static else codes.shape[1]
         if batch == 0 or steps == 0:
             raise InputError("the input is empty")
-        session = self.session(batch)
+        session = self._take(batch)
         if isinstance(session, EngineSession):
             order = codes if static else codes.swapaxes(0, 1)
             order = np.ascontiguousarray(order)
-            return [r.swapaxes(0, 1) for r in session._run(order, steps)]
+            found = [r.swapaxes(0, 1) for r in session._run(order, steps)]
+            self._leave(session)
+            return found
         answers = [session.step(codes if static else codes[t]) for t in range(steps)]
         return [np.stack([a[i] for a in answers]) for i in range(len(self.program.outputs))]
 

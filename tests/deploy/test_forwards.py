@@ -255,7 +255,44 @@ MULTI = {  # [T, N, C, H, W]
     "rotated": lambda net, x: net.head(body(net, x).transpose(-1, -2).flip(-1)).mean(0),
     "channels last": lambda net, x: net.fc(body(net, x).permute(0, 1, 3, 4, 2)).mean((2, 3)),
     "blank": lambda net, x: net.head(body(net, x + 0 * x)).mean(0),
+    "pooled by three": lambda net, x: F.max_pool3d(body(net, x), (1, 2, 2)).flatten(2),
+    "averaged by three": lambda net, x: F.avg_pool3d(
+        body(net, x).flatten(0, 1), (1, 3, 3), (1, 3, 3)
+    ).view(4, 3, -1),
+    "adaptive by three": lambda net, x: F.adaptive_avg_pool3d(
+        body(net, x), (None, 1, 1)
+    ).flatten(2),
+    "uneven": lambda net, x: F.interpolate(body(net, x).flatten(0, 1), size=(7, 11)).view(
+        4, 3, -1
+    ),
+    "uneven, down": lambda net, x: F.interpolate(
+        body(net, x).flatten(0, 1), size=(4, 5), mode="nearest-exact"
+    ).view(4, 3, -1),
+    "border": lambda net, x: net.head(net.mid[1](bordered(net.mid[0](net.stem(x))))).mean(0),
+    "blank border": lambda net, x: net.head(blanked(body(net, x))).mean(0),
+    "cat of currents": lambda net, x: (
+        lambda s: net.head(net.spike(net.both(torch.cat([net.mid[0](s) * 3, s], dim=2)))).mean(0)
+    )(net.stem(x)),
+    "cat of means": lambda net, x: (
+        lambda s: torch.cat([s.mean(0).flatten(2), s.mean(0)[:, :, ::2].flatten(2)], 2)
+    )(body(net, x)),
 }  # fmt: skip
+
+
+def bordered(y):
+    y = y.clone()
+    border = (torch.arange(8.0) - 3).view(1, 8, 1, 1) / 4
+    y[:, :, :, :1] = border
+    y[:, :, :, -1] = border[..., 0]
+    y[..., :2] = border
+    return y
+
+
+def blanked(s):
+    s = s.clone()
+    s[:, :, :, -2:, :] = 0
+    s[:, :, 3] = 0.0
+    return s
 
 
 def padded(net, x, mode):
@@ -273,6 +310,10 @@ def parts(how):
     if how in ("reflect", "circular", "replicate", "zeros"):
         return {"spike": QuantLIFNode(step_mode="m"), "inner": inner()}
     found = {
+        "cat of currents": {
+            "spike": QuantLIFNode(step_mode="m"),
+            "both": _converted(layer.Conv2d(16, 8, 1, step_mode="m"), 1),
+        },
         "channel cat": {
             "spike": QuantLIFNode(step_mode="m"),
             "both": _converted(layer.Conv2d(16, 8, 1, step_mode="m"), 1),
@@ -744,6 +785,9 @@ class TestRefusals:
             (lambda net, x: net.head(net.stem(x)).mean(1), "mean over the batch"),
             (lambda net, x: net.stem(x).flatten(1).mean(0), "batch or time axis is not in front"),
             (lambda net, x: net.stem(x / x.abs().max()), "by a tensor|'max'"),
+            (lambda net, x: F.max_pool3d(net.stem(x), 2), "window over three axes.*height and"),
+            (lambda net, x: F.scaled_dot_product_attention(*[net.stem(x)] * 3), "softmax.*product"),
+            (lambda net, x: net.mid[1](net.stem(x).transpose(0, 3)), "layers before it run"),
             (lambda net, x: net.stem((x - 1) / 2) + net.mid[0](net.stem[0](x)), "normali"),
         ],
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,6 +44,22 @@ def test_backends_agree(case, backend):
     want = deploy.load(path, backend="numpy")(x)
     for threads in (1, 2):
         np.testing.assert_array_equal(deploy.load(path, backend, threads)(x), want)
+
+
+def test_calls_use_the_memory_of_earlier_ones(case):
+    """Every call begins at rest, whatever ran before it, at the same time, or was interrupted."""
+    _, path, x = case
+    net = deploy.load(path)
+    inputs = [x, x.flip(0), x[:2], 1 - x, x[:1]]
+    wanted = [deploy.load(path)(v) for v in inputs]
+    for _ in range(2):
+        for v, want in zip(inputs, wanted, strict=True):
+            np.testing.assert_array_equal(net(v), want)
+    assert 1 <= len(net._idle) <= 2
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(net, inputs * 8), wanted * 8, strict=True):
+            np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(copy.deepcopy(net)(x), wanted[0])
 
 
 def test_several_outputs_come_back_as_a_tuple():

@@ -57,6 +57,12 @@ def takes_sequences(draft: Draft, module: Any, x: Array) -> bool:
     """Whether a module runs over the first axis of ``x`` as time; checks that it is."""
     over_time = runs_over_time(module) or getattr(module, "step_mode", "s") == "m"
     once_per_step(draft, x)
+    if over_time and x.axes and labels(x.axes[0]) & set("CHW"):
+        raise draft.fail(
+            "it runs over an axis of the sample along which layers before it run too, so that its "
+            "steps do not come one after the other",
+            "let convolutions see one time step at a time, with time in front: [T, N, ...]",
+        )
     if over_time and not (x.axes and labels(x.axes[0]) == {"T"}):
         raise draft.fail(
             "it runs over its first axis, which is not time here",
@@ -183,7 +189,14 @@ def _per_channel(draft: Draft, model: Constants, module: Any, x: Array) -> None:
 def read_membrane(draft: Draft, m: Membrane) -> Array:
     """Make the membrane potential of a neuron an output of it."""
     use = draft.neurons[m.neuron]
-    unit = use.unit * use.model.gain if use.model.bits == 32 else 2.0**-16
+    model = use.model
+    top = max(model.alpha, 0.0) + float(model.theta.max())
+    unit = (
+        use.unit * model.gain
+        if model.bits == 32
+        else 2.0 ** min(math.ceil(math.log2(top)) - 29, -8)
+    )
+    unit = max(unit, 2.0**-16) if model.bits != 32 else unit
     if use.membrane is None:
         shape = draft.values[use.source].shape
         use.membrane = draft.value(f"{use.name}.membrane", shape, 0, unit, 2**31 - 2)

@@ -16,6 +16,7 @@ from qsnn_ext.deploy.lowering.axes import (
     along,
     expand,
     full,
+    gather,
     has_time,
     labels,
     lead_axes,
@@ -40,10 +41,10 @@ from qsnn_ext.deploy.lowering.layers import Kernel, affine, lower_batch_norm, re
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.operands import as_array, as_tensor
 from qsnn_ext.deploy.lowering.pooling import lower_mean, lower_pool, repeat_pixels
-from qsnn_ext.deploy.lowering.settle import settle
+from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, settle
 from qsnn_ext.deploy.lowering.tracing import Event
 from qsnn_ext.deploy.lowering.weights import lower_product
-from qsnn_ext.deploy.program import Concat
+from qsnn_ext.deploy.program import Affine, Concat
 
 
 @dataclass(frozen=True)
@@ -393,6 +394,8 @@ def _split(draft: Draft, call: Call) -> Any:
 def _setitem(draft: Draft, call: Call) -> Any:
     base, index, item = call.args[:3]
     parts = index if isinstance(index, tuple) else (index,)
+    if isinstance(base, Array) and isinstance(item, Constant | int | float):
+        return _overwrite(draft, base, parts, real(torch.as_tensor(_value(item))))
     dims = [i for i, p in enumerate(parts) if isinstance(p, int)]
     others = all(p == slice(None) or p is Ellipsis for p in parts if not isinstance(p, int))
     if len(dims) != 1 or not others or Ellipsis in parts[: dims[0]]:
@@ -411,6 +414,58 @@ def _setitem(draft: Draft, call: Call) -> Any:
         )
     items[parts[dim] % length] = item
     return Filling(dim, length, items)
+
+
+def _overwrite(draft: Draft, a: Array, parts: tuple[Any, ...], value: Real) -> Array:
+    """``a[parts] = value`` with a constant, one for all or one per channel: a border, a mask."""
+    draft.check_input(a)
+    a = natural(draft, settle(draft, a))
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        missing = len(a.axes) - (len(parts) - 1)
+        parts = (*parts[:at], *[slice(None)] * missing, *parts[at + 1 :])
+    sliced = [d for d, p in enumerate(parts) if not (isinstance(p, slice) and p == slice(None))]
+    plain = all(isinstance(p, int | slice) and not isinstance(p, bool) for p in parts)
+    front = len(lead_axes(draft, a))
+    if not plain or len(sliced) != 1 or sliced[0] < front or len(a.axes) - front != 3:
+        raise draft.fail(
+            "this assignment to a part of a tensor cannot be lowered",
+            "assign a number, or one per channel, to a slice of one axis of [C, H, W]",
+        )
+    shape = draft.shape(a)
+    c, h, w = shape
+    part = parts[sliced[0]]
+    chosen = range(shape[sliced[0] - front])[part]
+    places = np.isin(np.arange(shape[sliced[0] - front]), list(np.atleast_1d(chosen)))
+    behind = len(a.axes) - 1 - sliced[0]
+    if isinstance(part, int) and value.ndim > behind:  # its axis is missing there
+        value = np.expand_dims(value, value.ndim - behind)
+    constant = along(draft, a, value, "numbers")
+    integers = np.rint(np.broadcast_to(constant, (c,)) / a.scale)
+    if np.abs(integers).max() >= 2**30 or (draft.values[a.index].planes and integers.any()):
+        raise draft.fail(
+            "what it writes does not fit the range of the tensor", "write zeros, or write currents"
+        )
+    tables = [np.arange(c) * h * w, np.arange(h) * w, np.arange(w)]
+    table = tables[sliced[0] - front]
+    source = a.index
+    if not integers.any():
+        table[places] = -1
+        return replace(a, base=gather(draft, source, shape, tables), raw=False)
+    top = max(int(np.abs(integers).max()), draft.largest[source])
+    words = integers.astype(np.int32)
+    filled = draft.write(
+        ("filled", source, words.tobytes()), f"{draft.where}.constant", (shape, 0, a.scale, top),
+        lambda name, target: Affine(
+            name, source, target, np.zeros(c, np.int32), np.ones(c, np.uint8), words
+        ),
+    )  # fmt: skip
+    both = draft.write(
+        ("concat", (source, filled)), f"{draft.where}.cat", ((2 * c, h, w), 0, a.scale, top),
+        lambda name, target: Concat(name, (source, filled), target),
+    )  # fmt: skip
+    table[places] += c * h * w
+    return replace(a, base=gather(draft, both, shape, tables), raw=False)
 
 
 @_named("stack")
@@ -452,15 +507,18 @@ def concatenate(draft: Draft, arrays: list[Array], dim: int) -> Array:
     back = [order.index(i) for i in range(len(order))]
     moved = [natural(draft, permute(a, order)) for a in arrays]
     steps = {a.steps for a in moved if a.steps is not None}
-    if len(steps) > 1 or any(a.reduction != "none" for a in moved):
+    if len(steps) > 1 or len({(a.reduction, a.factor) for a in moved}) > 1:
         raise draft.fail("it joins different time steps", "let only neurons carry anything on")
     unit = min(a.scale for a in moved)
     counts = all(draft.values[a.index].planes for a in moved)
     if any(a.scale != unit for a in moved) or not (
         counts or not any(draft.values[a.index].planes for a in moved)
     ):
-        scales = [np.full(1, 1.0), np.zeros(1)]
-        moved = [settle(draft, affine(draft, a, *scales)) for a in moved]
+        top = 1.001 * max(a.scale * draft.largest[a.index] for a in moved)
+        one, none = np.full(1, 1.0), np.zeros(1)
+        moved = [
+            settle(draft, affine(draft, a, one, none), CURRENT_BITS, beside=top) for a in moved
+        ]
         unit = min(a.scale for a in moved)
         if any(a.scale != unit for a in moved):
             raise draft.fail(
@@ -477,8 +535,8 @@ def concatenate(draft: Draft, arrays: list[Array], dim: int) -> Array:
         lambda name, target: Concat(name, sources, target),
     )  # fmt: skip
     axes = (*moved[0].axes[:front], full("C", shape[0]), *moved[0].axes[front + 1 :])
-    joined = Array(base, axes, unit, steps=next(iter(steps), None))
-    return permute(joined, back)
+    joined = replace(moved[0], base=base, axes=axes, scale=unit, steps=next(iter(steps), None))
+    return permute(replace(joined, raw=False), back)
 
 
 @_named("matmul", "bmm")
@@ -679,6 +737,52 @@ def _pool(draft: Draft, call: Call) -> Any:
     return lower_pool(draft, kind(*call.args[1:], **call.kwargs), call.array(draft))
 
 
+@_named("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d")
+def _pool3d(draft: Draft, call: Call) -> Any:
+    """Pooling of three axes, of which the first stays as it is: of pixels only."""
+    a = call.array(draft)
+    depth = sizes(a)[-3]
+    settings: dict[str, Any] = {}
+    if call.name.startswith("adaptive"):
+        wanted = _tuple(call.get(1, "output_size"), 3)
+        kept = wanted[0] in (None, depth)
+        kind: Any = nn.AdaptiveAvgPool2d if "avg" in call.name else nn.AdaptiveMaxPool2d
+        module = kind(wanted[1:])
+    else:
+        names: tuple[tuple[str, Any], ...] = (
+            ("kernel_size", None), ("stride", None), ("padding", 0),
+        )  # fmt: skip
+        given = [call.get(place + 1, name, default) for place, (name, default) in enumerate(names)]
+        kernel = _tuple(given[0], 3)
+        stride = _tuple(given[1], 3) if given[1] not in (None, ()) else kernel
+        padding = _tuple(given[2], 3)
+        kept = (kernel[0], stride[0], padding[0]) == (1, 1, 0)
+        extra = ("dilation", "ceil_mode") if "max" in call.name else (
+            "ceil_mode", "count_include_pad", "divisor_override",
+        )  # fmt: skip
+        for place, name in enumerate(extra):
+            value = call.get(4 + place, name)
+            if value is not None:
+                settings[name] = _tuple(value, 3)[1:] if name == "dilation" else value
+        kind = nn.MaxPool2d if "max" in call.name else nn.AvgPool2d
+        module = kind(kernel[1:], stride[1:], padding[1:], **settings)
+    if not kept:
+        raise draft.fail(
+            "a window over three axes would join time steps or channels",
+            "pool height and width only, with a window of 1 along the first axis",
+        )
+    return lower_pool(draft, module, a)
+
+
+@_named("multi_head_attention_forward", "scaled_dot_product_attention")
+def _softmax_attention(draft: Draft, call: Call) -> Any:
+    raise draft.fail(
+        "torch's attention divides by a sum of exponentials (softmax), which is no sum of integers",
+        "write the attention of spikes as products, q @ k.transpose(-2, -1) @ v times a number, "
+        "with a neuron behind it",
+    )
+
+
 @_named("batch_norm")
 def _batch_norm(draft: Draft, call: Call) -> Any:
     names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -733,10 +837,12 @@ def _interpolate(draft: Draft, call: Call) -> Any:
             factors.append(1)
             a = select(draft, a, _at(a, place, slice(None, None, n // wanted)))
         else:
-            raise draft.fail(
-                f"interpolation from {n} to {wanted} pixels repeats them unevenly",
-                "use a whole factor",
-            )
+            factors.append(1)
+            places = torch.arange(n, dtype=torch.float32).view(1, 1, n)
+            index = nn.functional.interpolate(places, size=wanted, mode=mode)
+            a = pick(draft, a, place, [int(i) for i in index.flatten()])
+    if all(factor == 1 for factor in factors):
+        return a
     return repeat_pixels(draft, a, factors)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qsnn_ext import hosts
+from qsnn_ext.deploy.lowering.probing import probe
 from qsnn_ext.deploy.program import INT32_MAX, WIDE_LIMIT, Neuron
 from qsnn_ext.errors import LoweringError
 from qsnn_ext.neuron import Charge
@@ -41,6 +42,7 @@ class Constants:
         squash: Whether tanh precedes the quantizer.
         order: Order of quantizing and firing.
         silent: Whether its threshold is infinite: it only integrates.
+        readout: Whether it answers with its potential.
     """
 
     decay: Real
@@ -57,6 +59,7 @@ class Constants:
     squash: bool
     order: Literal["fire_first", "quantize_first"]
     silent: bool = False
+    readout: bool = False
 
     @property
     def largest(self) -> float:
@@ -95,11 +98,15 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
             f"{name}: a {type(module).__name__} has no integer form, as a spike resets two "
             "currents that do not fire themselves; use Synaptic"
         )
+    found = probe(module, model) if model is not None and charge is None else None
+    if found is not None:
+        charge = found.charge
     if model is None or charge is None or model.fire is None or model.threshold is None:
         raise LoweringError(
             f"{name}: a {type(module).__name__} has no integer form; neurons that "
             "can be lowered are LIFNode, IFNode, ParametricLIFNode, Leaky, RLeaky, Synaptic and "
-            "RSynaptic, and their quantized versions"
+            "RSynaptic, their quantized versions, and those of your own whose step charges in "
+            "proportion to potential and current"
         )
     if model.obstacle is not None:
         raise LoweringError(f"{name}: state_quant is not exported; use QLeaky(bits=...)")
@@ -119,7 +126,8 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
         v_initial=model.v_reset, strict=_strict(model.fire), delayed=model.delayed, bits=bits,
         alpha=alpha, squash=squash, order=model.order,
     )  # fmt: skip
-    if bool(np.isposinf(constants.theta).all()):
+    constants.readout = found is not None and found.readout
+    if constants.readout or bool(np.isposinf(constants.theta).all()):
         constants.silent, constants.reset, constants.theta = True, "none", np.ones(1)
         constants.delayed, constants.order = False, "fire_first"
     if not (constants.theta > 0).all() or not np.isfinite(constants.theta).all():
@@ -262,19 +270,19 @@ def integer_neuron(
         threshold = np.searchsorted(grid, m.theta.astype(np.float32), side=side) - n
     elif m.delayed and m.reset != "none":
         delay = "table"
+        # What did not fire is carried as the largest level below the threshold at most: one code
+        # for all channels, or, where thresholds differ, what each channel makes of the codes above.
+        kept = np.broadcast_to(levels, (theta.shape[0], size))
         if step:
-            ceiling = int(min(n, math.floor(float(m.theta.min()) / step)))
-            if ceiling < n and m.theta.size > 1:
-                raise LoweringError(
-                    f"{name}: its thresholds differ by channel and its largest level {alpha:.3g} "
-                    "lies above one of them; use one threshold for all channels, or "
-                    "reset_delay=False"
-                )
-        quiet = decay * levels + 0 * theta
+            highest = np.minimum(np.floor(theta / step), n)
+            kept = np.minimum(levels, highest * step)
+            if (highest == highest[0]).all():
+                ceiling = int(highest[0, 0])
+        quiet = decay * kept
         soft = m.reset == "soft"
         fired_leak = decay * (levels + theta) - theta if soft else np.zeros_like(quiet)
         leak = np.concatenate([quiet, fired_leak], axis=1)
-        stored = np.concatenate([levels + 0 * theta, levels + theta], axis=1)
+        stored = np.concatenate([kept, levels + theta], axis=1)
         threshold = _first_at_or_above(m.theta / one, m.strict)
     else:
         leak = decay * levels + 0 * theta

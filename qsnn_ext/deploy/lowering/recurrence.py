@@ -32,7 +32,7 @@ from qsnn_ext.deploy.lowering.calls import (
     read_membrane,
     takes_sequences,
 )
-from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Geometry, Membrane
+from qsnn_ext.deploy.lowering.draft import Answer, Array, Constant, Draft, Geometry, Membrane
 from qsnn_ext.deploy.lowering.layers import (
     affine,
     convolve,
@@ -72,7 +72,8 @@ def _kinds(module: nn.Module) -> set[str]:
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether :func:`lower_recurrent` knows a module."""
-    known = {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS, "Delay", "NonSpikingBaseNode"}
+    known = {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS}
+    known |= {"Delay", "NonSpikingBaseNode", "SynapseFilter"}
     return bool(_kinds(module) & known)
 
 
@@ -92,6 +93,11 @@ def lower_recurrent(draft: Draft, module: Any, x: Array, given: list[Any]) -> An
     kinds = _kinds(module)
     if "NonSpikingBaseNode" in kinds:
         return _readout(draft, module, x, kinds)
+    if "SynapseFilter" in kinds:
+        raise draft.fail(
+            "a SynapseFilter leaks only where there is no spike, which no integer operation does",
+            "use a NonSpikingLIFNode, or snnTorch's Synaptic, whose current leaks at every step",
+        )
     if "Delay" in kinds:
         return (_delayed(draft, module, x),)
     if kinds & {*_CONTAINERS}:
@@ -150,22 +156,51 @@ def _filter(module: Any) -> Constants:
     return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
 
 
+def lower_readout(
+    draft: Draft, module: Any, model: Constants, x: Array
+) -> tuple[Array | Membrane, Membrane]:
+    """A neuron of one's own that answers with its potential.
+
+    Returns:
+        The answer, and the potential that is carried on.
+    """
+    over_time = takes_sequences(draft, module, x)
+    if model.bits == 32:
+        _, after = fire(draft, module, model, x, None, over_time)
+        return (read_membrane(draft, replace(after, axes=x.axes, whole=True)) if over_time
+                else after), after  # fmt: skip
+    if model.gain != 1.0:
+        x = settle(draft, x)
+        x = replace(x, scale=x.scale * model.gain)
+    if model.offset or model.v_initial:
+        raise draft.fail("its potential leaks towards another value than 0", "let it rest at 0")
+    one = replace(model, gain=1.0)
+    return _carried_and_used(draft, module, one, x, None, over_time)
+
+
 def _quantized_filter(
     draft: Draft, module: Any, quantizer: Any, x: Array, held: Any
 ) -> tuple[Array, Membrane]:
-    """A synaptic current of which k bits are carried on, but which is used before it is rounded.
+    """A synaptic current of which k bits are carried on."""
+    filtered = _filter(module)
+    bits, alpha, squash = membrane_of(draft.where, quantizer)
+    filtered.bits, filtered.alpha, filtered.squash = bits, alpha, squash
+    return _carried_and_used(draft, module.alpha, filtered, x, held, False)
+
+
+def _carried_and_used(
+    draft: Draft, module: Any, model: Constants, x: Array, held: Any, over_time: bool
+) -> tuple[Array, Membrane]:
+    """What is carried on with k bits, but used before it is rounded.
 
     What was carried is read a step later: a delay of the membrane potential of a neuron that never
     fires. Leaked, and with the current of the step, it is what the membrane potential integrates.
 
     Returns:
-        The synaptic current, and what is carried.
+        What is used, and what is carried.
     """
-    filtered = _filter(module)
-    bits, alpha, squash = membrane_of(draft.where, quantizer)
-    filtered.bits, filtered.alpha, filtered.squash = bits, alpha, squash
-    x = settle(draft, x)
-    _, after = fire(draft, module.alpha, filtered, x, held, False)
+    x, alpha = settle(draft, x), model.alpha
+    _, after = fire(draft, module, model, x, held, over_time)
     use = draft.neurons[after.neuron]
     if use.membrane is None:
         shape = draft.shape(x)
@@ -179,7 +214,7 @@ def _quantized_filter(
         key, f"{draft.where}.last", (draft.shape(x), 0, unit, draft.largest[source]),
         lambda name, target: Delay(name, source, target),
     )  # fmt: skip
-    carried = affine(draft, Array(last, x.axes, unit, steps=x.steps), filtered.decay, np.zeros(1))
+    carried = affine(draft, Array(last, x.axes, unit, steps=x.steps), model.decay, np.zeros(1))
     total = lower_add(draft, x, carried)
     assert isinstance(total, Array)
     return replace(total, axes=x.axes), after
@@ -253,6 +288,11 @@ def _readout(draft: Draft, module: Any, x: Array, kinds: set[str]) -> Any:
         raise draft.fail(
             f"a {type(module).__name__} has no integer form", "use a NonSpikingLIFNode or IFNode"
         )
+    if getattr(module, "membrane", None) is not None:
+        raise draft.fail(
+            "its potential is quantized between steps and given out unquantized",
+            "leave this read-out in floating point",
+        )
     once_per_step(draft, x)
     if not (x.axes and labels(x.axes[0]) == {"T"}):
         raise draft.fail(
@@ -269,9 +309,12 @@ def _readout(draft: Draft, module: Any, x: Array, kinds: set[str]) -> Any:
     every = read_membrane(draft, replace(after, axes=x.axes, whole=True))
     if module.decode == "mean-mem":
         return (lower_mean(draft, every, 0, total=False),)
+    if module.decode == "max-mem":
+        return (Answer(every, (("max", 0, False),), tuple(sizes(every)[1:])),)
     if module.decode is not None:
         raise draft.fail(
-            f"decode={module.decode!r} has no integer form", "use 'last_mem', 'mean-mem' or None"
+            f"decode={module.decode!r} has no integer form",
+            "use 'last_mem', 'mean-mem', 'max-mem' or None",
         )
     return tuple(select(draft, every, t) for t in range(steps))
 

@@ -85,7 +85,7 @@ def _fixed_point(
     top = float((np.abs(gain) * reach + np.abs(bias)).max())
     held = max(top, beside)
     exponent = bits - math.ceil(math.log2(held)) if held > 0 else 16
-    exponent = max(-8, min(exponent, 24))
+    exponent = max(-64, min(exponent, 24))
     unit = 2.0**-exponent
     # 32-bit products are faster; they leave the multiplier 15 bits where there is room.
     narrow = fast and reach * 2**15 < 2**30

@@ -24,9 +24,14 @@ from qsnn_ext.deploy.lowering.layers import (
     lower_norm,
     lower_transposed_conv,
 )
+from qsnn_ext.deploy.lowering.neurons import read_neuron
 from qsnn_ext.deploy.lowering.operands import as_array
 from qsnn_ext.deploy.lowering.pooling import lower_pool
-from qsnn_ext.deploy.lowering.recurrence import is_recurrent, lower_recurrent
+from qsnn_ext.deploy.lowering.recurrence import (
+    is_recurrent,
+    lower_readout,
+    lower_recurrent,
+)
 from qsnn_ext.deploy.lowering.tracing import Event, Ref, Tape
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -165,6 +170,14 @@ def _module(
                 known[index] = results[-1]
         return results
     if is_neuron(module):
+        inner: Any = getattr(module, "neuron", module)
+        model = read_neuron(draft.where, inner)
+        if model.readout:
+            answer, membrane = lower_readout(draft, inner, model, x)
+            for name, index in event.states.items():
+                sequence = replace(membrane, axes=x.axes, whole=True)
+                known[index] = sequence if name == "v_seq" else membrane
+            return (answer,)
         given = args[1] if len(args) > 1 else kwargs.get("mem")
         spikes, membrane, both = lower_neuron(draft, module, x, given)
         for name, index in event.states.items():
