@@ -81,7 +81,9 @@ PENDING: dict[str, dict[str, str]] = {
         "SpikingGRU": "no quantized counterpart",
     },
     "ends": {},
-    "deploys": {},
+    "deploys": {
+        "Spike-driven Transformer V2": "batch norms that saw no variance multiply its range by 300",
+    },
     "replaced": {
         "TEBN VGG": "a factor per step counts as weights",
     },
