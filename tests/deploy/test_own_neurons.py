@@ -35,6 +35,23 @@ class Squared(neuron.SimpleLIFNode):
         self.v = self.v * 0.5 + x * x
 
 
+class Bounded(neuron.SimpleLIFNode):
+    """Looks like an ordinary one until its potential is large."""
+
+    def neuronal_charge(self, x):
+        self.v = (self.v * 0.5 + x).clamp(min=-8.0)
+
+
+class Tiring(neuron.SimpleLIFNode):
+    """Another neuron after its first step."""
+
+    steps = 0
+
+    def neuronal_charge(self, x):
+        self.v = self.v * 0.5**self.steps + x
+        self.steps += 1
+
+
 class Net(nn.Module):
     def __init__(self, lif, out=None, read=False):
         super().__init__()
@@ -88,10 +105,11 @@ def test_a_neuron_that_answers_with_its_potential(read):
 
 
 def test_what_a_step_shows():
-    kinds = (Reader, Slower, Squared, neuron.SimpleLIFNode)
+    kinds = (Reader, Slower, Squared, Bounded, Tiring, neuron.SimpleLIFNode)
     made = {kind: kind(tau=4.0, decay_input=True) for kind in kinds}
     found = {kind: probe(one, hosts.describe(one)) for kind, one in made.items()}
-    assert found[Squared] is None
+    for kind in (Squared, Bounded, Tiring):
+        assert found[kind] is None, kind
     assert found[Reader].readout
     assert not found[Slower].readout
     charge = found[Slower].charge

@@ -46,10 +46,10 @@ def probe(module: nn.Module, model: NeuronModel) -> Probed | None:
         return None
     kind = own.float_type() if hasattr(own, "float_type") else own
     try:
-        found = [_step(module, kind, str(model.potential), seed) for seed in (0, 1)]
+        found = _steps(module, kind, str(model.potential))
     except Exception:  # whatever a user's step may raise on another shape than its own
         return None
-    (v, x, out, after), checked = found
+    v, x, out, after = found[0]
     readout = torch.equal(out, after)
     fired = torch.zeros_like(out) if readout else out
     if not bool(((fired == 0) | (fired == 1)).all()):
@@ -60,16 +60,16 @@ def probe(module: nn.Module, model: NeuronModel) -> Probed | None:
     terms = torch.stack([v, x, torch.ones_like(v)], 1)
     solution = torch.linalg.lstsq(terms[quiet], after[quiet, None]).solution[:, 0]
     decay, gain, offset = (_plain(float(c)) for c in solution)
-    for v, x, out, after in (found[0], checked):
+    for v, x, out, after in found:
         charge = decay * v + gain * x + offset
         expected = charge
         if not readout:
-            apart = (charge - theta).abs() > ROUNDING
+            apart = (charge - theta).abs() > ROUNDING * (1 + charge.abs())
             if not torch.equal((charge > theta)[apart], (out == 1)[apart]):
                 return None
             reset = {"hard": torch.full_like(v, model.v_reset), "soft": charge - theta}
             expected = torch.where(out == 1, reset.get(model.reset, charge), charge)
-        scale = 1 + float(after.abs().max())
+        scale = 1 + after.abs()
         if model.delayed or not bool(((expected - after).abs() <= ROUNDING * scale).all()):
             return None
         if readout and not torch.equal(out, after):
@@ -83,12 +83,15 @@ def _plain(value: float) -> float:
     return short if abs(short - value) < ROUNDING else value
 
 
-def _step(
-    module: nn.Module, kind: type[nn.Module], potential: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Potential, current, answer and potential after one step, all float64."""
-    g = torch.Generator().manual_seed(seed)
-    v, x = (4 * torch.rand(SAMPLES, generator=g, dtype=torch.float64) - 2 for _ in range(2))
+def _steps(
+    module: nn.Module, kind: type[nn.Module], potential: str
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Potential, current, answer and potential after each of some steps, all float64.
+
+    Their magnitudes go from hundredths to thousands, so that a bound shows, and the second step
+    goes on from the first, so that what counts steps shows.
+    """
+    g = torch.Generator().manual_seed(0)
     one: Any = copy.copy(module)
     one.__dict__.update({k: copy.deepcopy(t) for k, t in vars(module).items() if k != "_memories"})
     memories = vars(module).get("_memories")
@@ -96,10 +99,20 @@ def _step(
         one.__dict__["_memories"] = dict(memories)
     one.__class__ = kind
     one.double().eval()
-    setattr(one, potential, v.clone())
-    with torch.no_grad():
-        out = one.single_step_forward(x.clone())
-    after = getattr(one, potential)
-    assert isinstance(out, Tensor)
-    assert out.shape == after.shape == v.shape
-    return v, x, out.double(), after.double()
+    setattr(one, potential, _numbers(g))
+    found = []
+    for _ in range(3):
+        v, x = getattr(one, potential).clone(), _numbers(g)
+        with torch.no_grad():
+            out = one.single_step_forward(x.clone())
+        after = getattr(one, potential).clone()
+        assert isinstance(out, Tensor)
+        assert out.shape == after.shape == v.shape
+        found.append((v, x, out.double(), after.double()))
+    return found
+
+
+def _numbers(g: torch.Generator) -> Tensor:
+    magnitudes = torch.tensor([1.0, 0.01, 1.0, 30.0, 1.0, 3000.0], dtype=torch.float64)
+    signed = 4 * torch.rand(SAMPLES, generator=g, dtype=torch.float64) - 2
+    return signed * magnitudes[torch.arange(SAMPLES) % len(magnitudes)]
