@@ -149,7 +149,7 @@ class Config:
     """Machines taking part, each started by torchrun or the cluster's own launcher."""
     sync_batchnorm: bool = True
     """With several processes, take batch statistics over all of them."""
-    kernels: Literal["auto", "compiled", "function", "eager"] = "auto"
+    kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto"
     """How the neurons' fused kernels run; auto compiles them where that is likely to pay."""
     compile: bool = False
     """Compile the network with torch.compile."""

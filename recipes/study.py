@@ -12,7 +12,8 @@ Five stages, in the order in which time buys the most:
 
 Everything is chosen on held-out training images; the test set is looked at once, at the end of a
 run. Runs that are done are not repeated and an interrupted one goes on, so the same command
-continues a study that was stopped. What is finished so far is written to ``recipes/results``.
+continues a study that was stopped. What is finished so far is written to ``recipes/results``; with
+``--finished`` nothing is trained for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qsnn_ext.errors import ConfigError
 from recipes.ablation import VARIANTS, optimization, summary
 from recipes.config import Config
 from recipes.engine.cli import call
+from recipes.engine.many import finished as finished_result
 from recipes.engine.many import run_all
 from recipes.engine.results import git_commit, versions, write_json
 
@@ -74,9 +76,16 @@ def main(
     holdout: int = 5000,
     seeds: int = 2,
     stages: Sequence[Stage] = STAGES,
+    network: Literal["resnet19", "vgg16", "vggsnn"] | None = None,
+    steps: int | None = None,
+    tuning_epochs: int = 3,
     tuning_batches: int | None = None,
+    trials: list[str] | None = None,
+    trial_epochs: int = 5,
+    finished: bool = False,
     lanes: int = 1,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto",
     runs: Path | None = None,
     results: Path = RESULTS,
 ) -> dict[str, Any]:
@@ -91,10 +100,17 @@ def main(
         holdout: Training samples kept aside.
         seeds: Runs of each main variant.
         stages: Which, in any order; they run in their own.
+        network: Of the paper; none takes the recipe's.
+        steps: Time steps T; none takes the recipe's.
+        tuning_epochs: Of the learning-rate runs.
         tuning_batches: Batches per epoch of the learning-rate runs, where whole epochs take too
             long; none takes whole epochs.
+        trials: Improvements to try, by name; none tries all.
+        trial_epochs: Of the runs that try them, no more than ``epochs``.
+        finished: Write what is known from runs that are finished, and train nothing.
         lanes: Runs at a time, which share the cores.
         accelerator: Where to train.
+        kernels: How the neurons run.
         runs: Folder of the single runs; none takes runs/DATA-wWIDTH.
         results: Folder the summary is written to.
 
@@ -102,15 +118,23 @@ def main(
     unknown = set(stages) - set(STAGES)
     if unknown:
         raise ConfigError(f"unknown stages {sorted(unknown)}: use {', '.join(STAGES)}.")
+    unknown = set(trials or ()) - set(improvements(Path()))
+    if unknown:
+        known = ", ".join(map(repr, improvements(Path())))
+        raise ConfigError(f"unknown trials {sorted(unknown)}: use {known}.")
     recipe = importlib.import_module(f"recipes.{RECIPES[data]}")
     runs = runs or Path("runs") / f"{data}-w{width:g}"
-    base: Config = recipe.config(data=data).but(
+    recipes_own: Config = recipe.config(data=data)
+    base = recipes_own.but(
         data_dir=data_dir,
+        network=network or recipes_own.network,
+        steps=steps or recipes_own.steps,
         width=width,
         batch=batch,
         holdout=holdout,
         strong_augment=False,
         accelerator=accelerator,
+        kernels=kernels,
         epochs=epochs,
         warmup=min(1.0, epochs / 4),
     )
@@ -120,9 +144,13 @@ def main(
         changes = {**VARIANTS.get(name, {}), **changes}
         return base.but(**changes, **optimization(setting), seed=seed, out=out)
 
+    def results_of(configs: dict[Any, Config]) -> dict[Any, dict[str, Any] | None]:
+        return done(configs) if finished else trained(configs, lanes)
+
     rates: dict[str, dict[str, float]] = {}
     if "learning-rates" in stages:
-        tuned = base.but(epochs=3, warmup=0.5, limit_batches=tuning_batches, kernels="function")
+        short = min(0.5, tuning_epochs / 4)
+        tuned = base.but(epochs=tuning_epochs, warmup=short, limit_batches=tuning_batches)
         grid = {
             (name, setting): tuned.but(
                 **VARIANTS[name],
@@ -132,7 +160,7 @@ def main(
             for name in MAIN
             for setting in SETTINGS[name]
         }
-        for (name, setting), result in trained(grid, lanes).items():
+        for (name, setting), result in results_of(grid).items():
             rates.setdefault(name, {})[setting] = held_out(result)
     best = {
         name: max(rates[name], key=lambda s, n=name: rates[n][s])  # type: ignore[misc]
@@ -142,37 +170,54 @@ def main(
     }
 
     rows: list[dict[str, Any]] = []
+
     if "variants" in stages:
         # The first seed of every variant before the second of any.
         wanted = {(n, s): full(n, best[n], s) for s in range(seeds) for n in MAIN}
-        found = trained(wanted, lanes)
-        rows += [_row(n, best[n], [found[n, s] for s in range(seeds)]) for n in MAIN]
+        ends = results_of(wanted)
+        for n in MAIN:
+            if seeds_done := [ends[n, s] for s in range(seeds) if (n, s) in ends]:
+                rows.append(_row(n, best[n], seeds_done))
 
     gains: dict[str, float] = {}
+    accuracies: dict[str, float] = {}
+    ends: dict[Any, dict[str, Any] | None]
     changes = improvements(full("full precision", best["full precision"], 0).folder)
     if "improvements" in stages or "best" in stages:
-        short = base.but(epochs=min(5, epochs), warmup=0.5, **optimization(best["ws-dr"]))
-        grid_of = {
-            n: short.but(**c, out=runs / "improvement" / slug(n)) for n, c in changes.items()
-        }
-        tried = trained(grid_of, lanes)
-        gains = {n: held_out(r) - held_out(tried["none"]) for n, r in tried.items()}
+        epochs_tried = min(trial_epochs, epochs)
+        brief = base.but(
+            epochs=epochs_tried,
+            warmup=min(0.5, epochs_tried / 4),
+            **optimization(best["ws-dr"]),
+        )
+        tried = results_of(
+            {
+                n: brief.but(**c, out=runs / "improvement" / slug(n))
+                for n, c in changes.items()
+                if n == "none" or trials is None or n in trials
+            }
+        )
+        accuracies = {n: held_out(r) for n, r in tried.items()}
+        if "none" in accuracies:
+            gains = {n: a - accuracies["none"] for n, a in accuracies.items()}
     if "best" in stages:
         helpful = [n for n, gain in gains.items() if gain > 0]
         together = {k: v for n in helpful for k, v in changes[n].items()}
         config = full("improved", best["ws-dr"], 0, **together)
-        row = _row("improved", best["ws-dr"], [trained({0: config}, lanes)[0]])
-        rows.append({**row, "with": helpful})
+        if ends := results_of({0: config}):
+            rows.append({**_row("improved", best["ws-dr"], [ends[0]]), "with": helpful})
     if "parts" in stages:
         settings = {n: best[LIKE.get(n, "ws-dr")] for n in PARTS}
-        parts = trained({n: full(n, settings[n], 0) for n in PARTS}, lanes)
-        rows += [_row(n, settings[n], [parts[n]]) for n in PARTS]
+        ends = results_of({n: full(n, settings[n], 0) for n in PARTS})
+        rows += [_row(n, settings[n], [ends[n]]) for n in PARTS if n in ends]
 
     content = {
         "study": f"{base.network} of width {width:g} on {data}, {epochs} epochs",
         "holdout": holdout,
         "learning_rates": rates,
+        "learning_rate_runs": {"epochs": tuning_epochs, "batches_per_epoch": tuning_batches},
         "improvements": gains,
+        "improvement_runs": {"epochs": min(trial_epochs, epochs), "accuracies": accuracies},
         "rows": rows,
         "git": git_commit(),
         "versions": versions(),
@@ -188,12 +233,18 @@ def main(
 def trained(configs: dict[Any, Config], lanes: int) -> dict[Any, dict[str, Any] | None]:
     """The result of every configuration by its key; none of one that diverged."""
     keys = {config.folder: key for key, config in configs.items()}
-    done = {}
+    found = {}
     for config, result in run_all(list(configs.values()), lanes):
-        done[keys[config.folder]] = result
+        found[keys[config.folder]] = result
         said = "diverged" if result is None else f"held out {held_out(result):.2f} %"
         print(f"{config.folder}: {said}", flush=True)
-    return done
+    return found
+
+
+def done(configs: dict[Any, Config]) -> dict[Any, dict[str, Any] | None]:
+    """Results of the configurations whose runs are finished, by their keys."""
+    found = {key: finished_result(config) for key, config in configs.items()}
+    return {key: result for key, result in found.items() if result is not None}
 
 
 def slug(name: str) -> str:
