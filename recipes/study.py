@@ -261,7 +261,10 @@ def _row(name: str, setting: str, found: Sequence[dict[str, Any] | None]) -> dic
     """A line of the table: accuracy on the test set, and the first seed's curves."""
     accuracies = [0.0 if r is None else float(r["last_accuracy"]) for r in found]
     first = found[0]
-    keys = ("epoch", "train_accuracy", "held_out_accuracy", "firing_rate", "layer_rates")
+    keys = (
+        *("epoch", "train_accuracy", "held_out_accuracy"),
+        *("firing_rate", "layer_rates", "cpu_seconds"),
+    )
     return {
         "variant": name,
         "setting": setting,
@@ -269,7 +272,7 @@ def _row(name: str, setting: str, found: Sequence[dict[str, Any] | None]) -> dic
         "held_out": [round(held_out(r), 4) for r in found],
         "layer_entropies": {} if first is None else first["layer_entropies"],
         "sign_probabilities": {} if first is None else first["sign_probabilities"],
-        "history": [] if first is None else [{k: e[k] for k in keys} for e in first["history"]],
+        "history": [] if first is None else [{k: e.get(k) for k in keys} for e in first["history"]],
     }
 
 

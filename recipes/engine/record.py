@@ -30,7 +30,7 @@ class Record(Callback):
     def __init__(self, judged: str = "test") -> None:
         self.judged = judged
         self.history: list[dict[str, Any]] = []
-        self._started = self._trained = 0.0
+        self._started = self._trained = self._cpu_started = self._cpu = 0.0
 
     @property
     def best(self) -> dict[str, Any]:
@@ -53,11 +53,12 @@ class Record(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, i: int) -> None:
         """The clock of an epoch starts with its first batch."""
         if i == 0:
-            self._started = time.perf_counter()
+            self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, *args: Any) -> None:
         """The clock stops with the last batch, so that testing is not counted."""
         self._trained = time.perf_counter() - self._started
+        self._cpu = time.process_time() - self._cpu_started
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Training) -> None:  # type: ignore[override]
         """Gather the epoch's numbers from all processes; print and log them once."""
@@ -79,6 +80,8 @@ class Record(Callback):
             "firing_rate": spikes / max(1, sum(rate.numel() for rate in neurons.values())),
             "layer_rates": rates,
             "throughput": train["samples"] / self._trained if self._trained else 0.0,
+            # What the epoch costs, on a machine that others use as well.
+            "cpu_seconds": self._cpu,
         }
         self.history.append(entry)
         if trainer.is_global_zero:

@@ -264,6 +264,65 @@ def test_cifar100_takes_fine_labels(tmp_path):
         datasets("cifar100", tmp_path, facts=facts("cifar100"))
 
 
+def hundred(split):
+    """One picture of each of 100 classes, whose green level tells the class."""
+    made = np.random.default_rng(split == "test").integers(0, 256, (100, 32, 32, 3), np.uint8)
+    made[..., 1] = 2 * np.arange(100)[:, None, None]
+    return made
+
+
+def make_cifar100(root, form):
+    """CIFAR-100 with one picture a class, in 20 superclasses of five; returns the facts."""
+    if form == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+    for split in PER_CLASS:
+        if form == "parquet":
+            rows = [
+                {
+                    "img": {"bytes": encoded(p), "path": None},
+                    "fine_label": i,
+                    "coarse_label": i // 5,
+                }
+                for i, p in enumerate(hundred(split))
+            ]
+            path = root / "cifar100" / "cifar100" / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
+            continue
+        for i, picture in enumerate(hundred(split)):
+            above = f"super{i // 5:02d}/" if form == "superclasses" else ""
+            path = root / "cifar100" / split / f"{above}class{i:02d}" / "0.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(picture))
+    mean = tuple(arrays.channel_means(hundred("train")))
+    return dataclasses.replace(OFFICIAL["cifar100"], train=100, test=100, mean=mean)
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder", "superclasses"])
+def test_cifar100_is_read_in_every_form(tmp_path, form):
+    known = make_cifar100(tmp_path, form)
+    train, test = datasets("cifar100", tmp_path, facts=known, augment=False)
+    mean, std = np.array((0.5071, 0.4867, 0.4408)), np.array((0.2675, 0.2565, 0.2761))
+    for split, part in (("train", train), ("test", test)):
+        assert part.labels == list(range(100))
+        image, label = part[57]
+        assert label == 57
+        expected = (hundred(split)[57] / 255 - mean) / std
+        np.testing.assert_allclose(image.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+    assert "CIFAR-100" in train.found
+    assert "100 classes" in train.found
+
+
+@pytest.mark.parametrize("form", ["folder", "superclasses"])
+def test_a_partial_cifar100_is_refused_by_name(tmp_path, form):
+    known = make_cifar100(tmp_path, form)
+    (gone,) = (tmp_path / "cifar100" / "test").rglob("class41/0.png")
+    gone.unlink()
+    with pytest.raises(DataError, match=r"99 folders of test classes, but CIFAR-100 has 100"):
+        datasets("cifar100", tmp_path, facts=known)
+
+
 def test_partial_and_damaged_parquet_is_refused_by_name(tmp_path):
     folder = make_parquet(tmp_path)
     second = folder / "train-00001-of-00002.parquet"
@@ -276,6 +335,22 @@ def test_partial_and_damaged_parquet_is_refused_by_name(tmp_path):
         load(tmp_path)
     shutil.copy(folder / "train-00000-of-00002.parquet", folder / "train-00000-of-00001.parquet")
     with pytest.raises(DataError, match="not the only file of its kind"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", [None, {"bytes": None, "path": "a.png"}, {"bytes": b"", "path": ""}]
+)
+def test_a_row_without_a_picture_is_refused_by_its_number(tmp_path, value):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    folder = make_parquet(tmp_path, shards=1)
+    path = folder / "test-00000-of-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[7]["img"] = value
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet, row 7"):
         load(tmp_path)
 
 
@@ -361,6 +436,25 @@ def test_damaged_fashion_mnist_is_refused_by_name(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is missing"):
         datasets("fashionmnist", tmp_path, facts=known)
+
+
+def test_fashion_mnist_of_wrong_labels_or_of_digits_is_refused(tmp_path):
+    known = make_idx(tmp_path, packed=False)
+    path = tmp_path / "t10k-labels-idx1-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\x0a")
+    with pytest.raises(DataError, match=r"test labels outside 0\.\.9"):
+        datasets("fashionmnist", tmp_path, facts=known)
+    path.write_bytes(whole[:-1] + b"\x00")
+    with pytest.raises(
+        DataError, match=r"test images of class \d, but Fashion-MNIST has 1 of each"
+    ):
+        datasets("fashionmnist", tmp_path, facts=known)
+    path.write_bytes(whole)
+    # MNIST's files have the same names and shapes; its pixels are darker.
+    digits = dataclasses.replace(known, mean=(33.3184,))
+    with pytest.raises(DataError, match="these are other pictures"):
+        datasets("fashionmnist", tmp_path, facts=digits)
 
 
 # --- N-MNIST -------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ from recipes.engine.module import Training, decay_groups, first_nonfinite
 from recipes.engine.record import Record
 from recipes.engine.run import train
 
+# Numbers of an epoch that no two runs share.
+MEASURED = ("throughput", "cpu_seconds")
+
 
 def tiny(out: Path, **changes) -> Config:
     """A run of a few steps on the digits."""
@@ -84,6 +87,7 @@ def test_what_a_run_leaves(unbroken):
         h = -p * math.log(p) - (1 - p) * math.log(1 - p)
         assert written["layer_entropies"][name] == pytest.approx(h, abs=1e-6)
     assert last["firing_rate"] > 0 < last["throughput"]
+    assert last["cpu_seconds"] > 0
     assert (folder / "run.png").read_bytes()[:4] == b"\x89PNG"
     kept = sorted(p.name for p in folder.glob("*.ckpt"))
     assert kept == ["best.ckpt", "epoch-0002.ckpt", "epoch-0003.ckpt"]
@@ -164,7 +168,7 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, change):
     resumed = train(tiny(broken, resume=True, **change))
     assert_equal_runs(whole, broken, 3)
     timeless = [
-        [{k: v for k, v in e.items() if k != "throughput"} for e in r["history"]]
+        [{k: v for k, v in e.items() if k not in MEASURED} for e in r["history"]]
         for r in (result, resumed)
     ]
     assert timeless[0] == timeless[1]
