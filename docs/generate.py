@@ -203,7 +203,110 @@ def tuning_table(data: str) -> str:
     return table(rows)
 
 
+#: Data sets of :mod:`recipes.study`, in the order of the page.
+REAL = ("nmnist", "fashionmnist", "cifar10")
+
+
+def real_study(data: str) -> dict[str, Any]:
+    """The committed results of ``python -m recipes.study --data ...``."""
+    path = ROOT / "recipes" / "results" / f"study-{data}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def real_protocol(data: str) -> str:
+    """How the runs of a study were made: what stands in its JSON, and nothing else."""
+    content = real_study(data)
+    config, tuning, trials = (
+        content[k] for k in ("config", "learning_rate_runs", "improvement_runs")
+    )
+    batches = tuning["batches_per_epoch"]
+    of = f" of {batches} batches" if batches else ""
+    rows = [
+        ["what", "value"],
+        ["network", f"{config['network']}, width {config['width']:g}, T = {config['steps']}"],
+        ["epochs, batch", f"{config['epochs']}, {config['batch']}"],
+        ["held-out training samples", f"{content['holdout']:,}"],
+        [
+            "learning rates",
+            f"chosen on the held-out samples, in runs of {tuning['epochs']} epochs{of}",
+        ],
+    ]
+    if content["improvements"]:
+        rows.append(["improvements", f"tried in runs of {trials['epochs']} epochs"])
+    return table(rows)
+
+
+def real_table(data: str) -> str:
+    """Every variant that was trained: accuracy, rate, entropy, and what an epoch costs."""
+    from recipes.engine.study_figure import mean_entropy
+
+    rows = [[
+        "variant", "its setting", "held out (%)", "test set (%)", "seeds",
+        "firing rate", "entropy (nats)", "processor seconds per epoch",
+    ]]  # fmt: skip
+    for row in real_study(data)["rows"]:
+        name = row["variant"]
+        if row.get("with"):
+            name += f" ({', '.join(row['with'])})"
+        rate = spread = seconds = "-"
+        if row["history"]:
+            last = row["history"][-1]
+            rate, spread = f"{last['firing_rate']:.3f}", f"{mean_entropy(last['layer_rates']):.3f}"
+            taken = [e["cpu_seconds"] for e in row["history"] if e["cpu_seconds"]]
+            seconds = f"{statistics.mean(taken):,.0f}" if taken else "-"
+        held_out = statistics.mean(row["held_out"])
+        rows.append([
+            name, row["setting"].replace(":", " "), f"{held_out:.2f}", _spread(row),
+            str(row["n"]), rate, spread, seconds,
+        ])  # fmt: skip
+    return table(rows)
+
+
+def real_rates(data: str) -> str:
+    """Held-out accuracy (%) of every variant at every learning rate tried."""
+    rates = real_study(data)["learning_rates"]
+    settings = sorted({s for found in rates.values() for s in found}, reverse=True)
+    rows = [["variant", *(s.replace(":", " ") for s in settings)]]
+    for name, found in rates.items():
+        best = max(found, key=found.__getitem__)
+        cells = [f"{found[s]:.2f}" if s in found else "not tried" for s in settings]
+        rows.append(
+            [name, *(f"**{c}**" if s == best else c for s, c in zip(settings, cells, strict=True))]
+        )
+    return table(rows)
+
+
+def real_trials(data: str) -> str:
+    """Held-out accuracy (%) of WS-DR with one improvement at a time."""
+    content = real_study(data)
+    found = content["improvement_runs"]["accuracies"]
+    rows = [["improvement", "held out (%)", "against none (points)"]]
+    for name, accuracy in found.items():
+        gain = "-" if name == "none" else f"{content['improvements'][name]:+.2f}"
+        rows.append([name, f"{accuracy:.2f}", gain])
+    return table(rows)
+
+
+def models() -> str:
+    """The networks in ``recipes/results/models``, from their cards."""
+    rows = [[
+        "model", "data", "parameters", "file (bytes)", "firing rate",
+        "simulation (%)", "integer program (%)",
+    ]]  # fmt: skip
+    for path in sorted((ROOT / "recipes" / "results" / "models").glob("*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        rows.append([
+            f"`{path.stem}`", card["data"], f"{card['parameters']:,}", f"{card['file_bytes']:,}",
+            f"{card['firing_rate']:.3f}", f"{card['accuracy_simulation']:.2f}",
+            f"{card['accuracy_program']:.2f}",
+        ])  # fmt: skip
+    return table(rows)
+
+
 def _spread(row: dict[str, Any]) -> str:
+    if row["std"] is None:
+        return f"{row['mean']:.2f}"
     return f"{row['mean']:.2f} ± {row['std']:.2f}"
 
 
@@ -228,6 +331,11 @@ TABLES = {
     "study-digits-events": partial(study_table, "digits-events"),
     "tuning-digits": partial(tuning_table, "digits"),
     "tuning-digits-events": partial(tuning_table, "digits-events"),
+    "models": models,
+    **{f"protocol-{data}": partial(real_protocol, data) for data in REAL},
+    **{f"real-{data}": partial(real_table, data) for data in REAL},
+    **{f"rates-{data}": partial(real_rates, data) for data in REAL},
+    **{f"trials-{data}": partial(real_trials, data) for data in REAL},
 }
 
 
@@ -331,6 +439,14 @@ def draw_study() -> None:
     figure.savefig(DOCS / "img" / "study.svg", metadata={"Date": None})
 
 
+def draw_real(data: str) -> None:
+    """``img/study-DATA.svg``: curves, layers and accuracies of a study on real data."""
+    from recipes.engine.study_figure import draw as draw_study_of
+
+    figure = draw_study_of(real_study(data))
+    figure.savefig(DOCS / "img" / f"study-{data}.svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Rewrite the tables; with ``--figures`` draw the figures too."""
     for page in PAGES:
@@ -339,6 +455,9 @@ def main() -> None:
     if "--figures" in sys.argv[1:]:
         draw()
         draw_study()
+        for data in REAL:
+            if (ROOT / "recipes" / "results" / f"study-{data}.json").exists():
+                draw_real(data)
         for name in ("inference.svg", "neuron_sweep_cpu.svg"):  # drawn by the benchmarks
             shutil.copy(ROOT / "benchmarks" / "results" / name, DOCS / "img" / name)
 

@@ -51,7 +51,13 @@ from qsnn_ext.layers import (
     QuantConvTranspose3d,
     QuantLinear,
 )
-from qsnn_ext.quantizers import PRESETS, BinaryWeight, IntWeight, MembraneQuantizer
+from qsnn_ext.quantizers import (
+    PRESETS,
+    BinaryWeight,
+    IntWeight,
+    LearnedMembraneQuantizer,
+    MembraneQuantizer,
+)
 from qsnn_ext.registered import register_neuron
 from qsnn_ext.regularizers import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.report import Summary, summarize
@@ -109,6 +115,7 @@ __all__ = [
     "EnergyTable",
     "Footprint",
     "IntWeight",
+    "LearnedMembraneQuantizer",
     "MembraneConfig",
     "MembraneQuantizer",
     "QAlpha",

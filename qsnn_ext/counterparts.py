@@ -63,7 +63,7 @@ class QuantizedNeuron:
             of :class:`qsnn_ext.spikingjelly.Triangle`.
         scale: ``"max"`` or ``"absmax"``.
         squash: ``"tanh"``, ``"none"``, or ``None`` for the preset's.
-        mode: ``"dynamic"`` (default) or ``"frozen"``.
+        mode: ``"dynamic"`` (default), ``"frozen"`` or ``"learned"``.
         order: ``"fire_first"`` (Eq. 12: fire, reset, quantize what is carried) or
             ``"quantize_first"`` (Algorithm 1: quantize the charge, then fire).
 
@@ -96,7 +96,7 @@ class QuantizedNeuron:
         preset: str = "paper",
         scale: F.MembraneScale | None = None,
         squash: F.Squash | Literal["none"] | None = None,
-        mode: Literal["dynamic", "frozen"] | None = None,
+        mode: Literal["dynamic", "frozen", "learned"] | None = None,
         order: F.StepOrder = "fire_first",
         **kwargs: Any,
     ) -> None:

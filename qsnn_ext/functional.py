@@ -230,6 +230,49 @@ def quantize_symmetric(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     return out
 
 
+class _QuantizeLearned(_Function):
+    @staticmethod
+    def forward(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+        codes, scale = symmetric_codes(x, alpha, bits)
+        return codes * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, alpha, ctx.bits = inputs
+        ctx.save_for_backward(x, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, alpha = ctx.saved_tensors
+        n = levels(ctx.bits)
+        inside = (x.abs() <= alpha) & (alpha > 0)
+        codes, _ = symmetric_codes(x, alpha, ctx.bits)
+        slope = codes / n - torch.where(inside, x / alpha, 0.0)
+        features = max(1, x[0].numel() if x.dim() > 1 else x.numel())
+        return grad * inside, (grad * slope).sum() / math.sqrt(features * n), None
+
+
+def quantize_learned(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Value of :func:`symmetric_codes` with gradients of ``x`` and of its scale (LSQ).
+
+    Learned step size quantization (Esser et al., ICLR 2020, Eq. 3 and Section 2.2), with
+    ``n = 2**(bits-1) - 1`` and ``F`` neurons in a sample: ``dq/dx = 1[|x| <= alpha]`` and
+    ``dq/dalpha = codes/n - 1[|x| <= alpha] * x/alpha``, the latter times ``1/sqrt(F*n)``, so that
+    layers of any size take steps of a size.
+
+    Args:
+        x: real tensor ``[N, ...]``.
+        alpha: 0-dim, largest representable value; where it is 0 or below, ``x`` has no gradient.
+        bits: 2 to 8.
+
+    Returns:
+        Tensor like ``x``.
+    """
+    out: Tensor = _QuantizeLearned.apply(x, alpha, bits)  # type: ignore[no-untyped-call]
+    return out
+
+
 def membrane_alpha(v: Tensor, scale: MembraneScale) -> Tensor:
     """The layer's scale ``alpha_u``: ``max(v)`` (the paper) or ``max|v|`` (the authors' code).
 

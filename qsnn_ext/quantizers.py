@@ -78,7 +78,10 @@ def parse_bits(shorthand: str) -> tuple[int | None, int | None]:
 
 
 class Quantizer(nn.Module):
-    """What all quantizers share. Holds no parameters, so swapping one in leaves checkpoints valid.
+    """What all quantizers share.
+
+    Only :class:`LearnedMembraneQuantizer` holds a parameter, so swapping another in leaves
+    optimizers and checkpoints valid.
 
     Attributes:
         bits: width of one integer code.
@@ -428,6 +431,68 @@ class MembraneQuantizer(Quantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class LearnedMembraneQuantizer(MembraneQuantizer):
+    """A membrane quantizer whose scale is learnt as the weights are (LSQ).
+
+    ``alpha`` is a parameter that takes the first time step's maximum and then the gradient of
+    :func:`qsnn_ext.functional.quantize_learned`; a scale that the optimizer takes to 0 or below
+    begins anew. As with frozen scales a sample's result is its own, and the network is exported as
+    it is. Runs in the eager loop. Several processes need ``sync_scale`` to begin alike.
+
+    Args:
+        bits: 2 to 8.
+        scale: ``"max"`` or ``"absmax"``: what it begins with.
+        squash: ``None`` or ``"tanh"``.
+        sync_scale: begin with the maximum over all processes.
+
+    Raises:
+        ConfigError: an option that is not in the lists above.
+    """
+
+    def __init__(
+        self,
+        bits: int = 2,
+        scale: F.MembraneScale = "max",
+        squash: F.Squash | None = None,
+        sync_scale: bool = False,
+    ) -> None:
+        super().__init__(bits, scale, "frozen", squash, sync_scale=sync_scale)
+        del self.alpha
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def options(self) -> dict[str, Any]:
+        """The constructor arguments; the value itself is in the ``state_dict``."""
+        kept = ("bits", "scale", "squash", "sync_scale")
+        return {name: value for name, value in super().options().items() if name in kept}
+
+    @torch.no_grad()
+    def freeze(self, alpha: float | Tensor) -> None:
+        """Set the scale, from which training goes on."""
+        super().freeze(alpha)
+
+    def quantize(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`MembraneQuantizer.quantize`, with a gradient of the scale."""
+        if self.mode == "dynamic":  # while it is calibrated
+            return super().quantize(u)
+        v = torch.tanh(u) if self.squash == "tanh" else u
+        if self.observer is not None:
+            self.observer(v)
+        if self.training:
+            with torch.no_grad():
+                first = self.observe(v).clamp(min=0).to(self.alpha.dtype)
+                self.alpha.copy_(torch.where(self.alpha > 0, self.alpha, first))
+            self.calibrated = True
+        elif not self.calibrated:
+            raise StateError(
+                "a learnt membrane scale is used before it has a value; train for a step, or call "
+                "qsnn_ext.calibrate(model, batches), first."
+            )
+        # A copy: the next time step may write to the parameter before the gradient is taken.
+        alpha = self.alpha.clone().to(v.dtype)
+        value = F.quantize_learned(v, alpha, self.bits)
+        return value, alpha.detach().clamp(min=0) / F.levels(self.bits)
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named set of options.
@@ -499,6 +564,7 @@ def membrane_quantizer(
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
             ``None`` are left to the preset, and ``squash="none"`` means no squash.
+            ``mode="learned"`` makes a :class:`LearnedMembraneQuantizer`.
 
     Raises:
         ConfigError: bits out of range, an unknown preset or an unknown value of an option.
@@ -512,4 +578,7 @@ def membrane_quantizer(
         for name, value in options.items()
         if value is not None
     }
+    if given.get("mode") == "learned":
+        made = {k: v for k, v in {**base, **given}.items() if k not in ("mode", "momentum")}
+        return LearnedMembraneQuantizer(checked, **made)
     return MembraneQuantizer(checked, **{**base, **given})

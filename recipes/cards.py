@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qsnn_ext import calibrate, deploy, save_checkpoint, summarize
+from qsnn_ext import MembraneQuantizer, calibrate, deploy, save_checkpoint, summarize
 from qsnn_ext.errors import ConfigError
 from recipes.config import Config
 from recipes.engine import networks, teacher
@@ -32,7 +32,7 @@ from recipes.evaluate import (
 
 FOLDER = Path(__file__).parent / "results" / "models"
 LARGEST_CHECKPOINT = 1_000_000
-# Training samples that the frozen membrane scales and the codes of the input are taken from.
+# Training samples that the codes of the input, and membrane scales that were dynamic, are from.
 CALIBRATION = 1_000
 
 LICENSES = {
@@ -64,7 +64,10 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
     model = networks.build(config, spec_of(config))
     teacher.start_from(model, run)
     samples = first_samples(config, CALIBRATION)
-    calibrate(model.eval(), [samples])
+    scales = [m for m in model.modules() if isinstance(m, MembraneQuantizer)]
+    model.eval()
+    if any(scale.mode == "dynamic" for scale in scales):
+        calibrate(model, [samples])
     folder.mkdir(parents=True, exist_ok=True)
     program, checkpoint = folder / f"{name}.qsnn", folder / f"{name}.safetensors"
     deploy.save_program(deploy.lower(model, samples), program)

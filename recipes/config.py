@@ -77,8 +77,8 @@ class Config:
     (Algorithm 1); none takes the preset's."""
     membrane_scale: Literal["max", "absmax"] | None = None
     """What the membrane scale alpha_u is the maximum of: u or |u|; none takes the preset's."""
-    membrane_mode: Literal["dynamic", "frozen"] = "dynamic"
-    """Take alpha_u anew at each step, or use running statistics fixed at evaluation."""
+    membrane_mode: Literal["dynamic", "frozen", "learned"] = "dynamic"
+    """Take alpha_u anew at each step, use running statistics fixed at evaluation, or learn it."""
 
     # -- weight-spike dual regulation
     wsdr: bool = True

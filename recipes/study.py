@@ -59,6 +59,7 @@ def improvements(teacher: Path) -> dict[str, dict[str, Any]]:
         "none": {},
         "annealed sign gradient": {"sign_gradient": "annealed"},
         "frozen membrane scales": {"membrane_mode": "frozen"},
+        "learnt membrane scales": {"membrane_mode": "learned"},
         "latent weights 3x faster, no decay": {"latent_lr": 3.0, "latent_weight_decay": 0.0},
         "distillation": {"teacher": teacher},
         "warm start": {"start_from": teacher},

@@ -30,6 +30,7 @@ from qsnn_ext.quantizers import (
     WEIGHT_BITS,
     BinaryWeight,
     IntWeight,
+    LearnedMembraneQuantizer,
     MembraneQuantizer,
     Quantizer,
     check_bits,
@@ -214,7 +215,8 @@ class MembraneConfig(_Table):
         bits: 2 to 8, or 32 to leave it in floating point.
         scale: ``"preset"``, ``"max"`` or ``"absmax"``.
         squash: ``"preset"``, ``"tanh"`` or ``"none"``.
-        mode: ``"dynamic"`` or ``"frozen"``, see :class:`~qsnn_ext.MembraneQuantizer`.
+        mode: ``"dynamic"`` or ``"frozen"``, see :class:`~qsnn_ext.MembraneQuantizer`, or
+            ``"learned"``, see :class:`~qsnn_ext.LearnedMembraneQuantizer`.
         momentum: of the running mean of frozen mode.
         sync_scale: all-reduce the scale over the processes of ``torch.distributed``.
         order: ``"fire_first"`` (Eq. 12) or ``"quantize_first"`` (Algorithm 1).
@@ -228,7 +230,7 @@ class MembraneConfig(_Table):
     bits: int = 2
     scale: Literal["preset", "max", "absmax"] = "preset"
     squash: Literal["preset", "tanh", "none"] = "preset"
-    mode: Literal["dynamic", "frozen"] = "dynamic"
+    mode: Literal["dynamic", "frozen", "learned"] = "dynamic"
     momentum: float = 0.1
     sync_scale: bool = False
     order: StepOrder = "fire_first"
@@ -254,6 +256,8 @@ class MembraneConfig(_Table):
             **preset(preset_name).membrane,
             **_given({"scale": self.scale, "squash": self.squash}),
         }
+        if self.mode == "learned":
+            return LearnedMembraneQuantizer(bits, sync_scale=self.sync_scale, **options)
         return MembraneQuantizer(
             bits,
             mode=self.mode,

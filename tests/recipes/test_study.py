@@ -1,6 +1,7 @@
 """The study, the model cards and the evaluation that finds their numbers again."""
 
 import json
+import math
 
 import pytest
 
@@ -8,6 +9,7 @@ from qsnn_ext import deploy
 from qsnn_ext.errors import ConfigError
 from recipes import cards, evaluate, study
 from recipes.config import Config
+from recipes.engine import study_figure
 from recipes.engine.run import train
 
 
@@ -99,6 +101,74 @@ def test_seeds_take_turns_and_stages_can_be_asked_for(quick, tmp_path):
     assert [config.seed for config in quick] == [0, 0, 0, 1, 1, 1]
     with pytest.raises(ConfigError, match="unknown stages"):
         study.main(stages=["all"], results=tmp_path)
+
+
+def write_result(config, **content):
+    """A finished run as it lies on the disk."""
+    score = 40.0 + config.seed
+    entry = {
+        "epoch": 1, "train_accuracy": score, "held_out_accuracy": score, "firing_rate": 0.2,
+        "layer_rates": {"a": 0.2}, "cpu_seconds": 3.0,
+    }  # fmt: skip
+    result = {
+        "held_out_accuracy": score, "last_accuracy": score - 1, "layer_entropies": {"a": 0.5},
+        "sign_probabilities": {"b": 0.5}, "history": [entry], "config": config.to_dict(),
+    }  # fmt: skip
+    config.folder.mkdir(parents=True)
+    (config.folder / "result.json").write_text(json.dumps({**result, **content}))
+
+
+def test_a_study_is_written_from_what_is_finished(quick, tmp_path):
+    """As it stands: nothing is trained, and what is missing has no row."""
+    options = {"results": tmp_path, "runs": tmp_path / "runs", "network": "vggsnn", "steps": 3}
+    study.main(**options, seeds=2)
+    wanted = [
+        c for c in quick if "full-precision" in str(c.folder) or "ws-dr-seed" in str(c.folder)
+    ]
+    quick.clear()
+    for config in wanted:
+        if "learning-rate" not in str(config.folder) and config.seed == 0:
+            # No learning rate was tried: the first of the list is taken.
+            write_result(config.but(lr=0.1))
+    write_result(
+        wanted[0].but(lr=0.1, out=tmp_path / "runs" / "full" / "ws-dr-seed1", bits="1w-2u")
+    )
+    content = study.main(**options, seeds=2, finished=True)
+    assert not quick
+    assert content["learning_rates"] == {}
+    rows = {row["variant"]: row for row in content["rows"]}
+    assert set(rows) == {"full precision", "ws-dr"}
+    assert rows["ws-dr"]["accuracies"] == [39.0]
+    assert rows["ws-dr"]["history"][0]["cpu_seconds"] == 3.0
+    assert content["config"]["network"] == "vggsnn"
+    assert content["config"]["steps"] == 3
+
+
+def test_trials_are_those_asked_for(quick, tmp_path):
+    options = {"results": tmp_path, "runs": tmp_path / "runs", "stages": ["improvements"]}
+    content = study.main(**options, trials=["TET's second term"], trial_epochs=2)
+    assert content["improvements"] == {"none": 0.0, "TET's second term": 5.0}
+    assert {config.epochs for config in quick} == {2}
+    with pytest.raises(ConfigError, match=r"unknown trials \['luck'\]: use 'none', "):
+        study.main(**options, trials=["luck"])
+
+
+def test_the_figure_draws_what_there_is(tmp_path):
+    entry = {
+        "epoch": 1, "train_accuracy": 50.0, "held_out_accuracy": 40.0, "firing_rate": 0.2,
+        "layer_rates": {"a": 0.2, "b": 0.5}, "cpu_seconds": 3.0,
+    }  # fmt: skip
+    row = {
+        "variant": "plain", "accuracies": [40.0], "n": 1, "mean": 40.0, "std": None,
+        "sign_probabilities": {"x": 0.5}, "history": [entry, {**entry, "epoch": 2}],
+    }  # fmt: skip
+    content = {"study": "a study", "rows": [row, {**row, "variant": "ws-dr", "history": []}]}
+    figure = study_figure.draw(content)
+    accuracy, _, information, spikes, *_ = figure.axes
+    assert len(accuracy.lines) == 1
+    expected = (math.log(2) - 0.2 * math.log(0.2) - 0.8 * math.log(0.8)) / 2
+    assert information.lines[0].get_ydata()[0] == pytest.approx(expected)
+    assert len(spikes.patches) == 2
 
 
 def test_distillation_and_warm_start_take_the_studys_own_float_run(quick, tmp_path):
