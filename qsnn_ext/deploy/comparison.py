@@ -288,7 +288,7 @@ def _membranes(
         word = states[n.name].astype(np.int64) & (2**n.bits - 1)
         code = np.where(word >= 2 ** (n.bits - 1), word - 2**n.bits, word)
         code = as_the_model(program, n.name, code)
-        value = code * (max(float(quantizer.alpha), 0.0) / n.levels)
+        value = code * (max(float(quantizer.alpha.detach()), 0.0) / n.levels)
         theirs = potential.detach().float().cpu().numpy()
         if theirs.size == value.size:
             errors.setdefault(n.name, []).append(

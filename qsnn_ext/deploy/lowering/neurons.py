@@ -153,7 +153,7 @@ def membrane_of(name: str, quantizer: MembraneQuantizer | None) -> tuple[int, fl
             f"{name}: its membrane scale is not frozen, so one sample's result would depend on "
             "its batch; run qsnn_ext.calibrate(model, batches) first"
         )
-    return quantizer.bits, float(quantizer.alpha), quantizer.squash == "tanh"
+    return quantizer.bits, _number(quantizer.alpha), quantizer.squash == "tanh"
 
 
 def _strict(surrogate: Any) -> bool:
