@@ -10,6 +10,7 @@ of the integer program; ``python -m recipes.evaluate`` finds the same.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ FOLDER = Path(__file__).parent / "results" / "models"
 LARGEST_CHECKPOINT = 1_000_000
 # Training samples that the codes of the input, and membrane scales that were dynamic, are from.
 CALIBRATION = 1_000
+
+# What stands for the paths of a command line.
+PATHS = {"--data-dir": "DIR", "--out": "RUN", "--start-from": "RUN0", "--teacher": "RUN0"}
 
 LICENSES = {
     "cifar10": "CIFAR-10 (Krizhevsky, 2009): its authors state no licence.",
@@ -110,11 +114,25 @@ def describe(
         "accuracy_simulation": accuracy_of_simulation(model, config),
         "accuracy_program": accuracy_of_program(program, config),
         "epochs": config.epochs,
-        "command": result["command"],
+        "command": portable(result["command"]),
         "git": git_commit(),
         "versions": versions(),
         "config": config.but(out=None, data_dir=Path("data")).to_dict(),
     }
+
+
+def portable(command: str) -> str:
+    """A run's command line with names in place of the paths of the machine it ran on."""
+    words = shlex.split(command)
+    for i, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option not in PATHS:
+            continue
+        if equals:
+            words[i] = f"{option}={PATHS[option]}"
+        elif i + 1 < len(words):
+            words[i + 1] = PATHS[option]
+    return shlex.join(words)
 
 
 def page(name: str, card: dict[str, Any]) -> str:

@@ -45,6 +45,13 @@ def test_a_card_says_what_evaluation_finds(run, tmp_path, capsys):
     assert evaluate.main(folder) == pytest.approx(result["last_accuracy"], abs=0.5)
 
 
+def test_a_card_names_no_path_of_the_machine():
+    command = "python -m recipes.nmnist_vggsnn --data-dir /a/b --lr 0.1 --out='/c d' --teacher /e"
+    assert cards.portable(command) == (
+        "python -m recipes.nmnist_vggsnn --data-dir DIR --lr 0.1 --out=RUN --teacher RUN0"
+    )
+
+
 def test_evaluation_refuses_other_data_and_models_without_a_card(run, tmp_path):
     folder, _ = run
     with pytest.raises(ConfigError, match="was trained on digits, not on cifar10"):
