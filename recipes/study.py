@@ -28,7 +28,7 @@ from recipes.ablation import VARIANTS, optimization, summary
 from recipes.config import Config
 from recipes.engine.cli import call
 from recipes.engine.many import finished as finished_result
-from recipes.engine.many import run_all
+from recipes.engine.many import run_all, run_here
 from recipes.engine.results import git_commit, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,7 +109,7 @@ def main(
         trials: Improvements to try, by name; none tries all.
         trial_epochs: Of the runs that try them, no more than ``epochs``.
         finished: Write what is known from runs that are finished, and train nothing.
-        lanes: Runs at a time, which share the cores.
+        lanes: Runs at a time, which share the cores; one alone runs in this process.
         accelerator: Where to train.
         kernels: How the neurons run.
         runs: Folder of the single runs; none takes runs/DATA-wWIDTH.
@@ -235,7 +235,8 @@ def trained(configs: dict[Any, Config], lanes: int) -> dict[Any, dict[str, Any] 
     """The result of every configuration by its key; none of one that diverged."""
     keys = {config.folder: key for key, config in configs.items()}
     found = {}
-    for config, result in run_all(list(configs.values()), lanes):
+    runs = list(configs.values())
+    for config, result in run_here(runs) if lanes == 1 else run_all(runs, lanes):
         found[keys[config.folder]] = result
         said = "diverged" if result is None else f"held out {held_out(result):.2f} %"
         print(f"{config.folder}: {said}", flush=True)

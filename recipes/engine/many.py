@@ -70,6 +70,17 @@ def run_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def run_here(
+    configs: Sequence[Config],
+) -> Iterator[tuple[Config, dict[str, Any] | None]]:
+    """:func:`run_all` in this process, one after the other: importing torch is paid for once."""
+    for config in configs:
+        try:
+            yield config, finished(config) or _run(config)
+        except DivergenceError:
+            yield config, None
+
+
 def finished(config: Config) -> dict[str, Any] | None:
     """The result of a run that is complete and was made with this configuration, or none."""
     path = config.folder / "result.json"

@@ -84,6 +84,7 @@ def quick(monkeypatch):
             )
 
     monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study, "run_here", lambda configs: run_all(configs, 1))
     return asked
 
 
