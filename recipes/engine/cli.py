@@ -94,9 +94,20 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, text: str | None = N
 
 
 def call(function: Callable[..., object]) -> None:
-    """Call a function with its arguments from the command line, and end errors likewise."""
+    """Call a function with its arguments from the command line, and end errors likewise.
+
+    Options may be spelled as those of the recipes are: ``--data-dir`` is ``data_dir``.
+    """
     with errors_in_one_line():
-        auto_cli(function, as_positional=False)
+        auto_cli(function, args=[_spelled(word) for word in sys.argv[1:]], as_positional=False)
+
+
+def _spelled(word: str) -> str:
+    """An option's name with underscores, as the function's parameter has it."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word[2:].partition("=")
+    return f"--{option.replace('-', '_')}{equals}{value}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 from qsnn_ext.errors import ConfigError
 from recipes import cifar10_resnet19, dvsgesture_vggsnn, tinyimagenet_vgg16
 from recipes.config import Config, differences, flag
-from recipes.engine.cli import build_parser, field_help, main, parse
+from recipes.engine.cli import build_parser, call, field_help, main, parse
 
 
 def test_every_option_is_explained():
@@ -75,6 +75,18 @@ def test_help_shows_the_defaults_of_the_data_set(capsys):
         parse(cifar10_resnet19.config, ["--data", "digits", "--help"])
     assert stop.value.code == 0
     assert "default: 0.125" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--data-dir", "--data_dir"])
+def test_studies_spell_their_options_as_recipes_do(option, monkeypatch):
+    seen = {}
+
+    def study(data: str = "a", data_dir: Path = Path("data"), rate: float = 0.0) -> None:
+        seen.update(data=data, data_dir=data_dir, rate=rate)
+
+    monkeypatch.setattr("sys.argv", ["study", option, "a-b/c", "--data=x-y", "--rate", "-1"])
+    call(study)
+    assert seen == {"data": "x-y", "data_dir": Path("a-b/c"), "rate": -1.0}
 
 
 @pytest.mark.parametrize(
