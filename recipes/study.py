@@ -79,6 +79,7 @@ def main(
     stages: Sequence[Stage] = STAGES,
     network: Literal["resnet19", "vgg16", "vggsnn"] | None = None,
     steps: int | None = None,
+    settings: dict[str, list[str]] | None = None,
     tuning_epochs: int = 3,
     tuning_batches: int | None = None,
     trials: list[str] | None = None,
@@ -103,6 +104,8 @@ def main(
         stages: Which, in any order; they run in their own.
         network: Of the paper; none takes the recipe's.
         steps: Time steps T; none takes the recipe's.
+        settings: Optimizers and learning rates that are tried, by variant, in place of the study's
+            own; the first is taken where none was tried.
         tuning_epochs: Of the learning-rate runs.
         tuning_batches: Batches per epoch of the learning-rate runs, where whole epochs take too
             long; none takes whole epochs.
@@ -123,6 +126,11 @@ def main(
     if unknown:
         known = ", ".join(map(repr, improvements(Path())))
         raise ConfigError(f"unknown trials {sorted(unknown)}: use {known}.")
+    choices = {**SETTINGS, **(settings or {})}
+    if set(choices) != set(SETTINGS):
+        raise ConfigError(
+            f"unknown variants {sorted(set(choices) - set(SETTINGS))}: use {', '.join(MAIN)}."
+        )
     recipe = importlib.import_module(f"recipes.{RECIPES[data]}")
     runs = runs or Path("runs") / f"{data}-w{width:g}"
     recipes_own: Config = recipe.config(data=data)
@@ -159,14 +167,14 @@ def main(
                 out=runs / "learning-rate" / f"{slug(name)}-{setting.replace(':', '')}",
             )
             for name in MAIN
-            for setting in SETTINGS[name]
+            for setting in choices[name]
         }
         for (name, setting), result in results_of(grid).items():
             rates.setdefault(name, {})[setting] = held_out(result)
     best = {
         name: max(rates[name], key=lambda s, n=name: rates[n][s])  # type: ignore[misc]
         if name in rates
-        else SETTINGS[name][0]
+        else choices[name][0]
         for name in MAIN
     }
 
@@ -208,9 +216,9 @@ def main(
         if ends := results_of({0: config}):
             rows.append({**_row("improved", best["ws-dr"], [ends[0]]), "with": helpful})
     if "parts" in stages:
-        settings = {n: best[LIKE.get(n, "ws-dr")] for n in PARTS}
-        ends = results_of({n: full(n, settings[n], 0) for n in PARTS})
-        rows += [_row(n, settings[n], [ends[n]]) for n in PARTS if n in ends]
+        rate = {n: best[LIKE.get(n, "ws-dr")] for n in PARTS}
+        ends = results_of({n: full(n, rate[n], 0) for n in PARTS})
+        rows += [_row(n, rate[n], [ends[n]]) for n in PARTS if n in ends]
 
     content = {
         "study": f"{base.network} of width {width:g} on {data}, {epochs} epochs",

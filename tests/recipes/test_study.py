@@ -152,6 +152,16 @@ def test_a_study_is_written_from_what_is_finished(quick, tmp_path):
     assert content["config"]["steps"] == 3
 
 
+def test_settings_may_be_given_and_untried_ones_are_taken_as_they_are(quick, tmp_path):
+    options = {"results": tmp_path, "runs": tmp_path / "runs", "stages": ["variants"], "seeds": 1}
+    study.main(**options, settings={"plain": ["adam:0.003", "adam:0.1"]})
+    assert {c.variant: (c.optimizer, c.lr) for c in quick if c.quantized} == {
+        "plain": ("adam", 0.003), "wsdr": ("sgd", 0.1)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"unknown variants \['plane'\]"):
+        study.main(**options, settings={"plane": ["adam:0.1"]})
+
+
 def test_trials_are_those_asked_for(quick, tmp_path):
     options = {"results": tmp_path, "runs": tmp_path / "runs", "stages": ["improvements"]}
     content = study.main(**options, trials=["TET's second term"], trial_epochs=2)
