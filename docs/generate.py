@@ -221,16 +221,15 @@ def real_protocol(data: str) -> str:
         content[k] for k in ("config", "learning_rate_runs", "improvement_runs")
     )
     batches = tuning["batches_per_epoch"]
-    of = f" of {batches} batches" if batches else ""
+    how = f"chosen on the held-out samples, in runs of {tuning['epochs']} epochs"
+    if batches:
+        how += f" of {batches} batches"
     rows = [
         ["what", "value"],
         ["network", f"{config['network']}, width {config['width']:g}, T = {config['steps']}"],
         ["epochs, batch", f"{config['epochs']}, {config['batch']}"],
         ["held-out training samples", f"{content['holdout']:,}"],
-        [
-            "learning rates",
-            f"chosen on the held-out samples, in runs of {tuning['epochs']} epochs{of}",
-        ],
+        ["learning rates", how if content["learning_rates"] else "not searched on these data"],
     ]
     if content["improvements"]:
         rows.append(["improvements", f"tried in runs of {trials['epochs']} epochs"])

@@ -86,6 +86,7 @@ def main(
     trial_epochs: int = 5,
     finished: bool = False,
     lanes: int = 1,
+    workers: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto",
     runs: Path | None = None,
@@ -113,6 +114,7 @@ def main(
         trial_epochs: Of the runs that try them, no more than ``epochs``.
         finished: Write what is known from runs that are finished, and train nothing.
         lanes: Runs at a time, which share the cores; one alone runs in this process.
+        workers: Data loading processes of each run; none leaves them to the recipe.
         accelerator: Where to train.
         kernels: How the neurons run.
         runs: Folder of the single runs; none takes runs/DATA-wWIDTH.
@@ -143,6 +145,7 @@ def main(
         holdout=holdout,
         strong_augment=False,
         accelerator=accelerator,
+        workers=workers,
         kernels=kernels,
         epochs=epochs,
         warmup=min(1.0, epochs / 4),
