@@ -104,6 +104,23 @@ def test_the_stages_choose_on_held_out_images(quick, tmp_path):
     assert written["rows"] == content["rows"]
 
 
+@pytest.mark.slow
+def test_a_whole_study_of_one_lane(tmp_path):
+    """On the digits, in this process; asked for again it trains nothing."""
+    options = {
+        "data": "digits", "width": 1 / 32, "epochs": 1, "batch": 128, "holdout": 100, "seeds": 1,
+        "stages": ["variants"], "kernels": "function", "workers": 0, "accelerator": "cpu",
+        "results": tmp_path, "runs": tmp_path / "runs",
+    }  # fmt: skip
+    content = study.main(**options)
+    assert [row["variant"] for row in content["rows"]] == list(study.MAIN)
+    assert all(row["history"][0]["cpu_seconds"] > 0 for row in content["rows"])
+    logs = [path.read_text() for path in (tmp_path / "runs").rglob("log.txt")]
+    assert len(logs) == 3
+    assert study.main(**options, finished=True)["rows"] == content["rows"]
+    assert logs == [path.read_text() for path in (tmp_path / "runs").rglob("log.txt")]
+
+
 def test_seeds_take_turns_and_stages_can_be_asked_for(quick, tmp_path):
     study.main(results=tmp_path, runs=tmp_path / "runs", stages=["variants"], seeds=2)
     assert [config.seed for config in quick] == [0, 0, 0, 1, 1, 1]
