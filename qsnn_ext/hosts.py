@@ -67,6 +67,10 @@ class Adapter(abc.ABC):
         """Whether the module is a neuron of this host, of any kind, spiking or not."""
         return self.describe(module) is not None
 
+    def encodes(self, module: nn.Module) -> bool:
+        """Whether the module turns input values into spikes: it fires and is no neuron."""
+        return False
+
     def is_spiking(self, module: nn.Module) -> bool:
         """Whether the module emits spikes and so has a firing rate."""
         model = self.describe(module)
@@ -116,6 +120,11 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 def describe(module: nn.Module) -> NeuronModel | None:
     """What a step of ``module`` computes; ``None`` for what is no neuron of any host."""
     return next((m for host in adapters() if (m := host.describe(module)) is not None), None)
+
+
+def encodes(module: nn.Module) -> bool:
+    """Whether ``module`` is a host's encoder of input values."""
+    return any(host.encodes(module) for host in adapters())
 
 
 def counterpart(module: nn.Module) -> type[Any] | None:

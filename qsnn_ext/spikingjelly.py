@@ -32,7 +32,15 @@ from qsnn_ext.neuron import Charge, NeuronModel, State
 from qsnn_ext.quantizers import MembraneQuantizer
 
 try:
-    from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+    from spikingjelly.activation_based import (
+        base,
+        encoding,
+        functional,
+        layer,
+        neuron,
+        rnn,
+        surrogate,
+    )
     from spikingjelly.activation_based.functional import conv_bn_fusion
 except ImportError as error:
     raise hosts.missing("spikingjelly", error) from error
@@ -254,6 +262,34 @@ class QuantizedLoop(QuantizedNeuron):
                 setattr(self, state.name, rounder(state.quantizer)(getattr(self, state.name)))
 
 
+class QuantizedCell(QuantizedNeuron):
+    """Mixin over a recurrent cell of SpikingJelly, which is given its state and returns the next.
+
+    ``SpikingLSTMCell``'s cell state ``c`` is rounded, and what it emits is computed from the
+    unrounded one; ``SpikingGRUCell``'s hidden state ``h`` is both, and rounded. As long as a cell's
+    gates fire, these are 0 and 1, which rounding leaves as they are.
+    """
+
+    prefix = "Quant"
+
+    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
+        super()._take(membrane, order)
+        if membrane is not None and order != "fire_first":
+            raise ConfigError(
+                f"a {type(self).__name__} runs the host's own step; use order='fire_first'."
+            )
+
+    def forward(self, x: Tensor, *states: Any, **kwargs: Any) -> Any:
+        """One step ``[N, input_size]``: what the host's cell returns, its state rounded."""
+        returned = super().forward(x, *states, **kwargs)  # type: ignore[misc]
+        if self.membrane is None:
+            return returned
+        quantize = rounder(self.membrane)
+        if isinstance(returned, tuple):
+            return (*returned[:-1], quantize(returned[-1]))
+        return quantize(returned)
+
+
 class QuantLIFNode(QuantizedNode, neuron.LIFNode):  # type: ignore[misc]
     """SpikingJelly's ``LIFNode`` with a k-bit membrane potential (Eq. 10 to 12).
 
@@ -437,12 +473,36 @@ def _memories(module: Any) -> dict[str, Any]:
     return {}
 
 
+#: Recurrent cells, and what each is given of the step before besides spikes.
+_CELLS: dict[type[nn.Module], tuple[str, ...]] = {
+    rnn.SpikingLSTMCell: ("c",),
+    rnn.SpikingGRUCell: ("h",),
+    rnn.SpikingVanillaRNNCell: (),
+}
+
+
+def _describe_cell(module: Any) -> NeuronModel:
+    kind = next((cell for cell in _CELLS if isinstance(module, cell)), None)
+    names = () if kind is None else _CELLS[kind]
+    potential = names[0] if names else None
+    return NeuronModel(
+        kind=type(module).__name__ if kind is None else kind.__name__,
+        states=tuple(State(name, held(module, name, potential)) for name in names),
+        potential=potential,
+        recurrent=True,
+        order=getattr(module, "order", "fire_first"),
+        obstacle="it is a cell of its own, whose states nothing tells" if kind is None else None,
+    )
+
+
 class _SpikingJelly(hosts.Adapter):
     """See :class:`qsnn_ext.hosts.Adapter`."""
 
     def describe(self, module: Any) -> NeuronModel | None:
-        """A node of SpikingJelly, or a user's module with a memory called ``v``."""
+        """A node or cell of SpikingJelly, or a user's module with a memory called ``v``."""
         cls = type(module)
+        if isinstance(module, rnn.SpikingRNNCellBase):
+            return _describe_cell(module)
         memories = _memories(module)
         own = isinstance(module, base.MemoryModule) and "v" in memories
         if not (own or _is_of_the_host(cls) or isinstance(module, layer.SynapseFilter)):
@@ -496,7 +556,13 @@ class _SpikingJelly(hosts.Adapter):
             return QuantizedNode.over(float_type)
         if issubclass(float_type, (neuron.NonSpikingBaseNode, neuron.ILCBaseNode)):
             return QuantizedLoop.over(float_type)
+        if issubclass(float_type, tuple(cell for cell, states in _CELLS.items() if states)):
+            return QuantizedCell.over(float_type)
         return None
+
+    def encodes(self, module: nn.Module) -> bool:
+        """An encoder, with or without a state."""
+        return isinstance(module, (encoding.StatelessEncoder, encoding.StatefulEncoder))
 
     def starts_sequence(
         self,

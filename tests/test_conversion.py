@@ -8,7 +8,7 @@ import warnings
 import pytest
 import snntorch as snn
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import encoding, functional, layer, neuron, rnn
 from torch import nn
 from torch.nn import functional as tf
 from torch.nn.utils import prune
@@ -525,3 +525,247 @@ def test_one_registered_class_is_a_new_layer():
     assert report["1"].became == "BinaryScaled"
     assert isinstance(net[1], QuantizedWeight)
     assert net(torch.rand(2, 4)).shape == (2, 3)
+
+
+# --------------------------------------------------------------------------- untrained networks
+
+
+class Silent(ByLoop):
+    """A neuron that nothing in an untrained network drives to its threshold."""
+
+
+class HandedOn(nn.Module):
+    """Its caller keeps the potential."""
+
+    def forward(self, x, v):
+        v = v / 2 + x
+        spikes = (v > 1).to(x)
+        return spikes, v - spikes
+
+
+class Caller(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.fc1, self.neuron, self.fc2 = nn.Linear(6, 8), kind(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        v, out = torch.zeros(x.shape[1], 8), []
+        for step in x:
+            spikes, v = self.neuron(self.fc1(step), v)
+            out.append(self.fc2(spikes))
+        return torch.stack(out)
+
+
+def test_neurons_that_are_silent_are_found_and_with_one_all_of_its_class():
+    net = nn.Sequential(
+        nn.Linear(6, 8), Silent(), nn.Linear(8, 8, bias=False), Silent(), nn.Linear(8, 2)
+    )
+    report = quantize_(net, "1w-2u", sample=torch.rand(4, 2, 6) / 100)
+    assert report["1"].action == report["3"].action == "unsupported"
+    assert "when it is driven" in report["1"].reason
+    assert "it is what 1 is" in report["3"].reason  # gets zeros, so of itself it tells nothing
+    assert [row.name for row in report.of("unsupported")] == ["1", "3"]
+    assert sum("Silent" in line for line in report.summary()) == 2  # not once for each
+
+
+@pytest.mark.parametrize("drive", [1, 100])
+def test_a_neuron_whose_caller_keeps_its_potential_is_found(drive):
+    report = quantize_(Caller(HandedOn), "1w-2u", sample=torch.rand(4, 2, 6) * drive)
+    assert "probably a neuron" in report["neuron"].reason
+    assert "given back" in report["neuron"].reason
+
+
+def by_step(function):
+    """A module that goes through its input step by step."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = torch.zeros(())
+
+        def forward(self, x):
+            self.seen = self.seen + 1  # it even keeps a state
+            return torch.stack([function(step) for step in x])
+
+    return Module()
+
+
+class NormPerStep(nn.Module):
+    """Zero at first, as the last norm of a residual block often is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(4))
+        for norm in self.norms:
+            nn.init.zeros_(norm.weight)
+
+    def forward(self, x):
+        return torch.stack([norm(step) for norm, step in zip(self.norms, x, strict=True)])
+
+
+NO_NEURONS = {
+    "ReLU": lambda: by_step(torch.relu),
+    "ReLU of what is negative": lambda: by_step(lambda x: torch.relu(x - 1e3)),
+    "dropout of all": lambda: by_step(lambda x: x * 0),
+    "pooling": lambda: by_step(lambda x: nn.functional.avg_pool1d(x, 2).repeat(1, 2)),
+    "sigmoid": lambda: by_step(lambda x: torch.sigmoid(x)),
+    "hard sigmoid, saturated": lambda: by_step(lambda x: torch.clamp(x - 1e2, 0, 1)),
+    "hard tanh": lambda: by_step(nn.functional.hardtanh),
+    "rounding": lambda: by_step(torch.round),
+    "sign": lambda: by_step(torch.sign),
+    "shift": lambda: by_step(lambda x: x.roll(1, 0)),
+    "norm per step": NormPerStep,
+    "dropout": lambda: nn.Dropout(0.5),
+    "threshold without time": lambda: nn.Threshold(0.5, 0.0),
+    "encoder": lambda: nn.Sequential(nn.Sigmoid(), encoding.LatencyEncoder(4)),
+    "identity": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("kind", NO_NEURONS)
+def test_what_is_no_neuron_is_not_taken_for_one(kind):
+    x = torch.rand(4, 2, 6) - 0.5
+    net = nn.Sequential(
+        nn.Linear(6, 8), NO_NEURONS[kind](), nn.Linear(8, 8), lif(), nn.Linear(8, 2)
+    )
+    report = quantize_(net, "1w-2u", sample=x, strict=True)
+    assert report["1"].action == "nothing", report["1"].reason
+
+
+def test_the_innermost_is_the_neuron():
+    inner = nn.Sequential(nn.Sequential(ByLoop()), nn.Identity())
+    net = nn.Sequential(nn.Linear(6, 8), inner, nn.Linear(8, 8), lif(), nn.Linear(8, 2))
+    report = quantize_(net, "1w-2u", sample=torch.rand(4, 2, 6) * 9)
+    assert [row.name for row in report.of("unsupported")] == ["1.0.0"]
+
+
+# --------------------------------------------------------------------------- vectors, norms
+
+
+class PerStep(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(*shape))
+
+    def forward(self, x):
+        return x * self.p
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_weight"), [((4, 1, 1), False), ((1, 1, 8), False), ((4, 1, 8), True)]
+)
+def test_a_factor_per_step_or_channel_is_a_vector(shape, is_weight):
+    net = nn.Sequential(
+        nn.Linear(6, 8), PerStep(*shape), lif(), nn.Linear(8, 8), lif(), nn.Linear(8, 2)
+    )
+    report = quantize_(net, "1w-2u", sample=torch.rand(4, 2, 6))
+    assert report["1"].action == ("unsupported" if is_weight else "nothing")
+    assert report["1"].weights == (32 if is_weight else 0)
+    norm = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm((2, 8)), lif(), nn.Linear(8, 8))
+    assert quantize_(norm, "8w-2u")["1"].action == "nothing"
+
+
+class Wrapped(nn.Module):
+    """A norm between reshapes, as networks over time have it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.flatten(0, 1)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_wrapped_norm_is_behind_the_layer_all_the_same(norm):
+    inner = nn.BatchNorm1d(64) if norm else nn.Identity()
+    net = nn.Sequential(
+        nn.Linear(6, 64), lif(), nn.Linear(64, 64, bias=False), Wrapped(inner), lif(),
+        nn.Linear(64, 2),
+    )  # fmt: skip
+    report = quantize_(net, "1w-2u", sample=torch.rand(4, 2, 6) * 9)
+    assert any("without a batch norm" in w for w in report.warnings) is not norm
+
+
+class Standardized(nn.Linear):
+    def forward(self, x):
+        w = self.weight - self.weight.mean(1, keepdim=True)
+        return nn.functional.linear(x, w / w.square().mean(1, keepdim=True).sqrt(), self.bias)
+
+
+def test_a_layer_that_normalizes_its_weights_needs_no_norm():
+    net = nn.Sequential(nn.Linear(6, 64), lif(), Standardized(64, 64), lif(), nn.Linear(64, 2))
+    assert not quantize_(net, "1w-2u", sample=torch.rand(4, 2, 6) * 9).warnings
+
+
+# --------------------------------------------------------------------------- cells, read-outs
+
+
+class Potential(neuron.SimpleLIFNode):
+    """Gives its potential, as critics do."""
+
+    def single_step_forward(self, x):
+        self.neuronal_charge(x)
+        return self.v
+
+
+def test_a_neuron_that_gives_its_potential_is_a_readout():
+    def build():
+        return nn.Sequential(
+            nn.Linear(6, 8), lif(), nn.Linear(8, 8), lif(), nn.Linear(8, 2),
+            Potential(2.0, True, step_mode="m"),
+        )  # fmt: skip
+
+    x = torch.rand(4, 2, 6) * 9
+    report = quantize_(build(), "1w-2u", sample=x, strict=True)
+    assert report["5"].action == "kept"
+    assert "read-out" in report["5"].reason
+    asked = QuantConfig(rules=(Rule(name="5", membrane=4),))
+    assert quantize_(build(), asked, sample=x)["5"].membrane_bits == 4
+
+
+class Cells(nn.Module):
+    def __init__(self, kind, layers):
+        super().__init__()
+        self.rnn, self.fc = kind(6, 8, layers), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][-1])
+
+
+@pytest.mark.parametrize("kind", ["SpikingLSTM", "SpikingGRU", "SpikingVanillaRNN"])
+def test_cells_of_spikingjelly(kind):
+    net = Cells(getattr(rnn, kind), 2)
+    report = quantize_(net, "1w-2u", sample=torch.rand(4, 3, 6), strict=kind != "SpikingVanillaRNN")
+    # The image enters by the first cell; recurrent weights are never first or last.
+    assert report.firsts == ("rnn.cells.0.linear_ih",)
+    assert report.lasts == ("fc",)
+    hidden = [f"rnn.cells.{at}" for at in ("0.linear_hh", "1.linear_ih", "1.linear_hh")]
+    assert bits(report, *hidden) == (1, 1, 1)
+    if kind == "SpikingVanillaRNN":
+        assert report["rnn.cells.0"].action == "nothing"
+        assert "no state" in report["rnn.cells.0"].reason
+    else:
+        assert report["rnn.cells.1"].membrane_bits == 2
+        assert report.states.by_bits == {2: 2 * 3 * 8}
+    config = QuantConfig(rules=(Rule(name="rnn.cells.*", membrane="keep"),))
+    if kind != "SpikingVanillaRNN":
+        report = quantize_(Cells(getattr(rnn, kind), 2), config)
+        assert bits(report, *hidden) == (None, None, None)
+
+
+def test_feedback_of_the_last_neuron_does_not_make_it_hidden():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.lif = nn.Linear(6, 8), snn.Leaky(0.9, init_hidden=True)
+            self.fc2 = nn.Linear(8, 4)
+            self.out = snn.RLeaky(0.9, linear_features=4, init_hidden=True)
+
+        def forward(self, x):
+            return torch.stack([self.out(self.fc2(self.lif(self.fc1(step)))) for step in x])
+
+    report = quantize_(Net(), "1w-2u", sample=torch.rand(5, 2, 6) * 9)
+    assert report.firsts == ("fc1",)
+    assert report.lasts == ("fc2",)
+    assert report["out.recurrent"].weight_bits == 1

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsnn_ext import hosts, trace
+from qsnn_ext.layers.counterparts import is_stock
 from qsnn_ext.wrapping import uncompiled
 
 #: Source that stands for the model's input; layers and parameter holders stand for themselves.
@@ -55,18 +56,23 @@ class Flow:
         order: weighted layers in the order of their first call.
         firsts: those that see the model's input, in that order.
         lasts: those after which no weights come, in that order.
+        looped: ids of layers that see what they gave, with no other weights in between.
         operations: multiply-accumulates of each weighted layer, by id.
         states: values that each neuron carries, by id.
+        readouts: ids of neurons that gave their potential, and no spikes.
         neurons: modules that are probably neurons, by id, with what was seen of them.
-        unscaled: ids of layers whose currents reach a neuron without a norm in between.
+        unscaled: ids of layers whose currents reach a neuron without a norm in between, and that
+            do not normalize their weights themselves.
         read: ids of layers whose weights somebody else multiplied with.
     """
 
     order: list[nn.Module] = field(default_factory=list)
     firsts: list[nn.Module] = field(default_factory=list)
     lasts: list[nn.Module] = field(default_factory=list)
+    looped: set[int] = field(default_factory=set)
     operations: dict[int, int] = field(default_factory=dict)
     states: dict[int, int] = field(default_factory=dict)
+    readouts: set[int] = field(default_factory=set)
     neurons: dict[int, str] = field(default_factory=dict)
     unscaled: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)
@@ -89,9 +95,11 @@ def follow(
         forward: see :func:`qsnn_ext.trace.call`.
     """
     watch = _Watch(layers, holders)
-    with trace.undisturbed(model), uncompiled(model), watch.hooks(model), watch:
-        trace.call(model, sample, forward)
-    return watch.flow()
+    with trace.undisturbed(model), uncompiled(model):
+        with watch.hooks(model), watch:
+            trace.call(model, sample, forward)
+        watch.try_silent()
+    return watch.flow(model)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,6 +122,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside: list[int] = []
         self._steps: list[int] = [0]
         self._seen = Flow()
+        self._normalizing: set[int] = set()
+        # Of each class of modules one that was silent, how it was called, and what it does in time.
+        self._silent: dict[Any, tuple[nn.Module, Any, Any, str]] = {}
 
     # ----------------------------------------------------------------- sources of tensors
 
@@ -174,6 +185,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._feeds.add(key)
             elif abs(source) != key:
                 self._edges.setdefault(abs(source), set()).add(key)
+            else:
+                self._seen.looped.add(key)
 
     # ----------------------------------------------------------------- modules
 
@@ -192,9 +205,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif isinstance(module, _NORMS):
                 handles.append(module.register_forward_hook(self._norm_out))
             elif id(module) not in inner and module is not model:
-                state: list[Any] = []
-                handles.append(module.register_forward_pre_hook(self._other_in(state)))
-                handles.append(module.register_forward_hook(self._other_out(state)))
+                state: list[Any] = [None]
+                before, after = self._other_in(state), self._other_out(state)
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             yield
         finally:
@@ -214,6 +228,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside.append(id(layer))
 
     def _layer_out(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(layer) not in self._seen.operations and _normalizes(layer, args, kwargs):
+            self._normalizing.add(id(layer))
         self._inside.remove(id(layer))
         self.give(output, frozenset({id(layer)}), anew=True)
         key, spent = id(layer), _operations(layer, (args, kwargs), output)
@@ -223,48 +239,108 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen.unscaled |= {s for s in self.sources((args, kwargs)) if s > 0}
 
     def _neuron_out(self, neuron: nn.Module, args: Any, output: Any) -> None:
+        inside = {id(part) for part in neuron.modules()} & self._layers.keys()
+        self._seen.unscaled |= inside & self.sources(output)
         self._mark(args, output)
-        host = hosts.adapter_of(neuron)
-        state = host.state(neuron) if host is not None else None
-        if state is not None:
-            self._seen.states[id(neuron)] = state.numel()
+        model = hosts.describe(neuron)
+        assert model is not None  # hooked as a neuron
+        held = [getattr(neuron, state.name, None) for state in model.states]
+        spikes, v = next(_tensors(output), None), getattr(neuron, model.potential or "", None)
+        if spikes is not None and isinstance(v, Tensor) and not _counts(spikes):
+            last = spikes[-1] if spikes.dim() > v.dim() else spikes
+            if last.shape == v.shape and torch.equal(last, v):
+                self._seen.readouts.add(id(neuron))
+        values = sum(t.numel() for t in held if isinstance(t, Tensor))
+        if not values and spikes is not None:  # states are handed over from step to step
+            values = spikes.numel() * len(model.states)
+        if values:
+            self._seen.states[id(neuron)] = values
 
     def _norm_out(self, norm: nn.Module, args: Any, output: Any) -> None:
         self._mark(args, output)
 
     def _mark(self, args: Any, output: Any) -> None:
         """Behind a neuron, or a norm, the scale of a current is that no more."""
-        sources = self.sources((args, output))
+        sources = self.sources(output) or self.sources(args)  # a kernel may hide what it does
         spikes = output[0] if isinstance(output, tuple) and output else output
         self.give(spikes, frozenset(-abs(s) for s in sources), anew=True)
 
     def _other_in(self, state: list[Any]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._steps.append(0)
-            state[:] = [_held(module)]
+            state[:] = [_held(module), *state[1:]]
 
         return hook
 
     def _other_out(self, state: list[Any]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             steps = self._steps.pop()
             self._steps[-1] += steps
-            self.give(output, self.sources(args))  # whatever happened in there
-            keeps = bool(state) and _held(module) != state[0]
-            if (keeps or steps > 1) and _fires(args, output):
-                how = "keeps a state" if keeps else "goes through its input step by step"
-                self._seen.neurons[id(module)] = f"emits 0 and 1 only and {how}"
+            # Whatever happened in there; but what went through a norm has been marked by it.
+            marked = self.sources(output)
+            self.give(
+                output, frozenset(s for s in self.sources((args, kwargs)) if -s not in marked)
+            )
+            handed = {_address(t) for t in _tensors(state[1:])}
+            if isinstance(output, (tuple, list)):  # spikes, and a state for the next step
+                state[1:] = [output]  # kept alive, so that no other tensor takes its address
+            if id(module) in self._seen.neurons:
+                return
+            if state[0] is not None and _held(module) != state[0]:
+                how = "keeps a state"
+            elif steps > 1:
+                how = "goes through its input step by step"
+            elif not handed.isdisjoint(map(_address, _tensors((args, kwargs)))):
+                how = "is given back what it returned the step before"
+            else:
+                return
+            if _fires(args, output):
+                spikes = next(_tensors(output))
+                what = "0 and 1" if bool((spikes <= 1).all()) else "whole numbers"
+                self._seen.neurons[id(module)] = f"emits {what} only and {how}"
+            elif _is_silent(args, output):
+                kind = id(module) if _is_torchs(module) else type(module)
+                self._silent.setdefault(kind, (module, args, kwargs, how))
 
         return hook
 
-    def flow(self) -> Flow:
+    def try_silent(self) -> None:
+        """Drive what has been silent: an untrained network often gives its neurons too little."""
+        for module, args, kwargs, how in self._silent.values():
+            key = id(module)
+            if key not in self._seen.neurons and _fires_when_driven(module, args, kwargs):
+                self._seen.neurons[key] = f"emits whole numbers only, when it is driven, and {how}"
+
+    def flow(self, model: nn.Module) -> Flow:
         """What was seen, with what follows from it."""
         seen = self._seen
         seen.firsts = [layer for layer in seen.order if id(layer) in self._feeds]
-        seen.lasts = [layer for layer in seen.order if not self._edges.get(id(layer))]
+        seen.lasts = self._lasts()
         if not seen.firsts:  # an input that is drawn inside the model
             seen.firsts = seen.order[:1]
+        seen.unscaled -= self._normalizing
+        _all_of_a_class(model, seen.neurons)
         return seen
+
+    def _lasts(self) -> list[nn.Module]:
+        """Layers that reach no others, but for those that only feed themselves back."""
+        back = {key for key in self._seen.looped if not self._edges.get(key)}
+        ahead = [layer for layer in self._seen.order if id(layer) not in back]
+        lasts = [layer for layer in ahead if self._edges.get(id(layer), set()) <= back]
+        return lasts or [layer for layer in self._seen.order if not self._edges.get(id(layer))]
+
+
+def _all_of_a_class(model: nn.Module, neurons: dict[int, str]) -> None:
+    """Of modules in each other only the innermost is a neuron; with one, all of its class are."""
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        if any(id(part) in neurons for part in module.modules() if part is not module):
+            neurons.pop(id(module), None)
+    found = {type(m): name for name, m in reversed(modules.items()) if id(m) in neurons}
+    for module in modules.values():
+        name = found.get(type(module))
+        if name is not None and not _is_torchs(module):
+            neurons.setdefault(id(module), f"is what {name} is")
 
 
 def _address(tensor: Tensor) -> int:
@@ -284,14 +360,18 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _with_parts(model: nn.Module, layers: Iterable[int]) -> set[int]:
-    """Ids of modules that have weighted layers or neurons of a host in them, or are in one."""
+    """Ids of modules that are known for what they are, of what is in them, and what they are in."""
     known = set(layers)
     found: set[int] = set()
+
+    def is_known(module: nn.Module) -> bool:
+        return id(module) in known or hosts.adapter_of(module) is not None or hosts.encodes(module)
+
     for module in model.modules():
         parts = list(module.modules())
-        if id(module) in known or hosts.adapter_of(module) is not None:
+        if is_known(module):
             found |= {id(part) for part in parts}
-        elif any(id(p) in known or hosts.adapter_of(p) is not None for p in parts):
+        elif any(map(is_known, parts)):
             found.add(id(module))
     return found
 
@@ -312,14 +392,75 @@ def _fires(args: Any, output: Any) -> bool:
     current = next(_tensors(args), None)
     if spikes is None or current is None or not spikes.is_floating_point():
         return False
-    whole = bool((spikes == spikes.round()).all() and (spikes >= 0).all())
-    return whole and bool((spikes > 0).any()) and bool((current != current.round()).any())
+    return _counts(spikes) and bool((spikes > 0).any()) and bool((current != current.round()).any())
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _counts(spikes: Tensor) -> bool:
+    return bool((spikes == spikes.round()).all() and (spikes >= 0).all())
+
+
+def _is_silent(args: Any, output: Any) -> bool:
+    """Whether values that are no whole numbers went in, and as many zeros came out."""
+    spikes, current = next(_tensors(output), None), args[0] if args else None
+    if spikes is None or not isinstance(current, Tensor) or spikes.shape != current.shape:
+        return False
+    if not (spikes.is_floating_point() and current.is_floating_point()):
+        return False
+    return not bool(spikes.any()) and bool((current != current.round()).any())
+
+
+#: How strongly a module is driven that has been silent: the deviation of its input. None so large
+#: that a smooth function would give nothing but its limits.
+_DRIVES = (1.0, 3.0, 10.0)
+
+
+def _fires_when_driven(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a module emits only 0 and 1 (or counts), and not only 0, for larger currents."""
+    generator = torch.Generator().manual_seed(0)
+    fired = False
+    for drive in _DRIVES:
+        strong = torch.randn(args[0].shape, generator=generator) * drive
+        try:
+            output = module(strong.to(args[0]), *args[1:], **kwargs)
+        except Exception:
+            return False  # what it does cannot be told
+        spikes = next(_tensors(output), None)
+        if spikes is None or not _counts(spikes):
+            return False
+        fired |= bool((spikes > 0).any())
+    return fired
+
+
+def _normalizes(layer: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a layer with a forward of its own gives the same for weights twice as large."""
+    weight = layer._parameters.get("weight")
+    if weight is None or is_stock(layer) or not (args and isinstance(args[0], Tensor)):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(args[0].shape, generator=generator).to(args[0])
+    try:
+        currents = layer.forward(x, *args[1:], **kwargs)
+        layer._parameters["weight"] = nn.Parameter(2 * weight, requires_grad=False)
+        larger = layer.forward(x, *args[1:], **kwargs)
+    except Exception:
+        return False  # what it does cannot be told
+    finally:
+        layer._parameters["weight"] = weight
+    if not isinstance(currents, Tensor):
+        return False
+    return bool((larger - currents).norm() < 0.1 * currents.norm())  # a small number adds to some
 
 
 def _operations(layer: nn.Module, args: Any, output: Any) -> int:
     """Multiply-accumulates of one call: every weight once for each position."""
     own: list[Any] = [*layer._parameters.values(), vars(layer).get("weight")]
     weights = [w for w in own if isinstance(w, Tensor) and w.dim() > 1]
+    if isinstance(layer, nn.MultiheadAttention):
+        weights.append(layer.out_proj.weight)  # of a layer that is never called
     x, y = next(_tensors(args), None), next(_tensors(output), None)
     if x is None or y is None or not weights:
         return 0

@@ -27,6 +27,9 @@ _OPAQUE = (nn.TransformerEncoderLayer,)
 #: Modules that read the weights of a child of theirs, which so follows what they become.
 _READS_CHILDREN = (nn.MultiheadAttention,)
 
+#: Modules whose parameters scale and shift each value by itself.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
 #: From this share of exact zeros on a layer is taken for a pruned one.
 _PRUNED = 0.05
 
@@ -89,11 +92,22 @@ class Unit:
 
     @property
     def matrices(self) -> list[str]:
-        """Names of its own parameters that are matrices."""
+        """Names of its own parameters that are weights: what a quantizer quantizes, or would.
+
+        A layer's are all that have several axes. Anything else has weights where two axes or more
+        are longer than 1: a factor per channel or per step is a vector, whatever axes it has to be
+        broadcast over. Those of norms and of neurons act on each value by itself.
+        """
+        if isinstance(self.module, _NORMS) or (self.is_neuron and not self.is_weighted):
+            return []
         return [
             name
             for name, p in self.module._parameters.items()
-            if p is not None and (isinstance(p, nn.UninitializedParameter) or p.dim() > 1)
+            if p is not None
+            and (
+                isinstance(p, nn.UninitializedParameter)
+                or (p.dim() if self.is_weighted else sum(size > 1 for size in p.shape)) > 1
+            )
         ]
 
     @property
@@ -133,6 +147,11 @@ class Plan:
             u
             for u in self.weighted
             if u.cell is None and u.reader is None and u not in self.constants
+        ]
+        self.in_cells = [
+            u
+            for u in self.weighted
+            if u.cell is not None and u.reader is None and u not in self.constants
         ]
         self.flow = self._follow(model, sample, forward)
         self.firsts, self.lasts, self.ends_by = self._ends(model)
@@ -176,6 +195,7 @@ class Plan:
             if p is not None and not isinstance(p, nn.UninitializedParameter) and id(p) not in seen
         ]
         seen.update(map(id, own))
+        weights = {id(unit.module._parameters[name]) for name in unit.matrices}
         key = id(unit.module)
         return ModuleReport(
             name=unit.names[0],
@@ -188,7 +208,7 @@ class Plan:
             aliases=unit.names[1:],
             neuron=unit.is_neuron or self._fires(unit) is not None,
             parameters=sum(p.numel() for p in own),
-            weights=sum(p.numel() for p in own if p.dim() > 1),
+            weights=sum(p.numel() for p in own if id(p) in weights),
             operations=self.flow.operations.get(key) if self.flow else None,
             states=self.flow.states.get(key) if self.flow else None,
         )
@@ -199,8 +219,9 @@ class Plan:
         if sample is None:
             return None
         holders = [u.module for u in self.units if u.matrices and not u.is_weighted]
+        layers = [u.module for u in (*self.ends, *self.in_cells)]
         try:
-            return follow(model, [u.module for u in self.ends], holders, sample, forward)
+            return follow(model, layers, holders, sample, forward)
         except Exception as error:
             raise ConversionError(
                 f"the model does not run on the sample ({type(error).__name__}: {error}); "
@@ -215,15 +236,17 @@ class Plan:
 
     def _ends(self, model: nn.Module) -> tuple[list[Unit], list[Unit], str]:
         """First and last weighted layers, and how they were found."""
-        if not self.ends:
-            return [], [], "definition order"
         if self.flow is not None and self.flow.order:
-            by_id = {id(unit.module): unit for unit in self.ends}
+            by_id = {id(unit.module): unit for unit in (*self.ends, *self.in_cells)}
+            firsts = [by_id[id(m)] for m in self.flow.firsts]
             return (
-                [by_id[id(m)] for m in self.flow.firsts],
-                [by_id[id(m)] for m in self.flow.lasts],
+                # A cell's matrix that is given the spikes of its own last step too is no first.
+                [u for u in firsts if u.cell is None or id(u.module) not in self.flow.looped],
+                [by_id[id(m)] for m in self.flow.lasts if by_id[id(m)].cell is None],
                 "what feeds what, in running order, in a traced forward pass",
             )
+        if not self.ends:
+            return [], [], "definition order"
         earlier = conversion_report(model)
         if earlier is not None:
             by_name = {name: unit for unit in self.ends for name in unit.names}
@@ -292,7 +315,7 @@ class Plan:
                 "a constant: its weights are not trained (requires_grad is False); a rule "
                 "quantizes it all the same",
             )
-        if unit.cell is not None and not by_rule and not unit.cell.is_quantized:
+        if unit.cell is not None and not by_rule and unit.cell.action in ("kept", "unsupported"):
             return unit.settle(
                 unit.cell.action,
                 f"weights of the cell {unit.cell.name}, which stays in floating point; a rule "
@@ -346,8 +369,11 @@ class Plan:
         assert model is not None  # a neuron
         if not model.states and model.obstacle is None:
             return unit.settle("nothing", "it carries no state from one step to the next")
-        if model.readout and rule is None and self.config.readouts == "keep" and current is None:
-            return unit.settle("kept", "read-out: it only integrates")
+        if rule is None and self.config.readouts == "keep" and current is None:
+            if model.readout:
+                return unit.settle("kept", "read-out: it only integrates")
+            if self.flow is not None and id(module) in self.flow.readouts:
+                return unit.settle("kept", "read-out: it gives its potential, and no spikes")
         why_not = (
             f"{unit.type} is a neuron with no quantized counterpart"
             if quantized is None and model.obstacle is None
@@ -416,8 +442,9 @@ class Plan:
         if bits != 32 and not any(u.bits.get("membrane") for u in self.units):
             neurons = [u for u in self.units if u.is_neuron or self._fires(u) is not None]
             why = "no neuron of SpikingJelly or snnTorch was found"
-            if neurons:
-                why = "; ".join(f"{u.name}: {u.reason}" for u in neurons[:3])
+            if neurons:  # one of each class says what there is to say
+                classes = {u.type: u for u in reversed(neurons)}
+                why = "; ".join(f"{u.name}: {u.reason}" for u in [*classes.values()][:3])
             elif self.flow is None:
                 why += "; with sample= neurons written by hand are looked for"
             missing.append(f"no membrane potential was quantized: {why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -225,12 +226,7 @@ class ConversionReport:
         floating = self.floating
         if floating:
             lines.append("in floating point, largest first:")
-            lines += [
-                f"  {text.printable(name)}: {text.count(n)}; {text.printable(why, most=1000)}"
-                for name, n, why in floating[:_SHOWN]
-            ]
-            if len(floating) > _SHOWN:
-                lines.append(f"  and {len(floating) - _SHOWN} more (report.floating)")
+            lines += _alike(floating)
         lines += [f"warning: {text.printable(warning, most=1000)}" for warning in self.warnings]
         ends = "no weighted layer"
         if self.firsts or self.lasts:
@@ -308,6 +304,24 @@ class ConversionReport:
 
 #: Lines of what stays in floating point that are printed.
 _SHOWN = 10
+
+
+def _alike(floating: tuple[tuple[str, int, str], ...]) -> list[str]:
+    """What stays in floating point, in one line all of a type that do so for one reason."""
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, number, why in floating:
+        # How each was seen to be a neuron is in the table.
+        key = name.rpartition(" (")[2], re.sub(r"(probably a neuron): it .*?;", r"\1;", why)
+        groups.setdefault(key, []).append((name, number))
+    lines = []
+    for (_, why), rows in list(groups.items())[:_SHOWN]:
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        total = text.count(sum(number for _, number in rows))
+        name = text.printable(rows[0][0])
+        lines.append(f"  {name}{more}: {total}; {text.printable(why, most=1000)}")
+    if len(groups) > _SHOWN:
+        lines.append(f"  and {len(groups) - _SHOWN} more (report.floating)")
+    return lines
 
 
 def _positive(counts: Counter[int]) -> dict[int, int]:
