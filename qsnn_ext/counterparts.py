@@ -7,9 +7,10 @@ neuron: same constructor, parameters and behaviour, and the states that it carri
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -210,6 +211,15 @@ class QuantizedNeuron:
         assert model is not None
         return next((s.quantizer for s in model.states if s.name == state), None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy; of a state inside a live graph, which torch refuses to copy, its values."""
+        for tensor in live_tensors(self):
+            memo[id(tensor)] = tensor.detach().clone()
+        make, args, state = self.__reduce_ex__(4)[:3]
+        copied = memo[id(self)] = make(*args)
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: a class that was made is made again from the one it extends."""
         cls = type(self)
@@ -224,6 +234,20 @@ def _new(mixin: type[QuantizedNeuron], float_type: type[nn.Module]) -> nn.Module
     cls: Any = mixin.over(float_type)
     made: nn.Module = cls.__new__(cls)
     return made
+
+
+#: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
+_STORES = ("_buffers", "_memories")
+
+
+def live_tensors(module: Any) -> Iterator[Tensor]:
+    """Tensors that a module itself keeps and that are part of a live graph (running states)."""
+    values = list(module.__dict__.values())
+    for name in _STORES:
+        values += module.__dict__.get(name, {}).values()
+    for value in values:
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            yield value
 
 
 def held(module: nn.Module, state: str, potential: str | None) -> MembraneQuantizer | None:

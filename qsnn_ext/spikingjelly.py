@@ -272,8 +272,10 @@ class QuantizedCell(QuantizedNeuron):
 
     prefix = "Quant"
 
-    def _take(self, membrane: MembraneQuantizer | None, order: F.StepOrder) -> None:
-        super()._take(membrane, order)
+    def _take(
+        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
+    ) -> None:
+        super()._take(membrane, order, preset)
         if membrane is not None and order != "fire_first":
             raise ConfigError(
                 f"a {type(self).__name__} runs the host's own step; use order='fire_first'."

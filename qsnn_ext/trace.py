@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
+from qsnn_ext.counterparts import live_tensors
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.regularizers import FiringRateHook
@@ -21,9 +22,6 @@ from qsnn_ext.wrapping import unwrap
 #: Attributes of every module. Of these only the buffers are state; hooks must stay where they are,
 #: because the handles that remove them point to their dictionaries.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}
-
-#: Attributes of a module that hold tensors by name: torch's buffers, SpikingJelly's memories.
-_STORES = ("_buffers", "_memories")
 
 
 def check_model(model: Any, what: str) -> nn.Module:
@@ -190,9 +188,4 @@ def running_order(
 def graph_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors kept by the modules of ``model`` that are part of a live graph (running states)."""
     for module in model.modules():
-        held = list(module.__dict__.values())
-        for name in _STORES:
-            held += module.__dict__.get(name, {}).values()
-        for value in held:
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                yield value
+        yield from live_tensors(module)
