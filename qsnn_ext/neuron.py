@@ -68,6 +68,7 @@ class NeuronModel:
         graded: factor of the emitted spikes.
         recurrent: whether a step's spikes are an input of the next.
         readout: whether it only integrates: no spike ever resets its potential.
+        stateless: what a neuron without states does instead of carrying any.
         obstacle: why the neuron cannot be quantized, if it cannot.
     """
 
@@ -86,6 +87,7 @@ class NeuronModel:
     graded: float | Tensor = 1.0
     recurrent: bool = False
     readout: bool = False
+    stateless: str = "it carries no state from one step to the next"
     obstacle: str | None = None
 
     @property

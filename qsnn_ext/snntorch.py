@@ -360,6 +360,7 @@ class _SnnTorch(hosts.Adapter):
             order=getattr(module, "order", "fire_first"),
             graded=getattr(module, "graded_spikes_factor", 1.0),
             recurrent=hasattr(module, "recurrent"),
+            stateless="it computes all time steps at once, and carries no potential",
             readout=reset == "none" and isinstance(module, snn.LIF) and not difference,
             obstacle=(
                 "its own state_quant and bits would both quantize its states; drop state_quant, "

@@ -493,6 +493,7 @@ def _describe_cell(module: Any) -> NeuronModel:
         potential=potential,
         recurrent=True,
         order=getattr(module, "order", "fire_first"),
+        stateless="its only state is the spikes of the step before",
         obstacle="it is a cell of its own, whose states nothing tells" if kind is None else None,
     )
 
@@ -514,7 +515,7 @@ class _SpikingJelly(hosts.Adapter):
             State(
                 name,
                 held(module, name, potential),
-                None if _is_number(value) else "it has no number to start from",
+                None if _is_number(value, name) else "it has no number to start from",
             )
             for name, value in memories.items()
             if not (isinstance(module, neuron.GatedLIFNode) and name == "u")  # v once more
@@ -535,6 +536,7 @@ class _SpikingJelly(hosts.Adapter):
             v_reset=v_reset or 0.0 if isinstance(v_reset, (float, type(None))) else 0.0,
             detach_reset=getattr(module, "detach_reset", False),
             order=getattr(module, "order", "fire_first"),
+            stateless=_without_state(module),
             obstacle=self._obstacle(module),
         )
 
@@ -548,6 +550,10 @@ class _SpikingJelly(hosts.Adapter):
             stock: Any = base.MemoryModule.single_step_forward
             if cls.single_step_forward is stock and not _is_functional(cls):
                 return "it runs whole sequences and has no step of its own"
+            if isinstance(module, neuron.STBIFNode):
+                return "it adds up counts, which have to stay whole"
+            if isinstance(module, neuron.FlexSN):
+                return "its states are a list of its user's, and nothing tells what they mean"
         return None
 
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
@@ -602,10 +608,20 @@ def _is_infinite(threshold: object) -> bool:
     return isinstance(threshold, float) and threshold == math.inf
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object, name: str) -> bool:
+    """Whether a state starts from a number; a whole one, but for a potential's, is a counter."""
     if isinstance(value, Tensor):
         return value.is_floating_point()
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or (name == "v" and type(value) is int)
+
+
+def _without_state(module: nn.Module) -> str:
+    """What a node of the host does that carries no state to round."""
+    if isinstance(module, (neuron.MaskedPSN, neuron.SlidingPSN)):
+        return "it keeps past inputs, and no potential"
+    if isinstance(module, neuron.PSN):
+        return "it computes all time steps at once, and carries no potential"
+    return "it carries no state from one step to the next"
 
 
 ADAPTER = _SpikingJelly()

@@ -720,6 +720,9 @@ def test_a_neuron_that_gives_its_potential_is_a_readout():
     report = quantize_(build(), "1w-2u", sample=x, strict=True)
     assert report["5"].action == "kept"
     assert "read-out" in report["5"].reason
+    net = build()
+    quantize_(net, "1w-2u", sample=x)
+    assert not quantize_(net, "1w-2u").changed  # without a sample it is as it was
     asked = QuantConfig(rules=(Rule(name="5", membrane=4),))
     assert quantize_(build(), asked, sample=x)["5"].membrane_bits == 4
 
@@ -744,10 +747,11 @@ def test_cells_of_spikingjelly(kind):
     assert bits(report, *hidden) == (1, 1, 1)
     if kind == "SpikingVanillaRNN":
         assert report["rnn.cells.0"].action == "nothing"
-        assert "no state" in report["rnn.cells.0"].reason
+        assert "only state is the spikes" in report["rnn.cells.0"].reason
     else:
         assert report["rnn.cells.1"].membrane_bits == 2
         assert report.states.by_bits == {2: 2 * 3 * 8}
+    assert not quantize_(net, "1w-2u").changed
     config = QuantConfig(rules=(Rule(name="rnn.cells.*", membrane="keep"),))
     if kind != "SpikingVanillaRNN":
         report = quantize_(Cells(getattr(rnn, kind), 2), config)

@@ -30,6 +30,9 @@ _READS_CHILDREN = (nn.MultiheadAttention,)
 #: Modules whose parameters scale and shift each value by itself.
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
+#: How the reason for keeping a neuron begins that is no spiking one.
+_READOUT = "read-out: "
+
 #: From this share of exact zeros on a layer is taken for a pruned one.
 _PRUNED = 0.05
 
@@ -153,8 +156,9 @@ class Plan:
             for u in self.weighted
             if u.cell is not None and u.reader is None and u not in self.constants
         ]
+        self.earlier = conversion_report(model)
         self.flow = self._follow(model, sample, forward)
-        self.firsts, self.lasts, self.ends_by = self._ends(model)
+        self.firsts, self.lasts, self.ends_by = self._ends()
         # Cells first: what is inside goes by what becomes of them.
         for unit in sorted(self.units, key=lambda u: not u.is_neuron):
             if unit.owner is not None:
@@ -234,7 +238,7 @@ class Plan:
         seen = set(map(id, self.flow.order)) | self.flow.read
         return tuple(u.name for u in self.ends if id(u.module) not in seen)
 
-    def _ends(self, model: nn.Module) -> tuple[list[Unit], list[Unit], str]:
+    def _ends(self) -> tuple[list[Unit], list[Unit], str]:
         """First and last weighted layers, and how they were found."""
         if self.flow is not None and self.flow.order:
             by_id = {id(unit.module): unit for unit in (*self.ends, *self.in_cells)}
@@ -247,13 +251,12 @@ class Plan:
             )
         if not self.ends:
             return [], [], "definition order"
-        earlier = conversion_report(model)
-        if earlier is not None:
-            by_name = {name: unit for unit in self.ends for name in unit.names}
-            firsts = [by_name[n] for n in earlier.firsts if n in by_name]
-            lasts = [by_name[n] for n in earlier.lasts if n in by_name]
+        if self.earlier is not None:
+            by_name = {name: u for u in (*self.ends, *self.in_cells) for name in u.names}
+            firsts = [by_name[n] for n in self.earlier.firsts if n in by_name]
+            lasts = [by_name[n] for n in self.earlier.lasts if n in by_name]
             if firsts and lasts:
-                return firsts, lasts, earlier.ends_by
+                return firsts, lasts, self.earlier.ends_by
         return self.ends[:1], self.ends[-1:], "definition order"
 
     # ----------------------------------------------------------------- weights
@@ -368,12 +371,12 @@ class Plan:
         model = hosts.describe(module)
         assert model is not None  # a neuron
         if not model.states and model.obstacle is None:
-            return unit.settle("nothing", "it carries no state from one step to the next")
+            return unit.settle("nothing", model.stateless)
         if rule is None and self.config.readouts == "keep" and current is None:
             if model.readout:
-                return unit.settle("kept", "read-out: it only integrates")
-            if self.flow is not None and id(module) in self.flow.readouts:
-                return unit.settle("kept", "read-out: it gives its potential, and no spikes")
+                return unit.settle("kept", f"{_READOUT}it only integrates")
+            if self._gives_potential(unit):
+                return unit.settle("kept", f"{_READOUT}it gives its potential, and no spikes")
         why_not = (
             f"{unit.type} is a neuron with no quantized counterpart"
             if quantized is None and model.obstacle is None
@@ -393,6 +396,14 @@ class Plan:
             Target(membrane, wanted.order, unit.device, self.config.preset), kind.__name__, reason
         )
         unit.bits["membrane"] = membrane.bits if membrane is not None else None
+
+    def _gives_potential(self, unit: Unit) -> bool:
+        """Whether a run has shown a neuron, or did before, to give its potential and no spikes."""
+        if self.flow is not None:
+            return id(unit.module) in self.flow.readouts
+        rows = {} if self.earlier is None else {row.name: row for row in self.earlier.modules}
+        row = rows.get(unit.names[0])
+        return row is not None and row.action == "kept" and row.reason.startswith(_READOUT)
 
     def _fires(self, unit: Unit) -> str | None:
         """Why a module of nobody's is probably a neuron."""
