@@ -566,6 +566,7 @@ def test_neurons_that_are_silent_are_found_and_with_one_all_of_its_class():
     assert "it is what 1 is" in report["3"].reason  # gets zeros, so of itself it tells nothing
     assert [row.name for row in report.of("unsupported")] == ["1", "3"]
     assert sum("Silent" in line for line in report.summary()) == 2  # not once for each
+    assert quantize_(net, "1w-4u")["3"].reason == report["3"].reason  # known without a sample
 
 
 @pytest.mark.parametrize("drive", [1, 100])

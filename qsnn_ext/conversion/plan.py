@@ -33,6 +33,9 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 #: How the reason for keeping a neuron begins that is no spiking one.
 _READOUT = "read-out: "
 
+#: How the reason for not quantizing a neuron begins that is of no library.
+_PROBABLY = "probably a neuron: it "
+
 #: From this share of exact zeros on a layer is taken for a pruned one.
 _PRUNED = 0.05
 
@@ -397,17 +400,27 @@ class Plan:
         )
         unit.bits["membrane"] = membrane.bits if membrane is not None else None
 
+    def _found_before(self, unit: Unit) -> ModuleReport | None:
+        """What an earlier conversion says of a module, where this one has no run to go by."""
+        if self.flow is not None or self.earlier is None:
+            return None
+        return next((row for row in self.earlier.modules if row.name == unit.names[0]), None)
+
     def _gives_potential(self, unit: Unit) -> bool:
-        """Whether a run has shown a neuron, or did before, to give its potential and no spikes."""
+        """Whether a run has shown a neuron to give its potential and no spikes."""
         if self.flow is not None:
             return id(unit.module) in self.flow.readouts
-        rows = {} if self.earlier is None else {row.name: row for row in self.earlier.modules}
-        row = rows.get(unit.names[0])
+        row = self._found_before(unit)
         return row is not None and row.action == "kept" and row.reason.startswith(_READOUT)
 
     def _fires(self, unit: Unit) -> str | None:
         """Why a module of nobody's is probably a neuron."""
-        return self.flow.neurons.get(id(unit.module)) if self.flow is not None else None
+        if self.flow is not None:
+            return self.flow.neurons.get(id(unit.module))
+        row = self._found_before(unit)
+        if row is None or row.type != unit.type or not row.reason.startswith(_PROBABLY):
+            return None
+        return row.reason.removeprefix(_PROBABLY).partition(";")[0]
 
     def _plan_other(self, unit: Unit) -> None:
         matrices, fires = unit.matrices, self._fires(unit)
@@ -417,7 +430,7 @@ class Plan:
         elif fires is not None:
             unit.settle(
                 "unsupported",
-                f"probably a neuron: it {fires}; say what it is with "
+                f"{_PROBABLY}{fires}; say what it is with "
                 f"quantize_(replace={{{unit.type}: ...}}), or keep it with a rule",
             )
         elif matrices:
