@@ -193,8 +193,9 @@ def _alpha(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
                 )
         parts.append(current)
         carried.append(after)
-    alpha, beta = (real(torch.as_tensor(r).clamp(0, 1)) for r in (module.alpha, module.beta))
-    tau = np.log(alpha) / (np.log(beta) - np.log(alpha)) + 1
+    rates = (module.alpha, module.beta)
+    slow, fast = (np.log(real(torch.as_tensor(rate).clamp(0, 1))) for rate in rates)
+    tau = slow / (fast - slow) + 1
     total = lower_add(draft, parts[0], parts[1])
     potential = lower_multiply(draft, total, Constant(torch.as_tensor(tau)))
     assert isinstance(potential, Array)
