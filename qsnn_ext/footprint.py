@@ -189,7 +189,7 @@ class LayerBytes:
             if name not in transient or not (spiking or persistent)
         ]
         if not persistent:
-            for child in module.children():
+            for child in module._modules.values():  # layers show no quantizer among children()
                 if isinstance(child, Quantizer):
                     own += child.buffers()
         return [buffer for buffer in own if buffer is not None and self._new(buffer)]

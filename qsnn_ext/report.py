@@ -151,6 +151,11 @@ class Summary:
             f"energy {_short(self.total.picojoules * 1e-12, 'J')}, arithmetic only "
             f"({self.energy.source})",
         ]
+        if self.total.operations:
+            lines.append(
+                "counted: every tap of a kernel, also on padding and zero weights, of the whole "
+                "batch (NeuroBench's effective counts leave both out, per sample)"
+            )
         if self.uncounted:
             lines.append(
                 f"operations are not counted in: {', '.join(map(printable, self.uncounted))}"

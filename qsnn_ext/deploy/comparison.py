@@ -73,7 +73,7 @@ class Comparison:
                 f"{layer.agreement:.5f}",
                 f"{layer.rate_model:.4f}",
                 f"{layer.rate_program:.4f}",
-                f"{layer.membrane_error:.2e}",
+                "-" if math.isnan(layer.membrane_error) else f"{layer.membrane_error:.2e}",
             )
             for layer in self.layers
         ]

@@ -7,10 +7,11 @@ every node carries the real-valued meaning a NIR consumer can run approximately 
 -1 and +1, their scale is a node of its own), and its metadata carry the integer fields, from which
 :func:`from_nir` rebuilds the program bit by bit.
 
-Limits: a NIR neuron resets to ``v_reset``; subtraction is noted in the metadata only. NIR
-integrates continuous time, so ``tau`` and ``r`` are those whose exact Euler step (dt = 1) is our
-step. Residual sums are several edges into one node. Maximum pooling, repetition and products of
-spikes have no NIR node and are refused.
+Limits: a NIR neuron has one output, its spikes; potentials that a model returns beside them have no
+node and are named in the metadata. It resets to ``v_reset``; subtraction is noted in the metadata
+only. NIR integrates continuous time, so ``tau`` and ``r`` are those whose exact Euler step (dt = 1)
+is our step. Residual sums are several edges into one node. Maximum pooling, repetition and products
+of spikes have no NIR node and are refused.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def to_nir(program: Program) -> Any:
     program.validate()
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
+    unsaid: dict[int, str] = {}  # outputs that are potentials of firing neurons -> the neuron
     shape = np.array(program.values[0].shape)
     nodes["input"] = nir.Input(input_type={"input": shape})
     writer: dict[int, str] = {0: "input"}
@@ -110,12 +112,23 @@ def to_nir(program: Program) -> Any:
             one = nir.Scale(scale=np.ones(target.shape))
             writer[op.target] = put(f"{key}_sum", one, *scaled_sources)
         elif isinstance(op, Neuron):
-            writer[op.target] = put(key, _neuron(nir, op, source.scale, target.shape), op.source)
+            node = _neuron(nir, op, source.scale, target.shape)
             if op.membrane is not None:
-                raise LoweringError(
-                    f"{op.name}: a NIR neuron emits spikes, not its membrane potential; return "
-                    "spikes only"
-                )
+                _refuse_read_potentials(program, op)
+                if op.target in program.outputs or any(
+                    op.target in sources_of(later) for later in program.ops
+                ):
+                    unsaid[op.membrane] = op.name
+                elif op.reset == "none":  # spikes that nobody reads: it only integrates
+                    node = nir.LI(tau=node.tau, r=node.r, v_leak=node.v_leak)
+                else:
+                    raise LoweringError(
+                        f"{op.name}: a NIR neuron emits spikes, and only its membrane potential is "
+                        "returned; return the spikes too, or make it a read-out without reset"
+                    )
+            writer[op.target] = put(key, node, op.source)
+            if op.membrane is not None:
+                writer[op.membrane] = key
         elif isinstance(op, Pool) and op.function == "sum":
             if op.padding[:2] != op.padding[2:]:
                 raise LoweringError(f"{op.name}: NIR has no uneven padding; pad both sides alike")
@@ -134,13 +147,26 @@ def to_nir(program: Program) -> Any:
                 "pooling, or pass the .qsnn file on instead"
             )
     for k, index in enumerate(program.outputs):
+        if index in unsaid:
+            continue
         shape = np.array(program.values[index].shape)
         put(f"output{k or ''}", nir.Output(output_type={"output": shape}), index)
     metadata = {
         "qsnn_program": base64.b64encode(dump_program(program)).decode(),
         "qsnn_quantization": json.dumps(_quantization(program)),
+        "qsnn_potentials": json.dumps(
+            {f"output{program.outputs.index(i) or ''}": name for i, name in unsaid.items()}
+        ),
     }
     return nir.NIRGraph(nodes=nodes, edges=edges, metadata=metadata, type_check=False)
+
+
+def _refuse_read_potentials(program: Program, neuron: Neuron) -> None:
+    if any(neuron.membrane in sources_of(op) for op in program.ops):
+        raise LoweringError(
+            f"{neuron.name}: a NIR neuron emits spikes, and a layer reads its membrane potential; "
+            "read its spikes instead"
+        )
 
 
 def from_nir(graph: Any) -> Program:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qsnn_ext import models
+from qsnn_ext import calibrate as calibrate_scales
+from qsnn_ext import models, quantize_
 from qsnn_ext.deploy import DeployedModel, from_nir, lower, to_nir
 from qsnn_ext.deploy.fileformat import dump_program, parse_program
 from qsnn_ext.deploy.program import Conv
@@ -86,3 +87,43 @@ def test_names_of_nodes_are_plain_and_differ(program, names, tmp_path):
     nir.write(tmp_path / "net.nir", graph)
     again = from_nir(nir.read(tmp_path / "net.nir", type_check=False))
     assert dump_program(again) == dump_program(copied)
+
+
+def test_models_that_return_spikes_and_potentials(tmp_path):
+    """``(spk, mem)`` of the last neuron: spikes are a node, potentials are named; bits survive."""
+    snn = pytest.importorskip("snntorch")
+
+    class Net(torch.nn.Module):
+        def __init__(self, **last):
+            super().__init__()
+            self.fc1, self.lif1 = torch.nn.Linear(16, 32), snn.Leaky(beta=0.9)
+            self.fc2, self.lif2 = torch.nn.Linear(32, 4), snn.Leaky(beta=0.9, **last)
+
+        def forward(self, x):
+            a, b = self.lif1.init_leaky(), self.lif2.init_leaky()
+            spikes, potentials = [], []
+            for _ in range(6):
+                spk, a = self.lif1(self.fc1(x), a)
+                spk, b = self.lif2(self.fc2(spk), b)
+                spikes.append(spk)
+                potentials.append(b)
+            if self.lif2.reset_mechanism == "none":
+                return torch.stack(potentials)
+            return torch.stack(spikes), torch.stack(potentials)
+
+    x = 3 * torch.rand(5, 16)
+    for last, kind in (({}, nir.LIF), ({"reset_mechanism": "none"}, nir.LI)):
+        torch.manual_seed(0)
+        net = Net(**last)
+        quantize_(net, "1w-4u", sample=x)
+        calibrate_scales(net, [x])
+        program = lower(net, x)
+        graph = to_nir(program)
+        assert isinstance(graph.nodes["lif2"], kind)
+        assert ("lif2", "output") in graph.edges
+        assert "output1" not in graph.nodes
+        said = json.loads(graph.metadata["qsnn_potentials"])
+        assert said == ({} if last else {"output1": "lif2"})
+        nir.write(tmp_path / "net.nir", graph)
+        again = from_nir(nir.read(tmp_path / "net.nir", type_check=False))
+        assert dump_program(again) == dump_program(program)

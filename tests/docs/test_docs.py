@@ -73,12 +73,43 @@ def test_code_on_the_page_runs(page: Path) -> None:
         if any(re.search(rf"^\s*(import|from) {imported}\b", code, re.M) for _, code in found):
             for package in needed:
                 pytest.importorskip(package)
-    namespace: dict[str, object] = {"__name__": "docs"}
-    for line, code in found:
-        # Padded, so that a traceback shows the line of the page.
-        compiled = compile("\n" * line + code, str(page), "exec")
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compiled, namespace)
+    printed = load(DOCS / "printed.py")
+    for said, out, _ in printed.run(page):
+        assert not printed.differences(said, out), f"run python docs/printed.py {name(page)}"
+
+
+@pytest.mark.parametrize(
+    ("said", "printed", "alike"),
+    [
+        ("fc1  0.18  -\n", "fc1   0.19   -\n", True),
+        ("fc1  0.18\n", "fc1  0.00\n", False),
+        ("fc1  0.01\n", "fc1  0.0\n", False),
+        ("fc1  120\n", "fc1  160\n", False),
+        ("fc1  1\n", "fc2  1\n", False),
+        ("1,200\n", "1,201\n", True),
+        ("1 nJ\n", "1 mJ\n", False),
+        ("a\n", "a\nb\n", False),
+    ],
+)
+def test_printed_blocks_are_compared(said: str, printed: str, alike: bool) -> None:
+    assert (not load(DOCS / "printed.py").differences(said, printed)) == alike
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/start/spikingjelly.md", "docs/start/snntorch.md"]
+)
+def test_first_networks_fire(page: str) -> None:
+    """What is shown to newcomers is a network that does something."""
+    table = re.findall(
+        r"<!-- printed -->\s*```text\n(layer.*?)```", (ROOT / page).read_text(), re.S
+    )
+    assert table, "no report of a network is shown"
+    for text in table:
+        head, _, *rows = text.splitlines()
+        column = head.split().index("p_s")
+        rates = [float(r.split()[column]) for r in rows if re.match(r"\S+ +Q\w*(Node|eaky) ", r)]
+        assert rates
+        assert min(rates) > 0.01, rates
 
 
 @pytest.mark.parametrize("page", with_blocks("toml"))
