@@ -1,6 +1,7 @@
 """Convert, train, save and deploy models that others wrote; measured for ``docs/zoo.md``.
 
     python -m benchmarks.zoo            # all models: writes results/zoo.json
+    python -m benchmarks.zoo --resume   # goes on where a run was interrupted
     python -m benchmarks.zoo vgg sew    # names that contain one of the words: only prints
 
 Each model is examined in a process of its own, which is ended when it takes too long; what it had
@@ -42,6 +43,8 @@ from benchmarks.structures import Built, Replace, structures
 from qsnn_ext.kernels import use_backend
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
+#: Rows of a run that has not ended, one a line; not committed.
+PARTIAL = RESULTS.with_suffix(".partial")
 CONFIG = "1w-2u"
 #: Seconds for one model, all stages.
 LIMIT = 400
@@ -245,20 +248,34 @@ def in_a_process(key: str, limit: float = LIMIT) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Examine the models; all of them are written, a choice is only printed."""
+    resume = "--resume" in words
+    words = [word for word in words if not word.startswith("--")]
     known = entries()
     chosen = [k for k in known if not words or any(word in k for word in words)]
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
+    if resume and PARTIAL.exists():
+        lines = PARTIAL.read_text(encoding="utf-8").splitlines()
+        rows = dict(json.loads(line) for line in lines)
+    elif not words:
+        PARTIAL.unlink(missing_ok=True)
     for key in chosen:
+        if key in rows:
+            continue
         start = time.perf_counter()
         found = in_a_process(key)
         entry = known[key]
-        rows.append({"family": entry.family, "name": entry.name, "like": entry.like, **found})
+        rows[key] = {"family": entry.family, "name": entry.name, "like": entry.like, **found}
+        if not words:
+            with PARTIAL.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, rows[key]], allow_nan=False, default=str) + "\n")
         print(f"{key}: {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
     if not words:
         versions = {name: version(name) for name in ("torch", "spikingjelly", "snntorch")}
-        content = {"config": CONFIG, "versions": versions, "models": rows}
+        models = [rows[key] for key in known]
+        content = {"config": CONFIG, "versions": versions, "models": models}
         text = json.dumps(content, indent=1, allow_nan=False, default=str)
         RESULTS.write_text(text + "\n", encoding="utf-8")
+        PARTIAL.unlink(missing_ok=True)
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ def check_floating(x: Tensor, what: str) -> None:
         x: tensor of any shape.
         what: name of the thing the tensor was given to, for the message.
     """
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"{what} needs a tensor, got a {type(x).__name__}.")
     if not x.is_floating_point():
         raise InputTypeError(
             f"{what} needs a floating point tensor, got {x.dtype}; convert it with x.float()."

@@ -246,7 +246,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert model is not None  # hooked as a neuron
         held = [getattr(neuron, state.name, None) for state in model.states]
         spikes, v = next(_tensors(output), None), getattr(neuron, model.potential or "", None)
-        if spikes is not None and isinstance(v, Tensor) and not _counts(spikes):
+        if spikes is not None and isinstance(v, Tensor) and not _are_counts(spikes):
             last = spikes[-1] if spikes.dim() > v.dim() else spikes
             if last.shape == v.shape and torch.equal(last, v):
                 self._seen.readouts.add(id(neuron))
@@ -294,8 +294,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 how = "is given back what it returned the step before"
             else:
                 return
-            if _fires(args, output):
-                spikes = next(_tensors(output))
+            spikes = _fires(args, output)
+            if spikes is not None:
                 what = "0 and 1" if bool((spikes <= 1).all()) else "whole numbers"
                 self._seen.neurons[id(module)] = f"emits {what} only and {how}"
             elif _is_silent(args, output):
@@ -386,31 +386,38 @@ def _held(module: nn.Module) -> dict[str, tuple[int, int]]:
     return held
 
 
-def _fires(args: Any, output: Any) -> bool:
-    """Whether values that are no whole numbers went in, and only 0 and 1 (or counts) came out."""
-    spikes = next(_tensors(output), None)
-    current = next(_tensors(args), None)
-    if spikes is None or current is None or not spikes.is_floating_point():
-        return False
-    return _counts(spikes) and bool((spikes > 0).any()) and bool((current != current.round()).any())
+def _fires(args: Any, output: Any) -> Tensor | None:
+    """What came out as 0 and 1 (or counts) only, where values went in that are no whole numbers."""
+    if not _is_real(next(_tensors(args), None)):
+        return None
+    return next((y for y in _tensors(output) if _are_counts(y) and bool((y > 0).any())), None)
+
+
+def _is_real(current: Tensor | None) -> bool:
+    return (
+        current is not None
+        and current.is_floating_point()
+        and bool((current != current.round()).any())
+    )
 
 
 def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.")
 
 
-def _counts(spikes: Tensor) -> bool:
-    return bool((spikes == spikes.round()).all() and (spikes >= 0).all())
+def _are_counts(spikes: Tensor) -> bool:
+    return spikes.is_floating_point() and bool(
+        (spikes == spikes.round()).all() and spikes.min() >= 0
+    )
 
 
 def _is_silent(args: Any, output: Any) -> bool:
     """Whether values that are no whole numbers went in, and as many zeros came out."""
-    spikes, current = next(_tensors(output), None), args[0] if args else None
-    if spikes is None or not isinstance(current, Tensor) or spikes.shape != current.shape:
+    current = args[0] if args else None
+    if not isinstance(current, Tensor) or not _is_real(current):
         return False
-    if not (spikes.is_floating_point() and current.is_floating_point()):
-        return False
-    return not bool(spikes.any()) and bool((current != current.round()).any())
+    outputs = [y for y in _tensors(output) if y.is_floating_point() and y.shape == current.shape]
+    return any(not bool(y.any()) for y in outputs)
 
 
 #: How strongly a module is driven that has been silent: the deviation of its input. None so large
@@ -421,18 +428,17 @@ _DRIVES = (1.0, 3.0, 10.0)
 def _fires_when_driven(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a module emits only 0 and 1 (or counts), and not only 0, for larger currents."""
     generator = torch.Generator().manual_seed(0)
-    fired = False
+    emitted: list[list[Tensor]] = []
     for drive in _DRIVES:
         strong = torch.randn(args[0].shape, generator=generator) * drive
         try:
-            output = module(strong.to(args[0]), *args[1:], **kwargs)
+            emitted.append(list(_tensors(module(strong.to(args[0]), *args[1:], **kwargs))))
         except Exception:
             return False  # what it does cannot be told
-        spikes = next(_tensors(output), None)
-        if spikes is None or not _counts(spikes):
-            return False
-        fired |= bool((spikes > 0).any())
-    return fired
+    return any(
+        all(map(_are_counts, same)) and any(bool((y > 0).any()) for y in same)
+        for same in zip(*emitted, strict=False)
+    )
 
 
 def _normalizes(layer: nn.Module, args: Any, kwargs: Any) -> bool:
