@@ -16,12 +16,15 @@ import re
 import shutil
 import statistics
 import sys
+import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qsnn_ext import PRESETS, errors
 
@@ -29,7 +32,9 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
-PAGES = ("explanation/index.md", "devices.md", "errors.md", "study.md", "../README.md")
+PAGES = (
+    "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md", "../README.md",
+)  # fmt: skip
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
 
@@ -321,7 +326,121 @@ def devices() -> str:
     return table(rows)
 
 
+# --------------------------------------------------------------------------- neurons
+
+#: Arguments without which a neuron cannot be made.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "Leaky": {"beta": 0.9},
+    "Lapicque": {"beta": 0.9},
+    "Synaptic": {"alpha": 0.9, "beta": 0.8},
+    "Alpha": {"alpha": 0.9, "beta": 0.8},
+    "RLeaky": {"beta": 0.9, "linear_features": 4},
+    "RSynaptic": {"alpha": 0.9, "beta": 0.8, "linear_features": 4},
+    "DeltaLeaky": {"delta_threshold": 0.5, "beta": 0.9},
+    "SLSTM": {"input_size": 4, "hidden_size": 4},
+    "SConv2dLSTM": {"in_channels": 2, "out_channels": 2, "kernel_size": 3},
+    "StateLeaky": {"beta": 0.9, "channels": 4},
+    "LinearLeaky": {"beta": 0.9, "in_features": 4, "out_features": 4},
+    "LeakyParallel": {"input_size": 4, "hidden_size": 4},
+    "AssociativeLeaky": {"in_dim": 4, "d_value": 2, "d_key": 2, "num_spiking_neurons": 4},
+    "SimpleLIFNode": {"tau": 2.0, "decay_input": True},
+    "LIAFNode": {"act": torch.relu, "threshold_related": False},
+    "GatedLIFNode": {"T": 2},
+    "MPBNLIFNode": {"out_features": 4},
+    "PSN": {"T": 2},
+    "MaskedPSN": {"k": 1, "T": 2},
+    "SlidingPSN": {"k": 1},
+    "STBIFNode": {"q_threshold": 1.0, "level": 4},
+    "FlexSN": {"core": lambda x, v: (x, v), "num_states": 1},
+    "SpikingLSTMCell": {"input_size": 4, "hidden_size": 4},
+    "SpikingGRUCell": {"input_size": 4, "hidden_size": 4},
+    "SpikingVanillaRNNCell": {"input_size": 4, "hidden_size": 4},
+    **{name: {"act_dim": 2, "dec_pop_dim": 2} for name in (
+        "ILCIFNode", "ILCLIFNode", "ILCCUBALIFNode", "NoisyILCCUBALIFNode",
+    )},
+    **{name: {"num_node": 4} for name in ("NoisyCUBALIFNode", "NoisyNonSpikingIFNode")},
+}  # fmt: skip
+
+
+def _neurons_of(host: str) -> list[nn.Module]:
+    """One neuron of every class that a host offers, in its order."""
+    if host == "snntorch":
+        import snntorch
+
+        classes = _classes(vars(snntorch).values(), "snntorch._neurons.")
+        classes = [c for c in classes if c not in (snntorch.SpikingNeuron, snntorch.LIF)]
+    else:
+        from spikingjelly.activation_based import layer, neuron, rnn
+
+        classes = [
+            *_classes(vars(neuron).values(), neuron.__name__),
+            layer.SynapseFilter,
+            *_classes(vars(rnn).values(), rnn.__name__),
+        ]
+        bases = (rnn.SpikingRNNBase, rnn.SpikingRNNCellBase)
+        classes = [c for c in classes if not issubclass(c, bases[0]) and c is not bases[1]]
+    made = []
+    for kind in dict.fromkeys(c for c in classes if "Base" not in c.__name__):
+        if kind.__module__.endswith("few_spike"):
+            made.append(_few_spikes(kind))
+        else:
+            made.append(kind(**_ARGUMENTS.get(kind.__name__, {})))
+    return made
+
+
+def _classes(values: Iterable[Any], module: str) -> list[type[nn.Module]]:
+    return [
+        v
+        for v in values
+        if inspect.isclass(v) and issubclass(v, nn.Module) and v.__module__.startswith(module)
+    ]
+
+
+def _few_spikes(kind: Any) -> nn.Module:
+    from spikingjelly.activation_based.neuron import FewSpikeTable
+
+    def of(n: int) -> FewSpikeTable:
+        return FewSpikeTable([1.0] * n, [1.0] * n, [1.0] * n)
+
+    made: nn.Module
+    match kind.__name__:
+        case "HGNode":
+            made = kind([of(2), of(2)], [0.5])
+        case "OutlierAwareThresholdNode":
+            made = kind(of(2), of(2), 1.0)
+        case _:
+            made = kind(of(2))
+    return made
+
+
+def neurons(host: str) -> str:
+    """What ``quantize_`` makes of every neuron of a host, and which states it rounds."""
+    from qsnn_ext import hosts, quantize_
+    from qsnn_ext.quantizers import MEMBRANE_BITS
+
+    widths = f"{min(MEMBRANE_BITS)} to {max(MEMBRANE_BITS)}"
+    rows = [["neuron", "becomes", "states", "bits", "the step"]]
+    for module in _neurons_of(host):
+        name = type(module).__name__
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = quantize_(nn.Sequential(module), "32w-2u")["0"]
+        model = hosts.describe(module)
+        if report.action != "converted" or model is None:
+            states = ", ".join(f"`{s.name}`" for s in model.states) if model is not None else ""
+            rows.append([f"`{name}`", report.action, states, "", report.reason])
+            continue
+        step = "one fused operation" if model.charge is not None else "the host's, then rounding"
+        if model.recurrent:
+            step += "; what it feeds back are spikes"
+        states = ", ".join(f"`{s.name}`" for s in model.states)
+        rows.append([f"`{name}`", f"`{report.became}`", states, widths, step])
+    return table(rows)
+
+
 TABLES = {
+    "neurons-snntorch": partial(neurons, "snntorch"),
+    "neurons-spikingjelly": partial(neurons, "spikingjelly"),
     "devices": devices,
     "presets": presets,
     "errors": error_classes,
