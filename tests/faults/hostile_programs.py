@@ -169,7 +169,7 @@ def _padded(p: Program, rng: random.Random) -> None:
     for axis, size in ((0, h), (1, w)):
         total = size + op.padding[axis] + op.padding[axis + 2]
         reach = dilation[axis] * (op.kernel[axis] - 1) + 1
-        sizes.append(max(1, (total - reach) // op.stride[axis] + 1))
+        sizes.append(max(1, (total - reach) // (op.stride[axis] or 1) + 1))
     old = p.values[op.target]
     p.values[op.target] = dataclasses.replace(old, shape=(old.shape[0], *sizes))
     # What only copies the shape follows; the rest of the program is cut off.
