@@ -275,9 +275,8 @@ def agreement(
     net.eval()
     reset(net)
     calibrate(net, [(x,) for x in samples], forward=_unpacked(forward))
-    first = samples[0] if forward is None else samples[0][0]
-    program = deploy.lower(net, first)
     options = {} if forward is None else {"forward": forward}
+    program = deploy.lower(net, samples[0], **options)
     report = deploy.compare(net, program, list(samples), **options)
     total = sum(a.spikes for a in report.layers)
     spikes = sum(a.spikes * a.agreement for a in report.layers)

@@ -197,6 +197,56 @@ def test_streaming_goes_on_from_a_saved_state():
             other.restore({**saved, "lif.last": saved["lif.last"] + 2})
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("style", ["explicit", "hidden"])
+def test_alpha_read_outs(style, bits):
+    """Two filtered currents; the potential is their difference and may be the answer."""
+
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden = style == "hidden"
+            self.fc1, self.fc2, self.fc3 = (
+                nn.Linear(6, HIDDEN),
+                nn.Linear(HIDDEN, 4),
+                nn.Linear(4, 2),
+            )
+            self.lif = snn.Leaky(beta=0.7, init_hidden=True)
+            self.out = snn.Alpha(
+                alpha=0.9, beta=0.7, reset_mechanism="none", init_hidden=hidden, output=hidden
+            )
+
+        def forward(self, x):
+            states, potentials, answers = (), [], []
+            for step in x:
+                current = self.fc2(self.lif(self.fc1(step)))
+                spk, *states = self.out(current, *(() if style == "hidden" else states))
+                potentials.append(states[-1])
+                answers.append(self.fc3(spk))
+            return torch.stack(potentials), torch.stack(answers)
+
+    torch.manual_seed(0)
+    net, x = Read(), torch.rand(10, 3, 6) * 3
+    rule = [] if bits else [qsnn_ext.Rule.keep(name="out")]
+    config = qsnn_ext.QuantConfig(weight=8, first=8, last=8, membrane=4, rules=tuple(rule))
+    qsnn_ext.quantize_(net, config, sample=x)
+    net.eval()
+    qsnn_ext.calibrate(net, [torch.rand(10, 3, 6) * 3])
+    program = lower(net, x)
+    report = compare(net, program, [x], quantize_input=True)
+    assert min(a.agreement for a in report.layers) >= 0.999, str(report)
+    assert report.layers[0].rate_model > 0.02
+    engine, reference = DeployedModel(program), DeployedModel(program, "numpy")
+    for a, b in zip(engine.integers(x), reference.integers(x), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shown = torch.from_numpy(engine.inputs(engine.codes(x))).float()
+    reset(net)
+    with torch.no_grad():
+        expected = net(shown)
+    for got, wanted in zip(engine(x), expected, strict=True):
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-3)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["Synaptic", "RSynaptic"])
 def test_quantized_synaptic_currents(kind, bits):
@@ -246,7 +296,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("lif", "match"),
         [
-            (snn.Alpha(alpha=0.75, beta=0.5, init_hidden=True), r"^lif: a Alpha has no integer"),
+            (snn.Alpha(alpha=0.75, beta=0.5, init_hidden=True),
+             r"^lif: a spike of an Alpha resets two currents.*reset_mechanism='none'"),
             (snn.RLeaky(beta=0.5, linear_features=HIDDEN, init_hidden=True),
              r"^lif\.recurrent: its weights are floating point"),
             (snn.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero", init_hidden=True),

@@ -91,7 +91,6 @@ NO_PROGRAM = {
     "recurrent containers": "^filter: a SynapseFilter leaks only where.*use a",
     "policy with two inputs": "several inputs cannot be lowered: join",
     "packed attention": r"^attn: torch's attention divides.*\(softmax\).*products",
-    "regression, recurrent": "^out: a Alpha has no integer form.*use Synaptic",
 }
 
 

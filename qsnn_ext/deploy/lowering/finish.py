@@ -177,18 +177,19 @@ def _on_the_host(draft: Draft, a: Array, steps: int, timed: bool) -> tuple[Array
             "it joins time and batch in one axis", "return [T, N, ...], or the mean over time"
         )
     a = permute(a, order)
-    lead, rest = lead_axes(draft, a), rest_axes(draft, a)
+    rest = rest_axes(draft, a)
+    # What the program answers step by step has time in front, also where the model has summed it.
+    first = len(lead_axes(draft, a)) + (timed and not has_time(a))
     if not is_whole(draft, a):
         a = arrange(draft, a)
     if is_natural(draft, a):
         c, h, w = draft.shape(a)
         shown = {1: [c * h * w], 2: [c, h * w], 3: [c, h, w]}[_rank(draft, a)]
         if shown != [size_of(axis) for axis in rest]:
-            chain.append(["shape", len(lead), [size_of(axis) for axis in rest]])
+            chain.append(["shape", first, [size_of(axis) for axis in rest]])
     else:  # the host may reorder elements as it likes
         loops = [atom for axis in rest for atom in axis]
         stored = sorted(range(len(loops)), key=lambda i: (loops[i].label, -loops[i].stride))
-        first = len(lead)
         chain.append(["shape", first, [loops[i].size for i in stored]])
         behind = [first + stored.index(i) for i in range(len(loops))]
         chain.append(["permute", [*range(first), *behind]])

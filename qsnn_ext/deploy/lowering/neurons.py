@@ -93,11 +93,6 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
         raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
     if model is not None and charge is None:
         charge = model.charge
-    if model is not None and model.kind == "Alpha":
-        raise LoweringError(
-            f"{name}: a {type(module).__name__} has no integer form, as a spike resets two "
-            "currents that do not fire themselves; use Synaptic"
-        )
     found = probe(module, model) if model is not None and charge is None else None
     if found is not None:
         charge = found.charge

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qsnn_ext import hosts
-from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add
+from qsnn_ext.deploy.lowering.arithmetic import is_spikes, lower_add, lower_multiply
 from qsnn_ext.deploy.lowering.axes import (
     full,
     is_natural,
@@ -73,7 +73,7 @@ def _kinds(module: nn.Module) -> set[str]:
 def is_recurrent(module: nn.Module) -> bool:
     """Whether :func:`lower_recurrent` knows a module."""
     known = {*_SECOND_STATES, *_RECURRENT, *_CONTAINERS}
-    known |= {"Delay", "NonSpikingBaseNode", "SynapseFilter"}
+    known |= {"Alpha", "Delay", "NonSpikingBaseNode", "SynapseFilter"}
     return bool(_kinds(module) & known)
 
 
@@ -102,6 +102,8 @@ def lower_recurrent(draft: Draft, module: Any, x: Array, given: list[Any]) -> An
         return (_delayed(draft, module, x),)
     if kinds & {*_CONTAINERS}:
         return (_container(draft, module, x, "LinearRecurrentContainer" in kinds),)
+    if "Alpha" in kinds:
+        return _alpha(draft, module, x, given)
     return _host_neuron(draft, module, x, given, kinds)
 
 
@@ -154,6 +156,53 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
 def _filter(module: Any) -> Constants:
     """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
     return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
+
+
+def _alpha(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
+    """``Alpha`` of snnTorch: the difference of two filtered currents, without a reset.
+
+    Returns:
+        ``spk, syn_exc, syn_inh, mem`` of a call.
+    """
+    described: Any = hosts.describe(module)
+    if module.reset_mechanism != "none":
+        raise draft.fail(
+            "a spike of an Alpha resets two currents that do not fire themselves, which no integer "
+            "operation does",
+            "use reset_mechanism='none' (a read-out), or Synaptic",
+        )
+    takes_sequences(draft, module, x)
+    quantizers = {s.name: s.quantizer for s in described.states}
+    held = dict(zip(("syn_exc", "syn_inh", "mem"), given, strict=False))
+    x = settle(draft, x)
+    parts: list[Array] = []
+    carried: list[Membrane] = []
+    for name, rate, sign in (("syn_exc", module.alpha, 1.0), ("syn_inh", module.beta, -1.0)):
+        model = _silent(np.atleast_1d(real(torch.as_tensor(rate).clamp(0, 1)).reshape(-1)))
+        with draft.at(f"{draft.where}.{name}"):
+            signed = x if sign > 0 else lower_multiply(draft, x, Constant(sign))
+            assert isinstance(signed, Array)
+            if quantizers[name] is None:
+                _, after = fire(draft, rate, model, signed, held.get(name), False)
+                current = read_membrane(draft, after)
+            else:
+                bits, alpha, squash = membrane_of(draft.where, quantizers[name])
+                model.bits, model.alpha, model.squash = bits, alpha, squash
+                current, after = _carried_and_used(
+                    draft, rate, model, signed, held.get(name), False
+                )
+        parts.append(current)
+        carried.append(after)
+    rates = (module.alpha, module.beta)
+    slow, fast = (np.log(real(torch.as_tensor(rate).clamp(0, 1))) for rate in rates)
+    tau = slow / (fast - slow) + 1
+    total = lower_add(draft, parts[0], parts[1])
+    potential = lower_multiply(draft, total, Constant(torch.as_tensor(tau)))
+    assert isinstance(potential, Array)
+    charge = Charge(torch.zeros(()))
+    model = read_neuron(draft.where, module, charge)
+    spikes, _ = fire(draft, module, replace(model, bits=32), potential, None, False)
+    return (spikes, *carried, potential)
 
 
 def lower_readout(
