@@ -75,23 +75,63 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     model = unwrap(model)
     keys = plain_keys(model)
     tensors, tied = _distinct({keys[key]: value for key, value in model.state_dict().items()})
-    report = conversion_report(model)
-    header = {
-        "schema": SCHEMA,
-        "version": qsnn_ext.__version__,
-        "quantized": _describe(model),
-        "folded_norms": [n for n, m in named_modules(model) if isinstance(m, FoldedNorm)],
-        "folded_layers": [n for n, m in named_modules(model) if getattr(m, "folded", False)],
-        "scaled_layers": [n for n, m in named_modules(model) if _is_scaled(m)],
-        "tied": tied,
-        "report": report.to_dict() if report is not None else None,
-    }
+    header = {**structure(model), "tied": tied}
     text = json.dumps(header, sort_keys=True)
     try:
         content = _safetensors().torch.save(tensors, {_KEY: text, "sha256": _digest(text, tensors)})
     except Exception as error:
         raise CheckpointError(f"the model's tensors cannot be stored: {error}") from error
     write_atomically(Path(path), lambda file: file.write(content), CheckpointError)
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """What a ``state_dict`` does not say of a quantized model, as plain data ready for JSON.
+
+    Args:
+        model: quantized by :func:`~qsnn_ext.quantize_` or by hand, or not at all.
+
+    Raises:
+        CheckpointError: a module of another class than ours has a membrane quantizer.
+    """
+    report = conversion_report(model)
+    return {
+        "schema": SCHEMA,
+        "version": qsnn_ext.__version__,
+        "quantized": _describe(model),
+        "folded_norms": [n for n, m in named_modules(model) if isinstance(m, FoldedNorm)],
+        "folded_layers": [n for n, m in named_modules(model) if getattr(m, "folded", False)],
+        "scaled_layers": [n for n, m in named_modules(model) if _is_scaled(m)],
+        "report": report.to_dict() if report is not None else None,
+    }
+
+
+def restore_structure(
+    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], source: str
+) -> None:
+    """Make a float model, in place, the quantized one that ``header`` and ``tensors`` are of.
+
+    Args:
+        model: of the same architecture; its parameters stay the objects that they are.
+        header: from :func:`structure`.
+        tensors: the quantized model's ``state_dict``.
+        source: where they come from, for messages.
+
+    Raises:
+        CheckpointError: another architecture or version; the model is then as it was.
+    """
+    try:
+        if header["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"{source} has schema {header['schema']!s:.20} and this version of qsnn_ext reads "
+                f"schema {SCHEMA}; upgrade qsnn_ext."
+            )
+        _restore(model, header, tensors, Path(source))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} does not fit the model ({type(error).__name__}: {error!s:.300})."
+        ) from error
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
