@@ -18,12 +18,12 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, repeats: int | None = 11) -> argparse.ArgumentParser:
     """Options every benchmark has."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    p.add_argument("--repeats", type=int, default=11, help="interleaved rounds")
+    p.add_argument("--repeats", type=int, default=repeats, help="interleaved rounds")
     p.add_argument(
         "--clock",
         choices=["wall", "cpu"],

@@ -23,7 +23,7 @@ from qsnn_ext.spikingjelly import QuantLIFNode
 
 def peak(bits: str, args) -> float:
     """MB by which the second training step peaks above the memory held before it."""
-    model = train_step.build(bits, args)
+    model = train_step.build(bits, args, "spikingjelly")
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
     y = torch.randint(10, (args.batch,), device=args.device)
     call = train_step.step(model, x, y, args, args.backend)
@@ -66,6 +66,8 @@ def main():
     p.add_argument("--T", type=int, default=2)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--width", type=float, default=1.0)
+    p.add_argument("--memory-format", choices=["contiguous", "channels_last"], default="contiguous")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--only", help=argparse.SUPPRESS)
     p.add_argument("--backend", default="auto")
     p.add_argument("--rounds", type=int, default=1, help="processes per variant")
@@ -90,7 +92,7 @@ def main():
         rows.append([case, "", bits, "MB", round(median, 1), round(least, 1), *ratios, len(sizes)])
     for label, bits, backend in [
         ("LIFNode", None, "eager"), ("2 bit, plain autograd", 2, "eager"),
-        ("2 bit, function", 2, "function"), ("2 bit, compiled", 2, "compiled"),
+        ("2 bit, function", 2, "function"), ("2 bit", 2, "auto"),
     ]:  # fmt: skip
         multiple = round(saved(bits, backend, args), 3)
         print(f"  saved for backward {label:24s} {multiple:.2f} x input")

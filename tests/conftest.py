@@ -25,10 +25,15 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _no_compilation(request):
-    """Kernels run uncompiled, except in slow tests: compiling takes longer than most tests."""
-    from qsnn_ext import kernels
+    """Kernels run as users' do, but uncompiled where the package was built without a C compiler.
 
-    with kernels.use_backend("auto" if request.node.get_closest_marker("slow") else "function"):
+    Compiling takes longer than most tests; slow ones may.
+    """
+    from qsnn_ext import kernels
+    from qsnn_ext.kernels import _native
+
+    quick = request.node.get_closest_marker("slow") or _native.library() is not None
+    with kernels.use_backend("auto" if quick else "function"):
         yield
 
 

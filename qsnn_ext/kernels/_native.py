@@ -15,6 +15,7 @@ import functools
 import os
 import platform
 import warnings
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from qsnn_ext import functional as F
 from qsnn_ext.errors import InputError
 from qsnn_ext.kernels import backend as B
+from qsnn_ext.kernels import buffers
 from qsnn_ext.kernels.grid import compute_dtype
 from qsnn_ext.kernels.options import LIFOptions
 
@@ -154,13 +156,13 @@ def library() -> Library | None:
         return None
 
 
-def wanted(x: Tensor) -> Library | None:
+def wanted(x: Tensor, dtypes: Container[torch.dtype] = DTYPES) -> Library | None:
     """The compiled kernels where they shall compute with tensors like this one, else ``None``.
 
-    They do on the CPU, where :func:`qsnn_ext.kernels.use_backend` has chosen them.
+    They do on the CPU, where :func:`qsnn_ext.kernels.use_backend` has not chosen others.
     """
-    known = x.device.type == "cpu" and x.dtype in DTYPES
-    return library() if known and B.current_backend() == "native" else None
+    known = x.device.type == "cpu" and x.dtype in dtypes and x.numel() > 0
+    return library() if known and B.current_backend() in ("auto", "native") else None
 
 
 # --------------------------------------------------------------------------- memory
@@ -246,8 +248,6 @@ def lif_forward(
     v: Tensor | None,
     params: Tensor,
     alpha: Tensor | None,
-    spikes: Tensor | None = None,
-    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of :func:`qsnn_ext.kernels.lif_multi_step`.
 
@@ -258,8 +258,6 @@ def lif_forward(
         v: state before the first step ``[N, ...]``; ``None`` is zero.
         params: decay, gain, offset, threshold ``[4]``.
         alpha: 0-dim scale, for ``"given"`` and ``"running"``.
-        spikes: dense memory for the spikes, of as many values as ``x``; ``None`` makes it.
-        last: likewise for the state after the last step.
 
     Returns:
         Spikes ``[T, N, ...]``; state after the last step; scales ``[T + 1]``, the last of them the
@@ -267,15 +265,15 @@ def lif_forward(
     """
     x = _sequence(x)
     job = _job(o, x)
-    last = torch.empty_like(x[0]) if last is None else last
-    spikes = torch.empty_like(x) if spikes is None else spikes
-    counts = torch.empty(job.steps)
+    last, spikes = torch.empty_like(x[0]), buffers.empty_like(x)
+    # Said in full: a default device or dtype of the caller's must not change what C writes to.
+    counts = torch.empty(job.steps, dtype=torch.float32, device="cpu")
     dtype = compute_dtype(x)
     params = _numbers(params, dtype, 4)
     alpha = None if alpha is None else _numbers(alpha, dtype, 1)
     alphas = params.new_empty(job.steps + 1)
     keeps = o.save == "charge"
-    charges = torch.empty_like(x) if keeps else x.new_empty(0)
+    charges = torch.empty_like(x, dtype=dtype) if keeps else x.new_empty(0)
     # Between two passes the charges of a step lie where the state will.
     work = last if dtype == x.dtype else params.new_empty(job.neurons)
     v = _as(x[0], v)
@@ -299,7 +297,6 @@ def lif_backward(
     alphas: Tensor,
     need_v: bool,
     need_params: bool,
-    g_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward.
 
@@ -316,7 +313,6 @@ def lif_backward(
         alphas: scale of each step ``[T + 1]``.
         need_v: whether the gradient of the first state is wanted.
         need_params: whether that of ``params`` is; that of the gain needs the saved input.
-        g_x: dense memory for the gradient of the input; ``None`` makes it.
 
     Returns:
         Gradients of input, first state (empty unless wanted) and params.
@@ -324,11 +320,11 @@ def lif_backward(
     saved = _sequence(saved)
     job = _job(o, saved)
     dtype = compute_dtype(saved)
-    g_x = torch.empty_like(saved) if g_x is None else g_x
+    g_x = buffers.empty_like(saved)
     g_v0 = torch.empty_like(saved[0]) if need_v else saved.new_empty(0)
-    g_params = torch.zeros_like(params, memory_format=torch.contiguous_format)
+    given, params = params.dtype, _numbers(params, dtype, 4)
+    g_params = torch.zeros_like(params)
     g_spikes, g_v, v = _as(saved, g_spikes), _as(saved[0], g_v), _as(saved[0], v)
-    params = _numbers(params, dtype, 4)
     alphas = _numbers(alphas, dtype, job.steps)
     g_counts = None if g_counts is None else _numbers(g_counts, torch.float32, job.steps)
     job.v, job.params, job.alphas = _pointer(v), params.data_ptr(), alphas.data_ptr()
@@ -336,7 +332,7 @@ def lif_backward(
     job.g_x, job.g_v0 = g_x.data_ptr(), g_v0.data_ptr() if need_v else None
     job.g_params = g_params.data_ptr() if need_params else None
     lib.run("lif_backward", job, saved.numel())
-    return g_x, g_v0, g_params
+    return g_x, g_v0, g_params.to(given)
 
 
 # --------------------------------------------------------------------------- binary weights

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import time
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, get_args
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
 
-Backend = Literal["auto", "native", "compiled", "blocked", "function", "eager"]
+Backend = Literal["auto", "native", "compiled", "function", "eager"]
 
 _log = logging.getLogger(__name__)
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
@@ -63,11 +64,10 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Force how kernels run inside a ``with`` block, for this thread or task.
 
     Args:
-        name: ``"auto"`` (the first of the following that covers the layer and pays, ``"native"``
-            left out), ``"native"`` (C, on the CPU), ``"compiled"`` (an error of the compiler is
-            raised), ``"blocked"`` (the CPU, in blocks that stay in its cache), ``"function"``
-            (plain tensor operations) or ``"eager"`` (the reference loop in plain autograd). What a
-            backend does not cover, ``"function"`` runs.
+        name: ``"auto"`` (the first of the following that covers the layer and pays),
+            ``"native"`` (C, on the CPU), ``"compiled"`` (an error of the compiler is raised),
+            ``"function"`` (plain tensor operations) or ``"eager"`` (the reference loop in plain
+            autograd). What a backend does not cover, ``"function"`` runs.
 
     Raises:
         ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.
@@ -103,22 +103,22 @@ class Core:
     """One core: ``fn`` compiled on first call, or run as it stands.
 
     Args:
+        name: what it computes, for the line that says so while it is compiled.
         fn: pure function of tensors.
         dynamic_dims: per argument, how many of its last dimensions are symbols of the code.
-        fallback: does the same, and runs in place of ``fn`` where nothing is compiled.
         steps: how many time steps it runs.
     """
 
     def __init__(
         self,
+        name: str,
         fn: Callable[..., Any],
         dynamic_dims: tuple[int, ...],
-        fallback: Callable[..., Any] | None = None,
         steps: int = 1,
     ) -> None:
+        self._name = name
         self._fn = fn
         self._steps = steps
-        self._fallback = fallback or fn
         self._dynamic_dims = dynamic_dims
         self._compiled: Callable[..., Any] | None = None
 
@@ -126,7 +126,7 @@ class Core:
         """Run on ``args``: tensors, or ``None`` where the core has no use for one."""
         global _broken
         if not compiles(max(a.numel() for a in args if a is not None), self._steps):
-            return self._fallback(*args)
+            return self._fn(*args)
         # Tensors that are no views: the compiler ties its code to the shape of a view's base too.
         args = tuple(None if a is None else a.data for a in args)
         if self._compiled is not None:
@@ -135,13 +135,14 @@ class Core:
             if tensor is not None:
                 for dim in range(tensor.dim() - count, tensor.dim()):
                     if tensor.shape[dim] < 2:  # 0 and 1 are always compiled as constants
-                        return self._fallback(*args)
+                        return self._fn(*args)
                     torch._dynamo.mark_dynamic(tensor, dim)
         compiled = torch.compile(_with_own_code(self._fn), fullgraph=True)
         try:
-            result = compiled(*args)
+            with _announced(self._name):
+                result = compiled(*args)
         except Exception as error:
-            result = self._fallback(*args)  # an error of the caller shows itself here
+            result = self._fn(*args)  # an error of the caller shows itself here
             if _chosen.get() == "compiled":
                 raise
             _broken = f"{type(error).__name__}: {error}"
@@ -149,6 +150,21 @@ class Core:
             return result
         self._compiled = compiled
         return result
+
+
+@contextlib.contextmanager
+def _announced(name: str) -> Iterator[None]:
+    """Says what is compiled before it is, as it takes long, and how long it took."""
+    _log.warning("compiling the %s, once per process: this takes 5 to 60 s", name)
+    # Without a GPU, PyTorch's compiler would warn of a CUDA_HOME that nobody asked for.
+    elsewhere = logging.getLogger("torch.utils.cpp_extension")
+    level, start = elsewhere.level, time.perf_counter()
+    elsewhere.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        elsewhere.setLevel(level)
+    _log.info("compiled the %s in %.1f s", name, time.perf_counter() - start)
 
 
 def total(x: Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> Tensor:
@@ -189,7 +205,6 @@ def core(
     size: int,
     dynamic_dims: tuple[int, ...],
     build: Callable[[], Any],
-    fallback: Callable[..., Any] | None = None,
     steps: int = 1,
 ) -> Core:
     """The core of these options, built on first use.
@@ -202,13 +217,13 @@ def core(
             decides between serial and parallel loops by the first size it sees.
         dynamic_dims: see :class:`Core`.
         build: makes the function.
-        fallback: see :class:`Core`.
         steps: see :class:`Core`.
     """
     full = (key, dtype, device, size >= PARALLEL_FROM, torch.get_num_threads())
     found = _cores.get(full)
     if found is None:
-        found = _cores[full] = Core(build(), dynamic_dims, fallback, steps)
+        name = f"{key[0]} kernel for {device.type}"
+        found = _cores[full] = Core(name, build(), dynamic_dims, steps)
     return found
 
 

@@ -16,19 +16,22 @@ nothing that is saved grows with the options.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qsnn_ext.errors import ConfigError
-from qsnn_ext.kernels import _native, autocast, backends, buffers
+from qsnn_ext.kernels import _native, autocast, backends
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.kernels.backends import Call, eager
 from qsnn_ext.kernels.grid import compute_dtype
 from qsnn_ext.kernels.options import LIFOptions, Save, decode
 from qsnn_ext.kernels.recurrence import needs_first_state
+from qsnn_ext.kernels.watching import is_watched
 
 
 class _Layout:
@@ -42,6 +45,7 @@ class _Layout:
         strides = x.stride()
         self.order = [0, *sorted(range(1, x.dim()), key=lambda d: -strides[d])]
         self.shape = [x.shape[d] for d in self.order]
+        self.inverse = [self.order.index(d) for d in range(len(self.order))]
 
     def sequence(self, x: Tensor) -> Tensor:
         """``[T, N, ...]`` as ``[T, M]``; a copy only where the memory is not dense."""
@@ -57,26 +61,22 @@ class _Layout:
     def back(self, flat: Tensor) -> Tensor:
         """``[T, M]`` or ``[M]`` as it came."""
         if flat.dim() == 2:
-            shaped = flat.view(self.shape).permute(self._inverse())
+            shaped = flat.view(self.shape).permute(self.inverse)
         else:
-            shaped = flat.view(self.shape[1:]).permute([d - 1 for d in self._inverse()[1:]])
+            shaped = flat.view(self.shape[1:]).permute([d - 1 for d in self.inverse[1:]])
         # Not a view in autograd's books: hosts call detach_() on states, which views refuse.
         return shaped.data
 
-    def _inverse(self) -> list[int]:
-        return [self.order.index(d) for d in range(len(self.order))]
-
     def like(self, x: Tensor) -> Tensor:
         """An unwritten tensor of the input's shape in the layout of :meth:`back`."""
-        return x.new_empty(self.shape).permute(self._inverse())
+        return x.new_empty(self.shape).permute(self.inverse)
 
     def state_like(self, x: Tensor) -> Tensor:
         """Likewise for a state ``[N, ...]``."""
-        return x.new_empty(self.shape[1:]).permute([d - 1 for d in self._inverse()[1:]])
+        return x.new_empty(self.shape[1:]).permute([d - 1 for d in self.inverse[1:]])
 
 
-@torch.library.custom_op("qsnn_ext::lif_multi_step", mutates_args=())
-def _lif_op(
+def _forward(
     x: Tensor, v: Tensor | None, params: Tensor, alpha: Tensor | None, options: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps of one layer.
@@ -96,13 +96,11 @@ def _lif_op(
     """
     o = decode(options)
     layout = _Layout(x)
-    steps = x.shape[0]
     if not x.numel():
         return _empty_result(x, v, params, alpha, o, layout)
     flat = layout.sequence(x)
-    whole, rows = buffers.sequence(x, steps, flat.shape[1])
-    out = (*rows, *buffers.reusable_like(flat[0]))
-    call = Call("forward", o, steps, x.dtype, x.device, flat.shape[1], (v is None, alpha is None))
+    steps, size = flat.shape
+    call = Call("forward", o, steps, x.dtype, x.device, size, (v is None, alpha is None))
     with torch.no_grad():
         spikes, last, alphas, counts, *charges = backends.run(
             call,
@@ -110,12 +108,12 @@ def _lif_op(
             layout.state(v, x.dtype),
             params.detach(),
             None if alpha is None else alpha.detach(),
-            *out,
         )
-    if whole is not None:
-        spikes, last = whole, out[steps]
     kept = layout.back(charges[0]) if charges else x.new_empty(0)
     return layout.back(spikes), layout.back(last), alphas, counts, kept
+
+
+_lif_op = torch.library.custom_op("qsnn_ext::lif_multi_step", _forward, mutates_args=())
 
 
 def _empty_result(
@@ -152,8 +150,7 @@ def _(
     )
 
 
-@torch.library.custom_op("qsnn_ext::lif_multi_step_backward", mutates_args=())
-def _lif_backward_op(
+def _gradients(
     g_spikes: Tensor | None,
     g_v: Tensor | None,
     g_counts: Tensor | None,
@@ -168,16 +165,13 @@ def _lif_backward_op(
     """Gradients of input and first state (or empty), like them, and of params."""
     o = decode(options)
     layout = _Layout(saved)
-    steps = saved.shape[0]
     if not saved.numel():
         g_v0 = layout.state_like(saved).zero_() if need_v else saved.new_empty(0)
         return layout.like(saved), g_v0, torch.zeros_like(params)
     flat = layout.sequence(saved)
-    whole, rows = buffers.sequence(saved, steps, flat.shape[1])
+    steps, size = flat.shape
     absent = (g_spikes is None, g_v is None, v is None)
-    call = Call(
-        "backward", o, steps, saved.dtype, saved.device, flat.shape[1], absent, need_v, need_params
-    )
+    call = Call("backward", o, steps, saved.dtype, saved.device, size, absent, need_v, need_params)
     if g_counts is None:
         g_counts = params.new_zeros(steps, dtype=torch.float32)
     with torch.no_grad():
@@ -191,13 +185,16 @@ def _lif_backward_op(
                 layout.state(v, saved.dtype),
                 params.detach(),
                 alphas.detach(),
-                *rows,
             )
         )
-    g_x = results[0] if whole is None else whole
     g_params = results.pop() if need_params else torch.zeros_like(params)
     g_v0 = layout.back(results[1]) if need_v else saved.new_empty(0)
-    return layout.back(g_x), g_v0, g_params
+    return layout.back(results[0]), g_v0, g_params
+
+
+_lif_backward_op = torch.library.custom_op(
+    "qsnn_ext::lif_multi_step_backward", _gradients, mutates_args=()
+)
 
 
 @_lif_backward_op.register_fake
@@ -223,6 +220,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # An unused membrane potential then costs no tensor of zeros as its gradient.
     ctx.set_materialize_grads(False)
     ctx.options = options
+    # Forward and backward are run alike: another tanh may pass over the largest potential, whose
+    # gradient is then cut off. And a backward may run in another thread than its forward.
+    ctx.backend = B.current_backend()
     _, _, alphas, _, charges = output
     o = decode(options)
     if o.save == "charge":
@@ -232,17 +232,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(x, v, params, alphas)
 
 
-def _backward(ctx: Any, g_spikes: Any, g_v: Any, _a: Any, g_counts: Any, _c: Any) -> Any:
-    if g_spikes is None and g_v is None and g_counts is None:
-        return None, None, None, None, None
-    _, need_v, need_params = ctx.needs_input_grad[:3]
-    g_x, g_v0, g_params = torch.ops.qsnn_ext.lif_multi_step_backward(
-        g_spikes, g_v, g_counts, *ctx.saved_tensors, ctx.options, need_v, need_params
+def _backward_by(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, g_spikes: Any, g_v: Any, _a: Any, g_counts: Any, _c: Any) -> Any:
+        if g_spikes is None and g_v is None and g_counts is None:
+            return None, None, None, None, None
+        _, need_v, need_params = ctx.needs_input_grad[:3]
+        with B.use_backend(ctx.backend):
+            g_x, g_v0, g_params = gradients(
+                g_spikes, g_v, g_counts, *ctx.saved_tensors, ctx.options, need_v, need_params
+            )
+        return g_x, g_v0 if need_v else None, g_params if need_params else None, None, None
+
+    return backward
+
+
+_lif_op.register_autograd(_backward_by(_lif_backward_op), setup_context=_setup_context)
+
+
+class _Function(torch.autograd.Function):
+    """The operation without the dispatcher, whose way through Python outlasts a small layer."""
+
+    # With a `setup_context` of its own PyTorch would look at the signature in every call.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        outputs = _forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(once_differentiable(_backward_by(_gradients)))  # type: ignore[assignment]
+
+
+def _operation(x: Tensor) -> Callable[..., Any]:
+    """The operation as whoever looks on needs it: compilers, tracers, transforms and autocast."""
+    seen = (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or is_watched()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.device.type not in ("cpu", "cuda")  # without data
+        or torch.is_autocast_enabled(x.device.type)
     )
-    return g_x, g_v0 if need_v else None, g_params if need_params else None, None, None
-
-
-_lif_op.register_autograd(_backward, setup_context=_setup_context)
+    return torch.ops.qsnn_ext.lif_multi_step if seen else _Function.apply
 
 
 def _autocast(
@@ -395,7 +425,7 @@ def lif_multi_step(
         narrow = dtype != x.dtype
         recompute = v is None and _recompute(x)
         save = "input" if params.requires_grad or narrow or recompute else "charge"
-    spikes, last, alphas, counts, _ = torch.ops.qsnn_ext.lif_multi_step(
+    spikes, last, alphas, counts, _ = _operation(x)(
         x, v, params, None if alpha is None else alpha.to(dtype), o.encode(save)
     )
     alphas = alphas.detach()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels import buffers, grid
+from qsnn_ext.kernels import grid
 from qsnn_ext.kernels.options import LIFOptions
 from qsnn_ext.kernels.surrogates import DERIVATIVES
 
@@ -61,21 +61,8 @@ def _stored(left: Tensor, fired: Tensor, alpha: Tensor, p: Tensor, o: LIFOptions
     return grid.beside_threshold(stored, fired, alpha, p, o)
 
 
-def _collect(values: list[Tensor], rows: tuple[Tensor, ...]) -> Tensor | None:
-    """One value per step: written into the rows if there are any, or else stacked."""
-    if not rows:
-        return torch.stack(values)
-    for row, value in zip(rows, values, strict=True):
-        row.copy_(value)
-    return None
-
-
 def forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[..., Any]:
-    """``(x, v, p, alpha, *out) -> spikes, last v, alphas [T + 1], counts [T] (, charges)``.
-
-    With ``out``, ``T + 1`` tensors ``[M]``, spikes and last v are written into them and ``None`` is
-    returned for both.
-    """
+    """``(x, v, p, alpha) -> spikes, last v, alphas [T + 1], counts [T] (, charges)``."""
     half = dtype in grid.HALF
 
     def scale(v: Tensor, running: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -90,9 +77,7 @@ def forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...,
             running = alpha + o.momentum * (observed - alpha)
         return alpha, running
 
-    def forward(
-        x: Tensor, v: Tensor | None, p: Tensor, running: Tensor | None, *out: Tensor
-    ) -> Any:
+    def forward(x: Tensor, v: Tensor | None, p: Tensor, running: Tensor | None) -> Any:
         spikes, alphas, counts, charges = [], [], [], []
         state = None if v is None else v.to(p.dtype)
         for t in range(steps):
@@ -120,8 +105,8 @@ def forward_core(o: LIFOptions, steps: int, dtype: torch.dtype) -> Callable[...,
         last = p.new_zeros(()) if running is None else running
         alphas = alphas or [p.new_zeros(())] * steps
         results = (
-            _collect(spikes, out[:steps]),
-            buffers.collect(state.to(dtype), out[steps:]),
+            torch.stack(spikes),
+            state.to(dtype),
             torch.stack([*alphas, last]),
             torch.stack(counts),
         )
@@ -138,10 +123,7 @@ def needs_first_state(o: LIFOptions) -> bool:
 def backward_core(
     o: LIFOptions, steps: int, dtype: torch.dtype, need_v: bool, need_params: bool
 ) -> Callable[..., Any]:
-    """``(g_spikes, g_v, g_counts, saved, v, p, alphas, *rows) -> g_x, g_v0 (, g_p)``.
-
-    With ``rows``, ``T`` tensors ``[M]``, ``g_x`` is written into them and ``None`` is returned.
-    """
+    """``(g_spikes, g_v, g_counts, saved, v, p, alphas) -> g_x (, g_v0) (, g_p)``."""
     half = dtype in grid.HALF
     derivative = DERIVATIVES[o.surrogate.kind]
     quantize_first = bool(o.bits) and o.order == "quantize_first"
@@ -160,7 +142,6 @@ def backward_core(
         v: Tensor | None,
         p: Tensor,
         alphas: Tensor,
-        *rows: Tensor,
     ) -> Any:
         # The charges, and the state each of them started from where it is needed.
         charges: list[Tensor] = []
@@ -232,7 +213,7 @@ def backward_core(
             if due is not None and o.reset == "hard":
                 g_state = torch.where(due, 0.0, g_state)
         assert g_state is not None
-        results = [_collect(g_x[::-1], rows)]
+        results = [torch.stack(g_x[::-1])]
         if need_v:
             results.append(g_state.to(dtype))
         if need_params:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from qsnn_ext.errors import StateError
-from qsnn_ext.kernels import _native, autocast, buffers
+from qsnn_ext.kernels import _native, autocast
 from qsnn_ext.kernels import backend as B
 from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer
 
@@ -32,10 +32,7 @@ from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer
 
 
 def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
-    """``(w [C, K] (, out)) -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``.
-
-    With ``out``, like ``w``, the value is written into it and ``None`` is returned.
-    """
+    """``w [C, K] -> value [C, K], mean, std ([1, 1] or [C, 1]), alpha [C, 1]``."""
 
     def row(x: Tensor) -> Tensor:
         return B.total(x, (1,), keepdim=True)
@@ -43,7 +40,7 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
     def over_group(rows: Tensor) -> Tensor:
         return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
-    def forward(w: Tensor, *out: Tensor) -> Any:
+    def forward(w: Tensor) -> Any:
         if standardize == "none":
             mean, std = w.new_zeros(1, 1), w.new_ones(1, 1)
             alpha = row(w.abs()) / w.shape[1]
@@ -63,16 +60,13 @@ def _forward_core(standardize: str, scale: str) -> Callable[..., Any]:
             alpha = torch.ones_like(alpha)
         # A NaN weight compares false twice and stays NaN.
         value = torch.where(centred >= 0, alpha, torch.where(centred < 0, -alpha, centred))
-        return buffers.collect(value, out), mean, std, alpha
+        return value, mean, std, alpha
 
     return forward
 
 
 def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
-    """``(g, w, mean, std, alpha, temperature (, out)) -> g_w`` ``[C, K]``; statistics ``[G]``.
-
-    With ``out``, like ``w``, the gradient is written into it and ``None`` is returned.
-    """
+    """``(g, w, mean, std, alpha, temperature) -> g_w`` ``[C, K]``; statistics ``[G]``."""
 
     def row(x: Tensor) -> Tensor:
         return B.total(x, (1,), keepdim=True)
@@ -81,8 +75,8 @@ def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
         return B.total(rows, (0,), keepdim=True) if standardize == "layer" else rows
 
     def backward(
-        g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor, *out: Tensor
-    ) -> Tensor | None:
+        g: Tensor, w: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, t: Tensor
+    ) -> Tensor:
         mean, std, alpha = mean[:, None], std[:, None], alpha[:, None]
         # Divided by the deviation only where it is a factor of a whole row: a division per weight
         # costs as much as all the rest.
@@ -96,12 +90,12 @@ def _backward_core(standardize: str, gradient: str) -> Callable[..., Any]:
             return g if inside is None else torch.where(inside, g, 0.0)
 
         if standardize == "none":
-            return buffers.collect(passed(g * alpha), out)
+            return passed(g * alpha)
         # What sign and scale hand on, ``passed(g * alpha)``, is computed twice and not stored.
         count = w.numel() if standardize == "layer" else w.shape[1]
         along = over_group(alpha * row(passed(g) * centred)) / (count - 1) / std.pow(3)
         mean_g = over_group(alpha * row(passed(g))) / count / std
-        return buffers.collect(passed(g * (alpha / std)) - mean_g - centred * along, out)
+        return passed(g * (alpha / std)) - mean_g - centred * along
 
     return backward
 
@@ -125,18 +119,16 @@ def _weight_op(
     Returns:
         ``alpha * sign(What)`` ``[C, K]``, mean and deviation of the groups, alpha ``[C, 1]``.
     """
-    native = _native.wanted(w)
-    if native is not None and w.dtype in (torch.float32, torch.float64):
+    native = _native.wanted(w, (torch.float32, torch.float64))
+    if native is not None:
         return _native.weight_forward(native, w, standardize, scale)
-    out = buffers.reusable_like(w)
     key = ("binary_weight", standardize, scale)
-    dynamic_dims = (2, *[2] * len(out))
     core = B.core(
-        key, w.dtype, w.device, w.numel(), dynamic_dims, lambda: _forward_core(standardize, scale)
+        key, w.dtype, w.device, w.numel(), (2,), lambda: _forward_core(standardize, scale)
     )
     with torch.no_grad():
-        value, mean, std, alpha = core(w.detach(), *out)
-    return out[0] if out else value, mean, std, alpha
+        value, mean, std, alpha = core(w.detach())
+    return value, mean, std, alpha
 
 
 @_weight_op.register_fake
@@ -164,15 +156,14 @@ def _weight_backward_op(
     gradient: str,
 ) -> Tensor:
     """Gradient of the latent weights ``[C, K]``."""
-    native = _native.wanted(w)
-    if native is not None and w.dtype in (torch.float32, torch.float64):
+    native = _native.wanted(w, (torch.float32, torch.float64))
+    if native is not None:
         return _native.weight_backward(
             native, g, w, mean, std, alpha, temperature.item(), standardize, gradient
         )
     # One value per channel is as free a length as the channels of ``w``; one per layer is fixed.
     groups = 1 if standardize == "channel" else 0
-    out = buffers.reusable_like(w)
-    dynamic_dims = (2, 2, groups, groups, 1, 0, *[2] * len(out))
+    dynamic_dims = (2, 2, groups, groups, 1, 0)
     key = ("binary_weight_backward", standardize, gradient)
     core = B.core(
         key,
@@ -190,9 +181,8 @@ def _weight_backward_op(
             std.detach().flatten(),
             alpha.detach().flatten(),
             temperature.detach(),
-            *out,
         )
-    return out[0] if out else value
+    return value
 
 
 @_weight_backward_op.register_fake
@@ -270,31 +260,43 @@ def binary_weight(weight: Tensor, quantizer: BinaryWeight) -> Tensor:
 
 
 class _Prepared(torch.autograd.Function):
-    """The fused operation with a node that can run its backward more than once.
+    """The fused operation, with its numbers on the node, where others like it can take them.
 
-    What it needs is kept on the node and not as saved tensors, which the first backward would
-    free: the same prepared weights then serve all micro-batches of an optimizer step. Both
-    directions compute from ``copy``, so the gradient is that of the forward pass whatever has
-    been written to ``weight`` since.
+    As saved tensors the first backward would free them: the same numbers serve all micro-batches of
+    an optimizer step. Each has a node of its own, since autograd runs nodes in the reverse of the
+    order in which they were made: sharded training collects a layer's gradients before a node of
+    an earlier micro-batch would have added its own. Both directions compute from ``copy``, so the
+    gradient is that of the forward pass whatever has been written to ``weight`` since.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor, quantizer: BinaryWeight) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        copy: Tensor,
+        quantizer: BinaryWeight,
+        earlier: tuple[Tensor, tuple[Tensor, ...]] | None,
+    ) -> Tensor:
         standardize, scale, gradient = _names(quantizer)
+        ctx.weight, ctx.version = weight, weight._version
+        ctx.options = (standardize, gradient)
+        ctx.has_run = False
+        if earlier is not None:
+            value, ctx.inputs = earlier
+            return value.detach()
         temperature = quantizer.temperature.clone()
         flat = copy.view(weight.shape[0], -1)
         value, *statistics = torch.ops.qsnn_ext.binary_weight(
             flat, temperature, standardize, scale, gradient
         )
-        ctx.weight, ctx.version = weight, weight._version
         ctx.inputs = (flat, *statistics, temperature)
-        ctx.options = (standardize, gradient)
         out: Tensor = value.view(weight.shape)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.has_run = True
         if ctx.weight._version != ctx.version:
             raise StateError(
                 "latent weights were changed between forward and backward; "
@@ -303,7 +305,7 @@ class _Prepared(torch.autograd.Function):
         with _unobserved():
             g = g.reshape(ctx.inputs[0].shape)
             g_w = torch.ops.qsnn_ext.binary_weight_backward(g, *ctx.inputs, *ctx.options)
-            return g_w.view(ctx.weight.shape), None, None
+            return g_w.view(ctx.weight.shape), None, None, None
 
 
 @dataclass(frozen=True)
@@ -381,18 +383,25 @@ class PreparedWeight:
         options = _options(quantizer, differentiable)
         found = self._kept
         if found is not None and found.serves(weight, options):
-            node = found.value.grad_fn
-            if node is not None:
-                # A step of an optimizer that moved nothing counts as a write all the same.
-                node.version = weight._version  # type: ignore[attr-defined]
+            node: Any = found.value.grad_fn
+            if node is None:
+                return found.value
+            if node.has_run:
+                # In a tuple, where autograd does not look for earlier nodes.
+                earlier = (found.value, node.inputs)
+                value = _Prepared.apply(weight, found.copy, quantizer, earlier)  # type: ignore[no-untyped-call]
+                self._kept = replace(found, value=value)
+                return value  # type: ignore[no-any-return]
+            # A step of an optimizer that moved nothing counts as a write all the same.
+            node.version = weight._version
             return found.value
-        found = self._kept = None  # its memory serves again
+        found = self._kept = None
         # Kept from inference mode, the value would be of no use outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            copy = _copied(weight)
+            copy = weight.clone(memory_format=torch.contiguous_format)
             value = None if differentiable else quantizer(copy)
         if value is None:
-            value = _Prepared.apply(weight, copy, quantizer)  # type: ignore[no-untyped-call]
+            value = _Prepared.apply(weight, copy, quantizer, None)  # type: ignore[no-untyped-call]
         self._kept = _Preparation(weakref.ref(weight), copy, options, value)
         return value  # type: ignore[no-any-return]
 
@@ -404,13 +413,6 @@ def _options(quantizer: Quantizer, differentiable: bool) -> tuple[Any, ...]:
         return (*quantizer.options().items(), autocast)
     temperature = quantizer.temperature.item() if differentiable else None
     return (*_names(quantizer), temperature, autocast)
-
-
-def _copied(weight: Tensor) -> Tensor:
-    """A contiguous copy, in memory that served before where the weights are large."""
-    given = buffers.reusable_like(weight)
-    copy = given[0] if given else torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return copy.copy_(weight)
 
 
 def _is_recorded(weight: Tensor) -> bool:

@@ -77,7 +77,7 @@ def check(o, x, v=None, numbers=(0.5, 1.0, 0.0, 1.0), alpha=None):
             torch.testing.assert_close(a, b, rtol=loose, atol=loose, equal_nan=True)
         assert got[0].stride() == x.stride()
         for a, b in zip(grads, expected_grads, strict=True):
-            if a is None or b is None or not b.numel():
+            if b is None or (a is grads[2] and save == "charge"):  # asked of the saved input alone
                 continue
             # Sums over all neurons cancel: the parameters' gradients are measured against 1.
             sums = 10 if a is grads[2] else 1
@@ -210,6 +210,65 @@ def test_memory_orders():
         got = _native.lif_forward(LIBRARY, o, x, None, torch.tensor([0.5, 1, 0, 1]), None)
         for a, b in zip(got[:4], dense[:4], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_charges_of_half_precision_are_kept_in_float32(dtype):
+    x, g = (torch.randn(3, 2000).to(dtype) for _ in range(2))
+    params = torch.tensor([0.5, 1.0, 0.0, 1.0])
+    o = LIFOptions(SIGMOID, 4, save="charge")
+    _, _, alphas, _, charges = _native.lif_forward(LIBRARY, o, x, None, params, None)
+    assert charges.dtype == torch.float32
+    got = _native.lif_backward(
+        LIBRARY, o, g, None, None, charges, None, params, alphas, False, False
+    )[0]
+    o = replace(o, save="input")
+    expected = _native.lif_backward(
+        LIBRARY, o, g, None, None, x, None, params, alphas, False, False
+    )[0]
+    assert torch.equal(got.to(dtype), expected)
+
+
+def test_parameters_of_another_dtype():
+    """What C writes has the dtype of the computation, whatever it was given."""
+    x, g = torch.randn(3, 40), torch.randn(3, 40)
+    o = LIFOptions(SIGMOID, 4, save="input")
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        params = torch.tensor([0.5, 1.0, 0.0, 1.0], dtype=dtype)
+        forward = _native.lif_forward(LIBRARY, o, x, None, params, None)
+        grads = _native.lif_backward(
+            LIBRARY, o, g, None, None, x, None, params, forward[2], False, True
+        )
+        assert grads[2].dtype == dtype
+        results.append([*forward[:4], grads[0], grads[2].float()])
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2 if a is got[-1] else 0, atol=0)
+
+
+def test_default_device_and_dtype_are_no_matter():
+    """Both are the caller's, for tensors of his own."""
+    o = LIFOptions(SIGMOID, 4)
+    x = torch.randn(3, 40, requires_grad=True)
+
+    def run():
+        x.grad = None
+        r = lif_multi_step(x, None, o, decay=0.7, backend="native")
+        r.spikes.sum().backward()
+        return r.spikes.detach(), r.v.detach(), r.counts.detach(), x.grad
+
+    expected = run()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = run()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_absent_gradients():

@@ -5,14 +5,15 @@ import itertools
 import pytest
 import torch
 
-from qsnn_ext.kernels import LIFOptions, Surrogate, lif_multi_step, use_backend
+from qsnn_ext.kernels import LIFOptions, Surrogate, _native, lif_multi_step, use_backend
 from qsnn_ext.kernels.grid import narrowed
 from qsnn_ext.snntorch import QLeaky
 from qsnn_ext.snntorch import Triangle as Strict
 from qsnn_ext.spikingjelly import QuantLIFNode, Triangle
 
 SIGMOID = Surrogate("sigmoid", 4.0, 0.0, False)
-BACKENDS = ("eager", "function", "blocked", "compiled")
+UNCOMPILED = ("eager", "function", *["native"] * (_native.library() is not None))
+BACKENDS = (*UNCOMPILED, "compiled")
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 resets = pytest.mark.parametrize("reset", ["hard", "soft", "none"])
 orders = pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
@@ -37,7 +38,7 @@ def test_half_precision_is_the_same_compiled_or_not(dtype, order, reset):
     for bits, squash in ((4, None), (None, None), (8, "tanh")):
         options = LIFOptions(SIGMOID, bits, squash=squash, order=order, reset=reset)
         compiles = (bits, reset, order) == (4, "hard", "fire_first")  # it takes long
-        runs = everywhere(x, options, BACKENDS if compiles else BACKENDS[:3], decay=0.7)
+        runs = everywhere(x, options, BACKENDS if compiles else UNCOMPILED, decay=0.7)
         spikes, state, grad = runs.pop("eager")
         for got in runs.values():
             assert torch.equal(got[0], spikes)
@@ -122,7 +123,7 @@ def test_a_current_that_is_no_number_harms_its_neuron_alone(bad, bits, order, re
             (bits, scale, mode) in ((2, "max", "dynamic"), (4, "absmax", "given"))
         )
         runs = {}
-        for backend in BACKENDS if compiles else BACKENDS[:3]:
+        for backend in BACKENDS if compiles else UNCOMPILED:
             r = lif_multi_step(broken, None, options, decay=0.7, alpha=alpha, backend=backend)
             # Its potential may have been the largest, so the clean run leaves the neuron out.
             clean = lif_multi_step(
@@ -149,7 +150,7 @@ def test_snntorchs_neuron_holds_an_infinite_current_alike(bad, mechanism, delay)
     x = torch.randn(3, 50)
     x[1, 7] = bad
     runs = []
-    for backend in BACKENDS if (bad, mechanism) == (torch.inf, "zero") else BACKENDS[:3]:
+    for backend in BACKENDS if (bad, mechanism) == (torch.inf, "zero") else UNCOMPILED:
         node = QLeaky(
             0.9, spike_grad=Strict(), reset_mechanism=mechanism, reset_delay=delay, bits=3
         )
@@ -168,7 +169,7 @@ def test_snntorchs_neuron_holds_an_infinite_current_alike(bad, mechanism, delay)
 def test_the_papers_surrogate_can_leave_the_threshold_itself_silent():
     x = torch.tensor([[0.0, 1.0, 1.001]])
     for strict, expected in ((False, [0.0, 1.0, 1.0]), (True, [0.0, 0.0, 1.0])):
-        for backend in BACKENDS[:3]:
+        for backend in UNCOMPILED:
             node = QuantLIFNode(
                 decay_input=False, bits=2, surrogate_function=Triangle(strict=strict)
             )

@@ -98,7 +98,7 @@ def test_time_steps_and_micro_batches_share_one_preparation():
     xs = torch.randn(2, 3, 6)
     for x in xs:
         layer(x).square().sum().backward()
-    assert layer.quantized_weight is first
+    assert layer.quantized_weight.data_ptr() == first.data_ptr()  # in a node of its own
     accumulated, layer.weight.grad = layer.weight.grad.clone(), None
     with kernels.use_backend("eager"):
         layer(xs.flatten(0, 1)).square().sum().backward()

@@ -57,13 +57,12 @@ class Implementation(Protocol):
         """What the core of this call returns."""
 
 
-from qsnn_ext.kernels.backends import blocked, compiled, function, native  # noqa: E402
+from qsnn_ext.kernels.backends import compiled, function, native  # noqa: E402
 
 #: In the order in which they are tried. The last covers everything.
 BACKENDS: dict[B.Backend, Implementation] = {
     "native": native,
     "compiled": compiled,
-    "blocked": blocked,
     "function": function,
 }
 
@@ -72,13 +71,6 @@ def run(call: Call, *args: Tensor | None) -> Any:
     """Run a call by the backend that was asked for, or the first that covers it."""
     chosen = B.current_backend()
     for name, backend in BACKENDS.items():
-        # The kernels in C are run where they are asked for, until it is measured where they win.
-        taken = chosen == name or (chosen == "auto" and name != "native")
-        if taken and backend.covers(call):
+        if chosen in ("auto", name) and backend.covers(call):
             return backend.run(call, *args)
     return function.run(call, *args)
-
-
-def run_uncompiled(call: Call, *args: Tensor | None) -> Any:
-    """Run a call without a compiler, for the backend that has one and could not use it."""
-    return (blocked if blocked.covers(call) else function).run(call, *args)

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels import backends
 from qsnn_ext.kernels.backends import Call, function
 
 
@@ -29,7 +28,6 @@ def run(call: Call, *args: Tensor | None) -> Any:
         call.size,
         dynamic_dims,
         lambda: function.core(call),
-        lambda *args: backends.run_uncompiled(call, *args),
-        call.steps,
+        steps=call.steps,
     )
     return core(*args)

@@ -32,16 +32,9 @@ def _forward(
     v: Tensor | None,
     params: Tensor,
     alpha: Tensor | None,
-    *out: Tensor,
 ) -> Any:
-    # The rows lie one after the other: the first is where the whole begins.
-    into = (out[0], out[call.steps]) if out else (None, None)
-    spikes, last, alphas, counts, charges = _native.lif_forward(
-        library, call.options, x, v, params, alpha, *into
-    )
-    made = (None, None) if out else (spikes, last)
-    kept = (charges,) if call.options.save == "charge" else ()
-    return (*made, alphas, counts, *kept)
+    *results, charges = _native.lif_forward(library, call.options, x, v, params, alpha)
+    return (*results, charges) if call.options.save == "charge" else tuple(results)
 
 
 def _backward(
@@ -54,12 +47,9 @@ def _backward(
     v: Tensor | None,
     params: Tensor,
     alphas: Tensor,
-    *rows: Tensor,
 ) -> Any:
     g_x, g_v0, g_params = _native.lif_backward(
         library, call.options, g_spikes, g_v, g_counts, saved, v, params, alphas,
-        call.need_v, call.need_params, rows[0] if rows else None,
+        call.need_v, call.need_params,
     )  # fmt: skip
-    results: list[Tensor | None] = [None if rows else g_x]
-    results += [g_v0] * call.need_v + [g_params] * call.need_params
-    return tuple(results)
+    return (g_x, *[g_v0] * call.need_v, *[g_params] * call.need_params)
