@@ -19,7 +19,7 @@ from qsnn_ext.deploy.lowering.axes import (
 )
 from qsnn_ext.deploy.lowering.draft import Array, Atom, Complement, Constant, Draft
 from qsnn_ext.deploy.lowering.layers import affine, real
-from qsnn_ext.deploy.lowering.settle import rescaled, settle
+from qsnn_ext.deploy.lowering.settle import CURRENT_BITS, largest_of, rescaled, settle
 from qsnn_ext.deploy.program import Add, Logic
 
 
@@ -44,7 +44,10 @@ def lower_add(draft: Draft, a: Any, b: Any, sign: int = 1) -> Array | Complement
         )
     for x in (a, b):
         draft.check_input(x)
-    a, b = _alike(draft, settle(draft, a), settle(draft, b))
+    # In one unit from the start, so that no operation has to bring them to one.
+    together = largest_of(draft, a) + largest_of(draft, b)
+    a, b = (settle(draft, x, CURRENT_BITS, beside=together) for x in (a, b))
+    a, b = _alike(draft, a, b)
     a, b = _in_reach(draft, a, b)
     values, high = draft.values, draft.largest
     counts = [values[x.index].planes > 0 for x in (a, b)]

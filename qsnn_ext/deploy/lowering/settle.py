@@ -58,6 +58,14 @@ def settle(
     return replace(a, base=base, scale=f.unit, gain=None, bias=None)
 
 
+def largest_of(draft: Draft, a: Array) -> float:
+    """Bound on the absolute real values of an array, settled or not."""
+    if a.gain is None or a.bias is None:
+        return abs(a.scale) * draft.largest[a.index]
+    reach = a.base.reach if isinstance(a.base, PendingConv) else draft.largest[a.base]
+    return float((np.abs(a.gain) * reach + np.abs(a.bias)).max())
+
+
 @dataclass(frozen=True)
 class _FixedPoint:
     """``((x * multiplier + half) >> shift) + bias``, each ``[C]``, in units of ``unit``."""
