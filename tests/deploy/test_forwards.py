@@ -265,6 +265,12 @@ MULTI = {  # [T, N, C, H, W]
     "uneven": lambda net, x: F.interpolate(body(net, x).flatten(0, 1), size=(7, 11)).view(
         4, 3, -1
     ),
+    "uneven by a factor": lambda net, x: F.interpolate(
+        body(net, x).flatten(0, 1), scale_factor=1.55
+    ).view(4, 3, -1),
+    "shifted by a factor": lambda net, x: F.interpolate(
+        body(net, x).flatten(0, 1), scale_factor=(1.1, 2.3)
+    ).view(4, 3, -1),
     "uneven, down": lambda net, x: F.interpolate(
         body(net, x).flatten(0, 1), size=(4, 5), mode="nearest-exact"
     ).view(4, 3, -1),
@@ -785,6 +791,8 @@ class TestRefusals:
             (lambda net, x: net.head(net.stem(x)).mean(1), "mean over the batch"),
             (lambda net, x: net.stem(x).flatten(1).mean(0), "batch or time axis is not in front"),
             (lambda net, x: net.stem(x / x.abs().max()), "by a tensor|'max'"),
+            (lambda net, x: F.dropout(net.stem(x)), "at random.*training=self.training"),
+            (lambda net, x: net.stem(x + torch.randn_like(x)), "random numbers.*randn_like"),
             (lambda net, x: F.max_pool3d(net.stem(x), 2), "window over three axes.*height and"),
             (lambda net, x: F.scaled_dot_product_attention(*[net.stem(x)] * 3), "softmax.*product"),
             (lambda net, x: net.mid[1](net.stem(x).transpose(0, 3)), "layers before it run"),

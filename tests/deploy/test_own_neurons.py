@@ -125,6 +125,66 @@ def test_a_charge_that_is_no_line_is_refused_by_name():
         lower(prepared(Net(Squared(tau=2.0, decay_input=True)), x), x)
 
 
+class Halved(neuron.LIFNode):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class Louder(neuron.LIFNode):
+    def forward(self, x):
+        return super().forward(x * 2 + 0.25)
+
+
+@pytest.mark.parametrize("kind", [Halved, Louder])
+def test_a_forward_around_the_neurons(kind):
+    torch.manual_seed(1)
+    x = torch.rand(6, 3, 6)
+    agrees(prepared(Net(kind()), x), x)
+    assert "forward" in vars(kind)
+    assert neuron.LIFNode.forward.__qualname__.startswith("MemoryModule")
+
+
+class Edited(nn.Module):
+    """What it does to the potential of its neuron, beside calling it."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.fc1, self.lif, self.fc2 = nn.Linear(6, 16), neuron.LIFNode(), nn.Linear(16, 4)
+        self.when = when
+
+    def forward(self, x):
+        answers = []
+        if self.when == "start":
+            self.lif.reset()
+            self.lif.v = torch.full((x.shape[1], 16), 0.9)
+        for t, step in enumerate(x):
+            if self.when == "reset" and t == 2:
+                functional.reset_net(self)
+            answers.append(self.fc2(self.lif(self.fc1(step))))
+            if self.when == "leak":
+                self.lif.v = self.lif.v * 0.5
+            if self.when == "in place":
+                self.lif.v.mul_(0.5)
+        return torch.stack(answers)
+
+
+@pytest.mark.parametrize("when", ["start", "reset", "leak", "in place", "never"])
+def test_a_potential_that_the_model_changes_is_refused(when):
+    torch.manual_seed(1)
+    net, x = Edited(when), torch.rand(5, 3, 6)
+    quantize_(net, "1w-2u", sample=x)
+    net.eval()
+    functional.reset_net(net)
+    calibrate(net, [x])
+    functional.reset_net(net)
+    if when == "never":
+        lower(net, x)
+        return
+    match = "before its first step" if when == "start" else "between two of its steps"
+    with pytest.raises(LoweringError, match=rf"^lif: its membrane potential.*{match}.*from rest"):
+        lower(net, x)
+
+
 class MultiStep(nn.Module):
     def __init__(self, out):
         super().__init__()

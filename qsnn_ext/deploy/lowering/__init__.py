@@ -31,7 +31,7 @@ from qsnn_ext import trace as runs
 from qsnn_ext.calibration import InputSeen, input_seen
 from qsnn_ext.convert import conversion_report
 from qsnn_ext.deploy.lowering.axes import sample_axes
-from qsnn_ext.deploy.lowering.calls import kept_states
+from qsnn_ext.deploy.lowering.calls import inner_forward, kept_states
 from qsnn_ext.deploy.lowering.draft import Array, Draft
 from qsnn_ext.deploy.lowering.finish import finish
 from qsnn_ext.deploy.lowering.functions import InputArithmeticError
@@ -148,7 +148,7 @@ def _tape(model: nn.Module, sample: Tensor, forward: Callable[..., Any] | None) 
 
     with runs.undisturbed(model):
         try:
-            return trace(model, run, x, is_leaf, kept_states)
+            return trace(model, run, x, is_leaf, kept_states, inner_forward)
         except LoweringError:
             raise
         except Exception as error:

@@ -44,6 +44,18 @@ def kept_states(module: nn.Module) -> dict[str, Tensor]:
     return {name: state for name, state in found.items() if isinstance(state, Tensor)}
 
 
+def inner_forward(module: nn.Module) -> type[nn.Module] | None:
+    """The host's class whose ``forward`` a neuron's own ``forward`` goes around, if it has one."""
+    own = "forward" in vars(module)
+    for kind in type(module).__mro__:
+        if "forward" not in vars(kind) or kind.__module__.startswith("qsnn_ext."):
+            continue
+        if kind.__module__.startswith(("spikingjelly.", "snntorch.", "torch.")):
+            return kind if own and is_neuron(module) else None
+        own = True
+    return None
+
+
 #: Attributes in which the hosts' neurons keep their membrane potential.
 _STATES = ("v", "v_seq", "mem")
 

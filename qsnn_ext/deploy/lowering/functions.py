@@ -233,9 +233,21 @@ def _copy(draft: Draft, call: Call) -> Any:
 
 
 @_named(
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+    "feature_alpha_dropout",
+)  # fmt: skip
+def _dropout(draft: Draft, call: Call) -> Any:
+    if call.get(1, "p", 0.5) and call.get(2, "training", call.kwargs.get("train", True)):
+        raise draft.fail(
+            "it drops values at random at inference too",
+            "pass training=self.training, or use nn.Dropout",
+        )
+    return _same(draft, call)
+
+
+@_named(
     "contiguous", "clone", "detach", "float", "half", "double", "bfloat16", "to", "type_as", "cpu",
-    "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
-    "feature_alpha_dropout", "requires_grad", "alias", "lift_fresh", "pos", "positive",
+    "cuda", "requires_grad", "alias", "lift_fresh", "pos", "positive",
 )  # fmt: skip
 def _same(draft: Draft, call: Call) -> Any:
     if isinstance(call.args[0], Membrane | Answer | Filling):
@@ -829,18 +841,19 @@ def _interpolate(draft: Draft, call: Call) -> Any:
             f"interpolation of mode {mode!r} makes values between spikes", "use mode='nearest'"
         )
     before, after = sizes(a), call.shapes[0]
-    factors = []
-    for place, (n, wanted) in enumerate(zip(before, after, strict=True)):
-        if wanted % n == 0:
-            factors.append(wanted // n)
-        elif n % wanted == 0 and mode == "nearest":
-            factors.append(1)
-            a = select(draft, a, _at(a, place, slice(None, None, n // wanted)))
-        else:
-            factors.append(1)
-            places = torch.arange(n, dtype=torch.float32).view(1, 1, n)
-            index = nn.functional.interpolate(places, size=wanted, mode=mode)
-            a = pick(draft, a, place, [int(i) for i in index.flatten()])
+    scale = None if call.get(5, "recompute_scale_factor") else call.get(2, "scale_factor")
+    how: dict[str, Any] = {"size": after[2:]} if scale is None else {"scale_factor": scale}
+    factors = [1, 1]
+    for place, (n, wanted) in enumerate(zip(before[2:], after[2:], strict=True)):
+        # Torch itself says which pixel stands where: a factor given is not that of the sizes.
+        ramp = torch.arange(n, dtype=torch.float32).view(-1, *[1] * (len(before) - 3 - place))
+        found = nn.functional.interpolate(ramp.expand(1, 1, *before[2:]), mode=mode, **how)
+        line = found[0, 0].movedim(place, -1).reshape(-1, wanted)[0]
+        index = [int(i) for i in line]
+        whole = wanted % n == 0 and index == [i // (wanted // n) for i in range(wanted)]
+        factors.append(wanted // n if whole else 1)
+        if not whole:
+            a = pick(draft, a, 2 + place, index)
     if all(factor == 1 for factor in factors):
         return a
     return repeat_pixels(draft, a, factors)

@@ -10,6 +10,7 @@ it, as in a ``torch.autograd.Function``.
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
@@ -116,6 +117,7 @@ def trace(
     sample: Tensor,
     is_leaf: Callable[[nn.Module], bool],
     states_of: Callable[[nn.Module], dict[str, Tensor]],
+    inner_forward: Callable[[nn.Module], type[nn.Module] | None],
 ) -> Tape:
     """The tape of ``forward()``, which calls ``model`` with ``sample``.
 
@@ -125,18 +127,22 @@ def trace(
         sample: What it is run on.
         is_leaf: Which modules are written down as one event.
         states_of: The membrane potentials that such a module keeps, by attribute.
+        inner_forward: The class whose ``forward`` is written down as one event of a module, where
+            the module's own goes around it.
 
     Raises:
         LoweringError: If the model does something that leaves the tape incomplete.
         Exception: Whatever the model raises.
     """
     recorder = _Recorder(model, is_leaf, states_of)
+    around = {id(m): kind for m in model.modules() if (kind := inner_forward(m)) is not None}
     ref = recorder.track(sample)
     with (
         kernels.use_backend("function"),  # nothing is compiled for one pass
         torch.compiler.set_stance("force_eager"),
         torch.no_grad(),
         recorder.calls(),
+        recorder.inner_calls(around),
         recorder.taint,
         recorder,
     ):
@@ -172,10 +178,10 @@ _LEAKS = _set_of(
 #: Functions whose result has the shape of an operand but none of its values.
 _BLANKS = _set_of(
     """
-    zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full
-    new_empty new_tensor
+    zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor
     """
 )
+_RANDOM = _set_of("rand_like randn_like randint_like")
 
 
 def _name(func: Any) -> str:
@@ -218,6 +224,8 @@ class _Recorder(TorchFunctionMode):
         # Tensor -> its number, and how often its storage had been written into by then.
         self.tracked: Any = WeakIdKeyDictionary()
         self.writes: dict[int, int] = {}
+        # Neuron -> name, value and version of the potential that its last call left.
+        self.left: dict[int, Any] = {}
         self.held: list[Tensor] = []  # storages written into: their addresses stay taken
 
     # -- tensors -----------------------------------------------------------------------------
@@ -294,6 +302,11 @@ class _Recorder(TorchFunctionMode):
                 f"it branches on the values of a tensor, or takes them out of it ({name})",
                 "branch on shapes only, and keep numbers for logging out of forward",
             )
+        if name in _RANDOM:
+            raise self._fail(
+                f"it draws random numbers ({name}), which a program would draw once and for all",
+                "draw them in training only, or before the model is called",
+            )
         if name in _BLANKS:
             with self._untainted():
                 return func(*args, **kwargs)
@@ -344,6 +357,31 @@ class _Recorder(TorchFunctionMode):
         finally:
             nn.Module.__call__ = stock  # type: ignore[method-assign]
 
+    @contextmanager
+    def inner_calls(self, around: dict[int, type[nn.Module]]) -> Iterator[None]:
+        """Hear of the forward of a class that a subclass's own goes around."""
+        thread, recorder = threading.get_ident(), self
+        before = {kind: vars(kind)["forward"] for kind in around.values()}
+
+        def heard(kind: type[nn.Module]) -> Any:
+            def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                inner = functools.partial(before[kind], module)
+                elsewhere = recorder.inside or threading.get_ident() != thread
+                if elsewhere or around.get(id(module)) is not kind:
+                    return inner(*args, **kwargs)
+                path = recorder.names.get(id(module), type(module).__name__)
+                return recorder._leaf(path, module, inner, args, kwargs)
+
+            return forward
+
+        for kind in before:
+            kind.forward = heard(kind)
+        try:
+            yield
+        finally:
+            for kind, forward in before.items():
+                kind.forward = forward
+
     def _call(
         self, stock: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -376,6 +414,8 @@ class _Recorder(TorchFunctionMode):
         event = Event(
             path, module, self.refs(args, path), self.refs(kwargs, path), path, own_line()
         )
+        if len(args) == 1 and not kwargs:
+            self._check_state(path, module)
         self.inside = True
         try:
             out = forward(*args, **kwargs)
@@ -383,12 +423,50 @@ class _Recorder(TorchFunctionMode):
             raise ModelFailedError(path) from error
         finally:
             self.inside = False
+        if (potential := _potential(module)) is not None:
+            self.left[id(module)] = potential
         for name, state in self.states_of(module).items():
             ref = self.track(state)
             event.states[name] = ref.index
             event.shapes[ref.index] = tuple(state.shape)
         # After its states: a host may return the very tensor that it keeps.
         return self._record(event, out, None)
+
+    def _check_state(self, path: str, module: nn.Module) -> None:
+        """A neuron begins at rest and goes on from what it left itself."""
+        held = _potential(module)
+        if id(module) in self.left:
+            name, before, version = self.left[id(module)]
+            if held is None or (held[1] is before and held[2] == version) or name != held[0]:
+                return
+            why = "its membrane potential was set or reset between two of its steps"
+        else:
+            rest = getattr(module, "v_reset", None) or 0.0
+            if held is None or held[1] is None:
+                return
+            value = torch.as_tensor(held[1])
+            if not bool(((value != 0) & (value != rest)).any()):
+                return
+            why = "its membrane potential is set before its first step"
+        raise error_at(
+            path, own_line(), why, "let it start from rest and hand its potential on by itself"
+        )
+
+
+def _potential(module: nn.Module) -> tuple[str, Any, int] | None:
+    """Name and value of the membrane potential that a neuron keeps, and how often it was written.
+
+    What is kept during one call only is none.
+    """
+    inner: Any = getattr(module, "neuron", module)
+    if any(kind.__name__ == "NonSpikingBaseNode" for kind in type(inner).__mro__):
+        return None
+    for name in ("v", "mem"):
+        value = getattr(inner, name, None)
+        if isinstance(value, int | float | Tensor):
+            version = value._version if isinstance(value, Tensor) else 0
+            return name, value, version
+    return None
 
 
 class ModelFailedError(Exception):

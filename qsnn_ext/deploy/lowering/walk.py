@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsnn_ext.deploy.lowering.axes import labels, sizes
-from qsnn_ext.deploy.lowering.calls import is_neuron, lower_neuron
+from qsnn_ext.deploy.lowering.calls import inner_forward, is_neuron, lower_neuron
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft
 from qsnn_ext.deploy.lowering.functions import FUNCTIONS, Call
 from qsnn_ext.deploy.lowering.layers import (
@@ -48,7 +48,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one event of the tape: those that :func:`walk` knows."""
     if isinstance(module, _KINDS):
         return not _computes_its_own_way(module)
-    return is_neuron(module) or is_recurrent(module)
+    return (is_neuron(module) or is_recurrent(module)) and inner_forward(module) is None
 
 
 def _computes_its_own_way(module: nn.Module) -> bool:
