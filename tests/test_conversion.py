@@ -774,3 +774,29 @@ def test_feedback_of_the_last_neuron_does_not_make_it_hidden():
     assert report.firsts == ("fc1",)
     assert report.lasts == ("fc2",)
     assert report["out.recurrent"].weight_bits == 1
+
+
+class OwnMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.w
+
+
+@pytest.mark.parametrize(
+    ("make", "operations"),
+    [
+        # Four projections of eight, and two layers of eight by sixteen, at six positions.
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), 6 * (4 * 64 + 2 * 128)),
+        (OwnMatrix, 6 * 64),
+    ],
+)
+def test_operations_that_stay_in_float_are_counted(make, operations):
+    net = nn.Sequential(nn.Linear(6, 8), lif(), make(), lif(), nn.Linear(8, 2))
+    report = quantize_(net, "1w-2u", sample=torch.rand(3, 2, 6))
+    assert report.operations.by_bits == {8: 6 * (48 + 16), 32: operations}
+    assert "with a rule" in report["2"].reason or "one by one" in report["2"].reason
+    sizes = [number for _, number, _ in report.floating]
+    assert sizes == sorted(sizes, reverse=True)

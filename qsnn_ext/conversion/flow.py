@@ -42,6 +42,9 @@ _PRODUCTS = frozenset({
     "aten::linear", "aten::matmul", "aten::convolution", "aten::einsum",
 })  # fmt: skip
 
+#: Operations that do so with all the matrices of a layer of torch at once.
+_FUSED = frozenset({"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"})
+
 #: Operations that go through a tensor step by step.
 _STEPWISE = frozenset({"aten::select", "aten::unbind", "aten::split", "aten::chunk"})
 
@@ -57,7 +60,7 @@ class Flow:
         firsts: those that see the model's input, in that order.
         lasts: those after which no weights come, in that order.
         looped: ids of layers that see what they gave, with no other weights in between.
-        operations: multiply-accumulates of each weighted layer, by id.
+        operations: multiply-accumulates of each weighted layer, and of the others' matrices, by id.
         states: values that each neuron carries, by id.
         readouts: ids of neurons that gave their potential, and no spikes.
         neurons: modules that are probably neurons, by id, with what was seen of them.
@@ -90,7 +93,7 @@ def follow(
     Args:
         model: what to run.
         layers: its weighted layers.
-        holders: modules with matrices of their own in which nothing here computes.
+        holders: modules with matrices of their own that are no layers to follow.
         sample: what it runs on.
         forward: see :func:`qsnn_ext.trace.call`.
     """
@@ -163,10 +166,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         choosing = _CHOOSING.get(name)
         used = [a for number, a in enumerate(args) if number != choosing]
         sources = self.sources((used, kwargs))
+        if name in _FUSED:
+            self._spend(args)
         if name in _PRODUCTS and sources:
             for tensor in _tensors(args):
                 owners = self._weights.get(_address(tensor), set())
                 if owners and owners.isdisjoint(self._inside):
+                    self._spend(args)
                     # A product with weights outside of their owner's call is a layer all the same.
                     owner = min(owners)
                     self._enter(owner, sources)
@@ -178,6 +184,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func._schema.is_mutable:
                 self.give(args[:1], sources)
         return out
+
+    def _spend(self, args: Any) -> None:
+        """Count a product with matrices outside of a layer's call: each once for every position."""
+        tensors = list(_tensors(args))
+        x = next((t for t in tensors if t.dim() > 1 and _address(t) not in self._weights), None)
+        positions = 0 if x is None else x.numel() // max(1, x.shape[-1])
+        for tensor in tensors:
+            owners = self._weights.get(_address(tensor))
+            if owners and tensor.dim() > 1:
+                key = min(owners)
+                spent = positions * tensor.numel()
+                self._seen.operations[key] = self._seen.operations.get(key, 0) + spent
 
     def _enter(self, key: int, sources: frozenset[int]) -> None:
         for source in sources:

@@ -225,7 +225,7 @@ class Plan:
     def _follow(self, model: nn.Module, sample: Any, forward: Any) -> Flow | None:
         if sample is None:
             return None
-        holders = [u.module for u in self.units if u.matrices and not u.is_weighted]
+        holders = [u.module for u in self.units if u.matrices and (u.owner or not u.is_weighted)]
         layers = [u.module for u in (*self.ends, *self.in_cells)]
         try:
             return follow(model, layers, holders, sample, forward)
@@ -437,7 +437,9 @@ class Plan:
             if unit.rule is not None and unit.rule.weight == "keep":
                 return unit.settle("kept", f"rule for {unit.rule.selector}")
             unit.settle(
-                "unsupported", f"type {unit.type} is unknown; its {', '.join(matrices)} stay float"
+                "unsupported",
+                f"type {unit.type} is unknown; its {', '.join(matrices)} stay float; compute with "
+                "a layer such as nn.Linear, or keep it with a rule",
             )
         elif next(unit.module.children(), None) is not None:
             unit.reason = "container"
@@ -453,10 +455,10 @@ class Plan:
             why = "no layer with weights was found"
             if self.weighted and len(ends) == len(self.weighted):
                 got = sorted({u.bits.get("weight") or 32 for u in ends})
+                which = f"every one of the {len(ends)} layers" if len(ends) > 1 else "the one layer"
                 why = (
-                    f"every one of the {len(ends)} layers is a first or a last one "
-                    f"({', '.join(map(str, got))} bits); QuantConfig(first=, last=) or rules "
-                    "change that"
+                    f"{which} is a first or a last one ({', '.join(map(str, got))} bits); "
+                    "QuantConfig(first=, last=) or rules change that"
                 )
             elif self.weighted:
                 left = next((u for u in self.weighted if not u.is_quantized), self.weighted[0])

@@ -314,7 +314,8 @@ def _alike(floating: tuple[tuple[str, int, str], ...]) -> list[str]:
         key = name.rpartition(" (")[2], re.sub(r"(probably a neuron): it .*?;", r"\1;", why)
         groups.setdefault(key, []).append((name, number))
     lines = []
-    for (_, why), rows in list(groups.items())[:_SHOWN]:
+    largest = sorted(groups.items(), key=lambda group: -sum(n for _, n in group[1]))
+    for (_, why), rows in largest[:_SHOWN]:
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         total = text.count(sum(number for _, number in rows))
         name = text.printable(rows[0][0])
