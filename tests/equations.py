@@ -293,3 +293,53 @@ def delta_leaky(beta: float, theta: float) -> Step:
         return above(np.abs(u - m) - theta), (u,)
 
     return step
+
+
+def ternary_if(x: Array, states: States) -> tuple[Array, States]:
+    h = states[0] + x
+    s = heaviside(h - 1) - heaviside(-h - 1)
+    return s, (h * (1 - np.abs(s)),)
+
+
+def activation_aware(threshold: Array, offset: Array) -> Step:
+    """A threshold and an offset for each channel, which only firing sees; soft reset."""
+
+    def step(x: Array, states: States) -> tuple[Array, States]:
+        h = states[0] + x
+        s = heaviside(h + offset - threshold)
+        return s, (h - s * threshold,)
+
+    return step
+
+
+def normalized_lif(mean: Array, var: Array, weight: Array, bias: Array) -> Step:
+    """The charge goes through a batch norm with fixed statistics before it fires; tau = 2."""
+
+    def step(x: Array, states: States) -> tuple[Array, States]:
+        h = states[0] - states[0] / 2 + x
+        h = (h - mean) / np.sqrt(var + 1e-5) * weight + bias
+        s = heaviside(h - 1)
+        return s, (h * (1 - s),)
+
+    return step
+
+
+def between_layers(w: Array, b: Array, c_decay: float | None, v_decay: float, theta: float) -> Step:
+    """Spikes of one group of a population feed its next input; ``w`` is ``[out, group]``.
+
+    Without ``c_decay`` there is no synaptic current.
+    """
+    last: list[Array] = []
+    group = w.shape[1]
+
+    def step(x: Array, states: States) -> tuple[Array, States]:
+        if last:
+            s = last.pop().reshape(len(x), -1, 1, group)
+            x = x + ((s * w.reshape(-1, group, group)).sum(-1)).reshape(x.shape) + b
+        c = x if c_decay is None else c_decay * states[1] + x
+        h = v_decay * states[0] + c
+        s = heaviside(h - theta)
+        last.append(s)
+        return s, (h * (1 - s), c)[: len(states)]
+
+    return step

@@ -53,6 +53,7 @@ NODES = {
     "ILIFNode": (neuron.ILIFNode, eq.integer_lif, (0.0,), "v"),
     "HalfThresholdIFNode": (neuron.HalfThresholdIFNode, eq.half_threshold, (0.5,), "v"),
     "TernaryLIFNode": (neuron.TernaryLIFNode, eq.ternary_lif, (0.0,), "v"),
+    "TernaryIFNode": (neuron.TernaryIFNode, eq.ternary_if, (0.0,), "v"),
     "ComplementaryLIFNode": (neuron.ComplementaryLIFNode, eq.complementary, (0.0, 0.0), "vm"),
     "CUBALIFNode": (neuron.CUBALIFNode, eq.cuba, (0.0, 0.0), "vc"),
     "RAFNode": (neuron.RAFNode, eq.resonate, (0.0, 0.0), "vu"),
@@ -261,3 +262,41 @@ def test_a_live_state_is_copied_by_its_values():
             assert getattr(node, state.name).grad_fn is not None
             assert getattr(copied, state.name).grad_fn is None
         assert torch.equal(node(x), copied(x))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_activation_aware(rng, bits):
+    threshold, offset = np.linspace(0.5, 1.5, 40), np.linspace(-0.25, 0.25, 40)
+    node = neuron.ActivationAwareIFNode(torch.tensor(threshold), torch.tensor(offset))
+    x = rng.normal(0.2, 0.8, size=(8, 3, 40))
+    expected = eq.run(x, (0.0,), eq.activation_aware(threshold, offset), bits)
+    compare(quantized(node, bits), x, expected, "v")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("call", [by_steps, at_once])
+def test_membrane_batch_norm(rng, call, bits):
+    node = quantized(neuron.MPBNLIFNode(out_features=40), bits).eval()
+    norm, values = node.vbn, [rng.normal(0.2, 0.1, size=40), rng.uniform(0.5, 2.0, size=40)]
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.tensor(values[0]))
+        norm.running_var.copy_(torch.tensor(values[1]))
+        norm.weight.copy_(torch.tensor(rng.uniform(0.5, 2.0, size=40)))
+        norm.bias.copy_(torch.tensor(rng.normal(0.0, 0.1, size=40)))
+    step = eq.normalized_lif(*values, norm.weight.detach().numpy(), norm.bias.detach().numpy())
+    x = rng.normal(0.4, 1.0, size=(8, 3, 40))
+    compare(node, x, eq.run(x, (0.0,), step, bits), "v", call=call)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", [neuron.ILCIFNode, neuron.ILCLIFNode, neuron.ILCCUBALIFNode])
+def test_connections_within_a_layer(rng, kind, bits):
+    node = quantized(kind(4, 5), bits)
+    w = node.conn.weight.detach().numpy()[:, 0]
+    b = node.conn.bias.detach().numpy()
+    current = kind is neuron.ILCCUBALIFNode
+    v_decay = 1.0 if kind is neuron.ILCIFNode else 0.75
+    step = eq.between_layers(w, b, 0.5 if current else None, v_decay, node.v_threshold)
+    x = rng.normal(0.3, 0.6, size=(6, 3, 20))
+    expected = eq.run(x.copy(), (0.0, 0.0) if current else (0.0,), step, bits)
+    compare(node, x, expected, "vc" if current else "v", call=lambda node, x: node(x.clone()))
