@@ -171,8 +171,8 @@ def _nothing_quantized(model: nn.Module) -> str:
         return f"{kind} has no quantized membrane potential; call quantize_ first."
     neurons = [
         f"{row.name or '(model)'} ({row.type}): {row.reason}"
-        for row in report.of("unsupported", "kept")
-        if row.neuron
+        for row in report.modules
+        if row.neuron and row.membrane_bits is None
     ]
     return (
         f"{kind} has no quantized membrane potential: quantize_ ran and left "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,10 @@ def _differences(
     removed = tuple(f"{n}." for n in header["folded_norms"])
     alphas = {f"{name}.membrane.alpha".lstrip(".") for name in modules}
     keys = plain_keys(model)
+    for key in (*tensors, *keys.values()):
+        further = _FURTHER_SCALE.fullmatch(key)
+        if further is not None and (further[1] or "") in header["quantized"]:
+            alphas.add(key)
     has = {keys[k]: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     has = {
         k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))
@@ -464,6 +469,9 @@ def _differences(
 
 
 _FOLDED = ("bias", "output_scale")
+
+#: The frozen scale of a neuron's state besides its membrane potential.
+_FURTHER_SCALE = re.compile(r"(?:(.*)\.)?carried\.\w+\.alpha")
 
 
 def _safetensors() -> Any:

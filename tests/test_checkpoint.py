@@ -7,6 +7,7 @@ import safetensors.torch
 import snntorch as snn
 import torch
 from safetensors import safe_open
+from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -281,3 +282,36 @@ def test_only_modules_are_saved_and_loaded(saved):
         load_checkpoint(saved, "net")
     with pytest.raises(InputTypeError):
         load_checkpoint(saved, lambda: 3)
+
+
+FURTHER_STATES = {
+    "Synaptic": (lambda: snn.Synaptic(0.9, 0.8, init_hidden=True), "syn"),
+    "SLSTM": (lambda: snn.SLSTM(8, 8, init_hidden=True), "syn"),
+    "CUBALIFNode": (lambda: neuron.CUBALIFNode(), "c"),
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER_STATES)
+@pytest.mark.parametrize("quantized_before", [False, True])
+def test_frozen_scales_of_further_states_come_back(tmp_path, kind, quantized_before):
+    make, state = FURTHER_STATES[kind]
+
+    def build():
+        net = nn.Sequential(nn.Linear(4, 8), make(), nn.Linear(8, 2)).eval()
+        if quantized_before:
+            quantize_(net, "8w-4u")
+        return net
+
+    def steps(net, x):
+        functional.reset_net(net)
+        utils.reset(net)
+        return torch.stack([net(step) for step in x])
+
+    net, x = build(), torch.rand(4, 2, 4) * 5
+    quantize_(net, "8w-4u")
+    scales = calibrate(net, [x], forward=steps)
+    assert set(scales) == {"1", f"1.carried.{state}"}
+    save_checkpoint(net, tmp_path / "net.safetensors")
+    restored = load_checkpoint(tmp_path / "net.safetensors", build).eval()
+    assert restored[1].carried[state].alpha == net[1].carried[state].alpha
+    assert torch.equal(steps(restored, x), steps(net, x))

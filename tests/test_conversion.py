@@ -759,6 +759,13 @@ def test_cells_of_spikingjelly(kind):
         assert bits(report, *hidden) == (None, None, None)
 
 
+def test_calibration_says_why_a_cell_of_bits_has_no_scale():
+    net = Cells(rnn.SpikingVanillaRNN, 1)
+    quantize_(net, "1w-2u")
+    with pytest.raises(StateError, match="only state is the spikes of the step before"):
+        calibrate(net, [torch.rand(4, 3, 6)])
+
+
 def test_feedback_of_the_last_neuron_does_not_make_it_hidden():
     class Net(nn.Module):
         def __init__(self):
