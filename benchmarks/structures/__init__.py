@@ -1,4 +1,4 @@
-"""Small networks shaped like those that people publish, for what is promised of any model.
+"""Small networks shaped like those that people publish, for what is promised of them.
 
 The structure of a published network is a fact; the code here is written anew, in the habits of the
 code that surrounds such models: neurons written from scratch, subclasses with a fixed kernel,

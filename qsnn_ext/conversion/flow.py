@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsnn_ext import hosts, trace
+from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.layers.counterparts import is_stock
 from qsnn_ext.wrapping import uncompiled
 
@@ -462,14 +463,15 @@ def _fires_when_driven(module: nn.Module, args: Any, kwargs: Any) -> bool:
 def _normalizes(layer: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a layer with a forward of its own gives the same for weights twice as large."""
     weight = layer._parameters.get("weight")
-    if weight is None or is_stock(layer) or not (args and isinstance(args[0], Tensor)):
+    kind: Any = layer.float_type() if isinstance(layer, QuantizedWeight) else type(layer)
+    if weight is None or is_stock(kind) or not (args and isinstance(args[0], Tensor)):
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args[0].shape, generator=generator).to(args[0])
     try:
-        currents = layer.forward(x, *args[1:], **kwargs)
+        currents = kind.forward(layer, x, *args[1:], **kwargs)  # with the latent weights
         layer._parameters["weight"] = nn.Parameter(2 * weight, requires_grad=False)
-        larger = layer.forward(x, *args[1:], **kwargs)
+        larger = kind.forward(layer, x, *args[1:], **kwargs)
     except Exception:
         return False  # what it does cannot be told
     finally:
