@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qsnn_ext import hosts, trace
 from qsnn_ext.conversion.report import conversion_report
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
+from qsnn_ext.progress import tracking
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.wrapping import named_modules, unwrap
 
@@ -136,10 +137,11 @@ def calibrate(
         watch = _InputWatch()
         handle = model.register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            for batch in batches:
-                count += 1
-                hosts.reset(model)
-                (forward or _run)(model, batch)
+            with tracking(batches, "calibrate") as shown:
+                for batch in shown:
+                    count += 1
+                    hosts.reset(model)
+                    (forward or _run)(model, batch)
         finally:
             handle.remove()
     if count == 0:

@@ -28,6 +28,7 @@ from qsnn_ext.footprint import (
 )
 from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.membranes import Membrane
+from qsnn_ext.progress import working
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
 from qsnn_ext.text import columns, printable
 from qsnn_ext.trace import call, check_model, untouched, watching
@@ -289,7 +290,8 @@ def summarize(
     if not isinstance(energy, EnergyTable):
         raise InputTypeError(f"energy must be an EnergyTable, got {type(energy).__name__}.")
     modules = rows_of(model)
-    ran = _measure(model, modules, sample, forward)
+    with working("summarize"):
+        ran = _measure(model, modules, sample, forward)
     counter = LayerBytes()
     parameters = {name: counter.parameters(module) for name, module in modules.items()}
     signs = {name: _positive(module, parameters[name]) for name, module in modules.items()}
@@ -535,6 +537,8 @@ def _plot(summary: Summary, axes: Any) -> None:
     p_w = [layer.sign_probability for layer in weights]
     rates.plot(range(1, len(p_s) + 1), p_s, "o-", label="firing rate p_s of neurons")
     rates.plot(range(1, len(p_w) + 1), p_w, "s-", label="sign probability p_w of weights")
+    entropies = [layer.spike_entropy for layer in neurons]
+    rates.plot(range(1, len(p_s) + 1), entropies, "o:", color="C0", label="its entropy (nats)")
     rates.axhline(0.5, color="gray", linewidth=1, linestyle=":", label="greatest entropy")
     rates.set(ylim=(0, 1), ylabel="probability", xlabel="n-th layer of its kind, in running order")
     rates.locator_params(axis="x", integer=True)

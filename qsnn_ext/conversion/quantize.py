@@ -22,6 +22,7 @@ from qsnn_ext.conversion.config import QuantConfig
 from qsnn_ext.conversion.plan import Plan
 from qsnn_ext.conversion.report import REPORT_ATTRIBUTE, ConversionReport
 from qsnn_ext.errors import ConfigError, ConversionError, InputTypeError
+from qsnn_ext.progress import working
 from qsnn_ext.wrapping import unwrap
 
 #: Class of modules -> what makes the module that takes the place of one.
@@ -137,7 +138,8 @@ def _quantize(
 ) -> ConversionReport:
     with all_or_nothing(model):
         _replace(model, replace)
-        plan = Plan(model, config, sample, forward)
+        with working("quantize"):
+            plan = Plan(model, config, sample, forward)
         if strict and plan.unsupported:
             raise ConversionError(
                 f"strict: {len(plan.unsupported)} module(s) would stay in floating point: "

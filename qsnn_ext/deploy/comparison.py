@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from qsnn_ext import hosts
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import InputError, StateError
-from qsnn_ext.text import columns
+from qsnn_ext.errors import InputError, MissingDependencyError, StateError
+from qsnn_ext.progress import tracking
+from qsnn_ext.text import columns, printable
 from qsnn_ext.wrapping import unwrap
 
 
@@ -86,6 +88,53 @@ class Comparison:
         if self.at_the_ends:
             lines.append(f"input codes at the ends of their range: {self.at_the_ends:.3%}")
         return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Share of equal spikes and both firing rates of every layer.
+
+        Args:
+            path: File to write (its suffix tells the format); nothing is written without it.
+
+        Returns:
+            The ``matplotlib.figure.Figure``, which belongs to no window.
+
+        Raises:
+            MissingDependencyError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Comparison.plot needs matplotlib, which could not be imported ({error}); "
+                "install it with: pip install matplotlib."
+            ) from error
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        _plot(self, figure.subplots(1, 2))
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _plot(comparison: Comparison, axes: Any) -> None:
+    agreement, rates = axes
+    places = range(len(comparison.layers))
+    agreement.bar(places, [100 * layer.agreement for layer in comparison.layers])
+    low = min((layer.agreement for layer in comparison.layers), default=1.0)
+    agreement.set(ylabel="equal spikes (%)", ylim=(min(99.0, 100 * low - 1), 100))
+    agreement.set_title(
+        f"{comparison.samples} samples, {comparison.predictions:.2%} answered alike"
+    )
+    for shift, of, values in (
+        (-0.2, "simulation", [layer.rate_model for layer in comparison.layers]),
+        (0.2, "program", [layer.rate_program for layer in comparison.layers]),
+    ):
+        rates.bar([i + shift for i in places], values, 0.4, label=of)
+    rates.set(ylabel="firing rate")
+    rates.set_title("Firing rates")
+    rates.legend()
+    for axis in axes:
+        names = [printable(layer.name) for layer in comparison.layers]
+        axis.set_xticks(list(places), names, rotation=90, fontsize=8)
 
 
 class _Recorder:
@@ -163,42 +212,44 @@ def compare(
     worst = 0.0
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
     try:
-        for batch in batches:
-            x, y = batch if isinstance(batch, tuple | list) else (batch, None)
-            codes = deployed.codes(x)
-            clipped += int(np.isin(codes, program.input_range).sum())
-            values += codes.size
-            if quantize_input:
-                x = torch.from_numpy(deployed.inputs(codes)).to(torch.float32)
-            hosts.reset(model)
-            run = forward
-            steps = x.dim() == len(deployed.input_shape) + 2
-            if run is None and steps and program.metadata.get("time") == "step":
-                run = _step_by_step
-            with torch.no_grad():
-                shown = x.to(like.device, like.dtype)
-                result = run(model, shown) if run is not None else model(shown)
-            if run is not None and isinstance(result, tuple | list):
-                result = torch.stack([_first(step) for step in result])
-            expected = _first(result).double().cpu().numpy()
-            recorded = recorder.take()
-            got = np.asarray(_first(deployed(x)))
-            if got.shape != expected.shape:
-                raise InputError(
-                    f"the model answers with shape {expected.shape}, its program with {got.shape}; "
-                    "a model that is called in another way than model(x) needs forward="
-                )
-            worst = max(worst, float(np.abs(expected - got).max()))
-            states = _layers(program, codes, recorded, counts)
-            _membranes(model, program, states, errors)
-            a, b = (_predicted(v, codes.shape[-4]) for v in (expected, got))
-            same += int(_agree(a, b).sum())
-            samples += len(a)
-            if y is not None:
-                labelled = True
-                labels = np.asarray(y)
-                right_model += int((a == labels).sum())
-                right_program += int((b == labels).sum())
+        with tracking(batches, "compare") as shown_batches:
+            for batch in shown_batches:
+                x, y = batch if isinstance(batch, tuple | list) else (batch, None)
+                codes = deployed.codes(x)
+                clipped += int(np.isin(codes, program.input_range).sum())
+                values += codes.size
+                if quantize_input:
+                    x = torch.from_numpy(deployed.inputs(codes)).to(torch.float32)
+                hosts.reset(model)
+                run = forward
+                steps = x.dim() == len(deployed.input_shape) + 2
+                if run is None and steps and program.metadata.get("time") == "step":
+                    run = _step_by_step
+                with torch.no_grad():
+                    shown = x.to(like.device, like.dtype)
+                    result = run(model, shown) if run is not None else model(shown)
+                if run is not None and isinstance(result, tuple | list):
+                    result = torch.stack([_first(step) for step in result])
+                expected = _first(result).double().cpu().numpy()
+                recorded = recorder.take()
+                got = np.asarray(_first(deployed(x)))
+                if got.shape != expected.shape:
+                    raise InputError(
+                        f"the model answers with shape {expected.shape}, its program with "
+                        f"{got.shape}; "
+                        "a model that is called in another way than model(x) needs forward="
+                    )
+                worst = max(worst, float(np.abs(expected - got).max()))
+                states = _layers(program, codes, recorded, counts)
+                _membranes(model, program, states, errors)
+                a, b = (_predicted(v, codes.shape[-4]) for v in (expected, got))
+                same += int(_agree(a, b).sum())
+                samples += len(a)
+                if y is not None:
+                    labelled = True
+                    labels = np.asarray(y)
+                    right_model += int((a == labels).sum())
+                    right_program += int((b == labels).sum())
     finally:
         recorder.close()
         hosts.reset(model)

@@ -147,6 +147,11 @@ def test_compare_needs_batches_and_counts_labels(case):
     with torch.no_grad():
         labels = model(x).argmax(1)
     report = deploy.compare(model, program, [(x, labels)])
+    figure = report.plot()
+    assert [bar.get_height() for bar in figure.axes[0].containers[0]] == [
+        100 * layer.agreement for layer in report.layers
+    ]
+    assert len(figure.axes[1].containers) == 2
     assert report.accuracy_model == report.accuracy_program == report.predictions == 1.0
     assert "predictions agree on 100" in str(report)
 
