@@ -68,7 +68,13 @@ def compiler(target, folder) -> list[str]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("make", "seed"),
-    [(random_program, 3), (random_program, 8), (random_program, 21), (random_block, 1)],
+    [
+        (random_program, 3),
+        (random_program, 8),
+        (random_program, 21),
+        (random_block, 1),
+        (random_program, 64),  # a current of the step before
+    ],
 )
 def test_same_bits_as_python(target, make, seed, tmp_path):
     command = compiler(target, tmp_path)

@@ -386,7 +386,8 @@ class _Recorder(TorchFunctionMode):
         self, stock: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.names.get(id(module), type(module).__name__)
-        reads = any(t in self.taint.tensors for t in _tensors((args, kwargs)))
+        read = (args, kwargs, self.states_of(module))
+        reads = any(t in self.taint.tensors for t in _tensors(read))
         if not (reads and self.is_leaf(module)):
             self.stack.append(path)
             try:
