@@ -1,7 +1,6 @@
 """Shared fixtures: every test starts from the same seed and leaves no neuron behind."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -40,16 +39,3 @@ def _no_compilation(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-KNOWN_RED = Path(__file__).parent / "known_red.txt"
-
-
-def pytest_collection_modifyitems(items):
-    """Tests that are known to fail on this tree, listed with their cause, do not hide others."""
-    lines = KNOWN_RED.read_text().splitlines()
-    known = tuple(line for line in lines if line and not line.startswith("#"))
-    for item in items:
-        if item.nodeid.startswith(known):
-            mark = pytest.mark.xfail(reason=f"listed in {KNOWN_RED.name}", strict=False)
-            item.add_marker(mark, append=False)
