@@ -292,6 +292,20 @@ def real_trials(data: str) -> str:
     return table(rows)
 
 
+def training_cost() -> str:
+    """What an epoch of CIFAR-10 takes of one core, from short measured runs of the recipe."""
+    path = ROOT / "recipes" / "results" / "cost-cifar10.json"
+    rows = [["width", "images trained", "processor seconds", "images per processor second",
+             "an epoch of 45,000 images, minutes of one core"]]  # fmt: skip
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        speed = row["images"] / row["cpu_seconds"]
+        rows.append([
+            f"{row['width']:g}", f"{row['images']:,}", f"{row['cpu_seconds']:.1f}",
+            f"{speed:.0f}", f"{45_000 / speed / 60:.0f}",
+        ])  # fmt: skip
+    return table(rows)
+
+
 def models() -> str:
     """The networks in ``recipes/results/models``, from their cards."""
     rows = [[
@@ -450,6 +464,7 @@ TABLES = {
     "tuning-digits": partial(tuning_table, "digits"),
     "tuning-digits-events": partial(tuning_table, "digits-events"),
     "models": models,
+    "cost-cifar10": training_cost,
     **{f"protocol-{data}": partial(real_protocol, data) for data in REAL},
     **{f"real-{data}": partial(real_table, data) for data in REAL},
     **{f"rates-{data}": partial(real_rates, data) for data in REAL},
