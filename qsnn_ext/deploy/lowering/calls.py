@@ -91,7 +91,7 @@ def takes_sequences(draft: Draft, module: Any, x: Array) -> bool:
 
 def lower_neuron(
     draft: Draft, module: nn.Module, x: Array, membrane: Any
-) -> tuple[Array, Membrane, bool]:
+) -> tuple[Array, Membrane]:
     """One call of a neuron.
 
     Args:
@@ -101,12 +101,11 @@ def lower_neuron(
         membrane: What the call passes as the membrane potential, or None.
 
     Returns:
-        Spikes, membrane potential after the call, and whether the host returns both.
+        Spikes and the membrane potential after the call.
     """
     inner: Any = module.neuron if runs_over_time(module) else module
     over_time = takes_sequences(draft, module, x)
-    spiked, after = fire(draft, inner, read_neuron(draft.where, inner), x, membrane, over_time)
-    return spiked, after, not over_time and _returns_membrane(inner)
+    return fire(draft, inner, read_neuron(draft.where, inner), x, membrane, over_time)
 
 
 def fire(
@@ -234,9 +233,3 @@ def _check_membrane(draft: Draft, key: tuple[int, int], step: int, membrane: Any
     raise draft.fail(
         why, "hand the membrane potential it returned last, and nothing else, to its next call"
     )
-
-
-def _returns_membrane(module: Any) -> bool:
-    if "Leaky" not in {b.__name__ for b in type(module).__mro__}:
-        return False
-    return bool(module.output) or not bool(module.init_hidden)

@@ -179,11 +179,11 @@ def _module(
                 known[index] = sequence if name == "v_seq" else membrane
             return (answer,)
         given = args[1] if len(args) > 1 else kwargs.get("mem")
-        spikes, membrane, both = lower_neuron(draft, module, x, given)
+        spikes, membrane = lower_neuron(draft, module, x, given)
         for name, index in event.states.items():
             sequence = replace(membrane, axes=spikes.axes, whole=True)
             known[index] = sequence if name == "v_seq" else membrane
-        return (spikes, membrane) if both else (spikes,)
+        return (spikes, membrane) if isinstance(event.output, tuple | list) else (spikes,)
     if isinstance(module, (*_NORMS, *_CONVS, *_TRANSPOSED)):
         _check_steps(draft, module, x)
     if isinstance(module, _CONVS):
