@@ -62,8 +62,8 @@ class QuantizedSpikingNeuron(QuantizedNeuron):
     (subtract and zero reset), always on the side of the threshold that the spike was on. With
     ``reset_delay=False`` the reset is in the step, and none is made at the start of the next.
 
-    ``Leaky``'s step is one operation. Any other neuron runs the host's own step, after which its
-    states are rounded, each with a scale of its own.
+    A step whose charge is affine is one operation. Any other neuron runs the host's own step, after
+    which its states are rounded, each with a scale of its own.
 
     Takes the arguments of the neuron, then those of
     :class:`~qsnn_ext.counterparts.QuantizedNeuron`.
@@ -119,7 +119,7 @@ class QuantizedSpikingNeuron(QuantizedNeuron):
         return self._host_step(input_, states, kwargs, model)
 
     def _affine_step(self, input_: Tensor, mem: Tensor | None, model: NeuronModel) -> Any:
-        """``Leaky``'s step, as one operation."""
+        """A step with an affine charge, as one operation."""
         if mem is not None:
             self.mem = mem
         if self.mem.shape != input_.shape:
@@ -346,12 +346,11 @@ class _SnnTorch(hosts.Adapter):
         spiking = isinstance(module, snn.SpikingNeuron)
         difference = isinstance(module, snn.DeltaLeaky)  # fires on it, and is never reset
         reset = _RESETS["none" if difference else getattr(module, "reset_mechanism", "none")]
-        affine = spiking and kind_of(cls, (snn.Leaky,)) is not None and not module.inhibition
         return NeuronModel(
             kind=(kind_of(cls, tuple(NEURONS)) or cls).__name__,
             states=states,
             potential="mem",
-            charge=Charge(module.beta.clamp(0, 1)) if affine else None,
+            charge=_charge(module),
             spiking=spiking,
             threshold=getattr(module, "threshold", None),
             fire=getattr(module, "spike_grad", None),
@@ -428,6 +427,19 @@ class _SnnTorch(hosts.Adapter):
     def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
         """See :func:`paper_neuron`."""
         return paper_neuron(bits, preset, **options)
+
+
+def _charge(module: Any) -> Charge | None:
+    """The charge of a neuron where it is affine and resets as the fused operation does."""
+    kind = kind_of(type(module), (snn.Leaky, snn.Lapicque))
+    if kind is None or module.inhibition:
+        return None
+    if kind is snn.Leaky:
+        return Charge(module.beta.clamp(0, 1))
+    if module.reset_mechanism == "zero":  # drops the current of that step with the potential
+        return None
+    leak = module.time_step / (module.R * module.C)
+    return Charge(1 - leak, module.R * leak)
 
 
 def _state_names(module: nn.Module) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
-from qsnn_ext import hosts, quantize_, register_neuron
+from qsnn_ext import calibrate, deploy, hosts, quantize_, register_neuron
 from qsnn_ext.errors import ConfigError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer
-from qsnn_ext.snntorch import QAlpha, QRLeaky, QSynaptic
+from qsnn_ext.snntorch import QAlpha, QLapicque, QRLeaky, QSynaptic
 from qsnn_ext.spikingjelly import QuantizedNode, QuantLIFNode
 
 SPIKINGJELLY = {
@@ -223,6 +223,72 @@ def test_recurrent_leaky_is_the_oracles(rng, bits):
         spikes.append(spk)
     assert_array_equal(torch.stack(spikes).detach().numpy(), expected["s"])
     assert_allclose(mem.detach().numpy(), expected["mem"], atol=1e-9)
+
+
+class OwnLapicque(snn.Lapicque):
+    """The same step, in words of its own: nothing is known of it."""
+
+    def _base_sub(self, x):
+        return super()._base_sub(x)
+
+
+LAPICQUE = {"beta": {"beta": 0.5}, "R and C": {"R": 2.0, "C": 1.5, "time_step": 0.75}}
+
+
+@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
+@pytest.mark.parametrize("constants", LAPICQUE)
+def test_lapicque_runs_fused_and_as_the_hosts_step_does(constants, order):
+    x = torch.randn(8, 3, 40) + 0.5
+    fused, stepped = (
+        hosts.counterpart(made).from_float(made, MembraneQuantizer(3), order)
+        for made in (
+            kind(**LAPICQUE[constants], init_hidden=True) for kind in (snn.Lapicque, OwnLapicque)
+        )
+    )
+    assert hosts.describe(fused).charge is not None
+    assert hosts.describe(stepped).charge is None
+    (a, states_a), (b, states_b) = run(fused, x), run(stepped, x)
+    assert torch.equal(a, b)
+    assert 0.02 < a.mean() < 0.98
+    torch.testing.assert_close(states_a["mem"], states_b["mem"])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lapicque_is_the_oracles(rng, bits):
+    x = rng.normal(0.4, 0.8, size=(12, 3, 40))
+    R, C, step = 2.0, 1.5, 0.75
+    leak = step / (R * C)
+    expected = ref.recurrent_leaky(leak * R * x, 1 - leak, 0.0, 0.875, bits)
+    node = QLapicque(R=R, C=C, time_step=step, threshold=0.875, bits=bits).double()
+    mem = torch.zeros(3, 40, dtype=torch.float64)
+    spikes = []
+    for current in torch.tensor(x):
+        spk, mem = node(current, mem)
+        spikes.append(spk)
+    assert_array_equal(torch.stack(spikes).detach().numpy(), expected["s"])
+    assert_allclose(mem.detach().numpy(), expected["mem"], atol=1e-9)
+    assert 0.02 < expected["s"].mean() < 0.98
+
+
+def test_lapicque_that_drops_its_current_is_the_hosts_step():
+    assert hosts.describe(snn.Lapicque(beta=0.5, reset_mechanism="zero")).charge is None
+    assert hosts.describe(snn.Lapicque(beta=0.5, inhibition=True)).charge is None
+
+
+def test_lapicque_becomes_an_integer_program():
+    net = nn.Sequential(
+        nn.Linear(6, 8), snn.Lapicque(beta=0.5, init_hidden=True), nn.Linear(8, 4),
+        snn.Lapicque(R=1.0, C=2.0, init_hidden=True, output=True),
+    )  # fmt: skip
+    quantize_(net, "1w-4u")
+    batches = [torch.rand(16, 6) for _ in range(4)]
+    calibrate(net, batches)
+
+    def steps(model, x):
+        return torch.stack([model(x)[0] for _ in range(4)])
+
+    program = deploy.lower(net.eval(), batches[0], forward=steps)
+    assert deploy.compare(net, program, batches, forward=steps).predictions > 0.95
 
 
 NODES = {
