@@ -32,25 +32,13 @@ from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyEr
 from qsnn_ext.files import write_atomically
 from qsnn_ext.folding import FoldedNorm
 from qsnn_ext.layers import QuantizedWeight
-from qsnn_ext.quantizers import (
-    BinaryWeight,
-    IntWeight,
-    LearnedMembraneQuantizer,
-    MembraneQuantizer,
-    Quantizer,
-)
+from qsnn_ext.quantizers import KINDS, MembraneQuantizer, Quantizer
 from qsnn_ext.wrapping import actual_keys, common_prefix, named_modules, plain_keys, unwrap
 
 #: Version of the file's header; raised whenever an older reader would misread it.
 SCHEMA = 1
 
 _KEY = "qsnn_ext"
-
-#: The only classes a file can name: it must not choose what is called with its options.
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (BinaryWeight, IntWeight, MembraneQuantizer, LearnedMembraneQuantizer)
-}
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -330,7 +318,7 @@ def _restore(
             quantized_neuron(module) is type(module)
         )
         if entry is not None:
-            quantizer = _KINDS[entry["quantizer"]](**entry["options"])
+            quantizer = KINDS[entry["quantizer"]](**entry["options"])
             target = Target(quantizer, entry.get("order"), device, entry.get("preset", "paper"))
             changes.append((module, target))
         elif is_quantized:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,11 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(f"{name}={value!r} is unknown; choose one of {listed}.")
+
+
+def _or_none(option: Any) -> Any:
+    """An option's value; the word for none is ``"none"`` where ``None`` leaves it to a preset."""
+    return None if option == "none" else option
 
 
 def check_bits(bits: Any, allowed: tuple[int, ...], what: str) -> int | None:
@@ -85,9 +90,23 @@ class Quantizer(nn.Module):
 
     Attributes:
         bits: width of one integer code.
+        widths: the widths that there are of its kind, ascending.
     """
 
     bits: int
+    widths: ClassVar[tuple[int, ...]]
+
+    @classmethod
+    def with_bits(cls, bits: int, **options: Any) -> Self:
+        """One of that width.
+
+        Raises:
+            ConfigError: there is none of that width, or an option cannot be used.
+        """
+        if bits not in cls.widths:
+            listed = " or ".join(map(str, cls.widths))
+            raise ConfigError(f"a {cls.__name__} has {listed} bits, not {bits!r}.")
+        return cls(bits, **options) if len(cls.widths) > 1 else cls(**options)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -139,10 +158,11 @@ class BinaryWeight(Quantizer):
     through the standardisation. ``alpha_w`` is a constant of the backward pass.
 
     Args:
-        standardize: ``"layer"`` (Eq. 16), ``"channel"`` (the authors' code) or ``None``.
+        standardize: ``"layer"`` (Eq. 16), ``"channel"`` (the authors' code) or ``"none"``; ``None``
+            is the same word here, where no preset is asked.
         scale: ``alpha_w`` per output channel: ``"mean"`` of |What| (XNOR-Net, the paper),
             ``"power_of_two"`` = 2**round(log2(mean|What|)) (the authors' code: a shift), or
-            ``None`` for 1.
+            ``"none"`` for 1.
         gradient: ``"clipped"``, ``"identity"`` or ``"annealed"``.
         temperature: start of the annealed gradient's ``t``;
             :class:`~qsnn_ext.SignGradientSchedule` moves it.
@@ -152,23 +172,24 @@ class BinaryWeight(Quantizer):
     """
 
     bits = 1
+    widths = (1,)
     temperature: Tensor
 
     def __init__(
         self,
-        standardize: F.Standardize | None = "layer",
-        scale: Literal["mean", "power_of_two"] | None = "mean",
+        standardize: F.Standardize | Literal["none"] | None = "layer",
+        scale: Literal["mean", "power_of_two", "none"] | None = "mean",
         gradient: F.SignGradient = "clipped",
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
-        _check_choice("standardize", standardize, ("layer", "channel", None))
-        _check_choice("scale", scale, ("mean", "power_of_two", None))
+        _check_choice("standardize", standardize, ("layer", "channel", "none", None))
+        _check_choice("scale", scale, ("mean", "power_of_two", "none", None))
         _check_choice("gradient", gradient, ("clipped", "identity", "annealed"))
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature!r} must be a positive number.")
-        self.standardize = standardize
-        self.scale = scale
+        self.standardize: F.Standardize | None = _or_none(standardize)
+        self.scale: Literal["mean", "power_of_two"] | None = _or_none(scale)
         self.gradient = gradient
         # A tensor, not a float: a compiled model would be compiled again for each new float.
         self.register_buffer("temperature", torch.tensor(float(temperature)), persistent=False)
@@ -243,9 +264,11 @@ class IntWeight(Quantizer):
         ConfigError: bits out of range.
     """
 
+    widths = WEIGHT_BITS[1:]
+
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
-        checked = check_bits(bits, WEIGHT_BITS[1:], "integer weight")
+        checked = check_bits(bits, self.widths, "integer weight")
         if checked is None:
             raise ConfigError(
                 "IntWeight needs bits from 2 to 8; for float weights use no quantizer."
@@ -288,7 +311,7 @@ class MembraneQuantizer(Quantizer):
         bits: 2 to 8.
         scale: ``"max"`` (the paper) or ``"absmax"`` (the authors' code); what frozen mode tracks.
         mode: ``"dynamic"`` or ``"frozen"``.
-        squash: ``None`` or ``"tanh"`` (the authors' code).
+        squash: ``"none"`` or ``"tanh"`` (the authors' code).
         momentum: weight of the newest time step in the running mean of frozen mode.
         sync_scale: all-reduce the maximum over the processes of ``torch.distributed``; without it
             each process of a data-parallel run has its own scale.
@@ -297,6 +320,7 @@ class MembraneQuantizer(Quantizer):
         ConfigError: an option that is not in the lists above.
     """
 
+    widths = MEMBRANE_BITS
     alpha: Tensor
 
     def __init__(
@@ -304,23 +328,23 @@ class MembraneQuantizer(Quantizer):
         bits: int = 2,
         scale: F.MembraneScale = "max",
         mode: Literal["dynamic", "frozen"] = "dynamic",
-        squash: F.Squash | None = None,
+        squash: F.Squash | Literal["none"] | None = None,
         momentum: float = 0.1,
         sync_scale: bool = False,
     ) -> None:
         super().__init__()
-        checked = check_bits(bits, MEMBRANE_BITS, "membrane")
+        checked = check_bits(bits, self.widths, "membrane")
         if checked is None:
             raise ConfigError("MembraneQuantizer needs bits from 2 to 8; use none for a float one.")
         _check_choice("scale", scale, ("max", "absmax"))
         _check_choice("mode", mode, ("dynamic", "frozen"))
-        _check_choice("squash", squash, (None, "tanh"))
+        _check_choice("squash", squash, ("none", None, "tanh"))
         if not 0 < momentum <= 1:
             raise ConfigError(f"momentum={momentum!r} must be above 0 and at most 1.")
         self.bits = checked
         self.scale = scale
         self.mode = mode
-        self.squash = squash
+        self.squash: F.Squash | None = _or_none(squash)
         self.momentum = momentum
         self.sync_scale = sync_scale
         self.calibrated = False
@@ -442,7 +466,7 @@ class LearnedMembraneQuantizer(MembraneQuantizer):
     Args:
         bits: 2 to 8.
         scale: ``"max"`` or ``"absmax"``: what it begins with.
-        squash: ``None`` or ``"tanh"``.
+        squash: ``"none"`` or ``"tanh"``.
         sync_scale: begin with the maximum over all processes.
 
     Raises:
@@ -453,7 +477,7 @@ class LearnedMembraneQuantizer(MembraneQuantizer):
         self,
         bits: int = 2,
         scale: F.MembraneScale = "max",
-        squash: F.Squash | None = None,
+        squash: F.Squash | Literal["none"] | None = None,
         sync_scale: bool = False,
     ) -> None:
         super().__init__(bits, scale, "frozen", squash, sync_scale=sync_scale)
@@ -491,6 +515,16 @@ class LearnedMembraneQuantizer(MembraneQuantizer):
         alpha = self.alpha.clone().to(v.dtype)
         value = F.quantize_learned(v, alpha, self.bits)
         return value, alpha.detach().clamp(min=0) / F.levels(self.bits)
+
+
+#: Weight quantizers by the name that a configuration gives them.
+WEIGHTS: dict[str, type[Quantizer]] = {"binary": BinaryWeight, "integer": IntWeight}
+
+#: Every quantizer of the package by the name of its class: those that a file may name, and whose
+#: result follows from what they are given and their options alone.
+KINDS: dict[str, type[Quantizer]] = {
+    kind.__name__: kind for kind in (*WEIGHTS.values(), MembraneQuantizer, LearnedMembraneQuantizer)
+}
 
 
 @dataclass(frozen=True)
@@ -532,26 +566,35 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not left to the preset."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def weight_quantizer(
-    bits: int | None, preset_name: str = "paper", **options: Any
+    bits: int | None, preset_name: str = "paper", kind: str | None = None, **options: Any
 ) -> Quantizer | None:
-    """The weight quantizer of that width: ``None`` for float, binary for 1, integer for 2 to 8.
+    """The weight quantizer of that width, ``None`` for float.
 
     Args:
         bits: 1 to 8, or ``None``/32.
-        preset_name: ``"paper"`` or ``"official"``; matters for 1 bit only.
-        options: for 1 bit, options of :class:`BinaryWeight` that override the preset's.
+        preset_name: ``"paper"`` or ``"official"``; matters for :class:`BinaryWeight` only.
+        kind: a name in :data:`WEIGHTS`; ``None`` is binary for 1 bit, integer for 2 to 8.
+        options: of the quantizer; they override the preset's, those given as ``None`` do not.
 
     Raises:
-        ConfigError: bits out of range, an unknown preset or an unknown value of an option.
+        ConfigError: bits out of range, an unknown kind or preset, a kind that has no such width, or
+            an unknown value of an option.
     """
     checked = check_bits(bits, WEIGHT_BITS, "weight")
     base = preset(preset_name).weight
+    if kind is None:
+        kind = "binary" if checked == 1 else "integer"
+    _check_choice("quantizer", kind, tuple(WEIGHTS))
     if checked is None:
         return None
-    if checked == 1:
-        return BinaryWeight(**{**base, **options})
-    return IntWeight(checked, **options)
+    given = _given(options)
+    return WEIGHTS[kind].with_bits(checked, **({**base, **given} if kind == "binary" else given))
 
 
 def membrane_quantizer(
@@ -563,7 +606,7 @@ def membrane_quantizer(
         bits: 2 to 8, or ``None``/32.
         preset_name: ``"paper"`` or ``"official"``.
         options: options of :class:`MembraneQuantizer` that override the preset's; those given as
-            ``None`` are left to the preset, and ``squash="none"`` means no squash.
+            ``None`` do not.
             ``mode="learned"`` makes a :class:`LearnedMembraneQuantizer`.
 
     Raises:
@@ -573,12 +616,8 @@ def membrane_quantizer(
     base = preset(preset_name).membrane
     if checked is None:
         return None
-    given = {
-        name: None if value == "none" else value
-        for name, value in options.items()
-        if value is not None
-    }
+    given = {**base, **_given(options)}
     if given.get("mode") == "learned":
-        made = {k: v for k, v in {**base, **given}.items() if k not in ("mode", "momentum")}
+        made = {k: v for k, v in given.items() if k not in ("mode", "momentum")}
         return LearnedMembraneQuantizer(checked, **made)
-    return MembraneQuantizer(checked, **{**base, **given})
+    return MembraneQuantizer(checked, **given)

@@ -9,20 +9,22 @@ from torch import nn
 
 from qsnn_ext import BinaryWeight, IntWeight, MembraneConfig, QuantConfig, Rule, WeightConfig
 from qsnn_ext.errors import ConfigError, InputTypeError
+from qsnn_ext.quantizers import MembraneQuantizer
+from qsnn_ext.spikingjelly import QuantLIFNode
 
 WEIGHTS = st.builds(
     WeightConfig,
     bits=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 32]),
-    standardize=st.sampled_from(["preset", "layer", "channel", "none"]),
-    scale=st.sampled_from(["preset", "mean", "power_of_two", "none"]),
-    gradient=st.sampled_from(["preset", "clipped", "identity", "annealed"]),
+    standardize=st.sampled_from([None, "layer", "channel", "none"]),
+    scale=st.sampled_from([None, "mean", "power_of_two", "none"]),
+    gradient=st.sampled_from([None, "clipped", "identity", "annealed"]),
     temperature=st.floats(1e-6, 1e6),
 )
 MEMBRANES = st.builds(
     MembraneConfig,
     bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8, 32]),
-    scale=st.sampled_from(["preset", "max", "absmax"]),
-    squash=st.sampled_from(["preset", "tanh", "none"]),
+    scale=st.sampled_from([None, "max", "absmax"]),
+    squash=st.sampled_from([None, "tanh", "none"]),
     mode=st.sampled_from(["dynamic", "frozen"]),
     momentum=st.floats(1e-6, 1.0),
     sync_scale=st.booleans(),
@@ -91,6 +93,33 @@ def test_bits_choose_the_kind_of_quantizer():
     assert isinstance(WeightConfig(4).build("paper"), IntWeight)
     assert WeightConfig(32).build("paper") is None
     assert MembraneConfig(32).build("paper") is None
+
+
+def test_one_word_for_none_everywhere():
+    """Left out is the preset's; ``"none"`` is none, in configurations, quantizers and neurons."""
+    for word in (None, "none"):
+        assert BinaryWeight(standardize=word, scale=word).options()["standardize"] is None
+        assert MembraneQuantizer(squash=word).squash is None
+    assert WeightConfig(standardize="none").build("official").standardize is None
+    assert WeightConfig().build("official").standardize == "channel"
+    assert MembraneConfig(squash="none").build("official").squash is None
+    assert QuantLIFNode(preset="official", squash="none").membrane.squash is None
+    assert QuantLIFNode(preset="official").membrane.squash == "tanh"
+
+
+def test_files_of_older_versions_say_preset():
+    old = {"weight": {"bits": 1, "standardize": "preset", "scale": "none", "gradient": "preset"}}
+    config = QuantConfig.from_dict({**old, "membrane": {"bits": 4, "squash": "preset"}})
+    assert config == QuantConfig(WeightConfig(1, scale="none"), MembraneConfig(4))
+
+
+def test_a_quantizer_is_chosen_by_name():
+    assert isinstance(WeightConfig(1, quantizer="binary").build("paper"), BinaryWeight)
+    assert isinstance(WeightConfig(2, quantizer="integer").build("paper"), IntWeight)
+    with pytest.raises(ConfigError, match="binary', 'integer"):
+        WeightConfig(2, quantizer="octal")
+    with pytest.raises(ConfigError, match="has 1 bits, not 2"):
+        WeightConfig(2, quantizer="binary")
 
 
 def test_a_configuration_is_frozen():

@@ -4,8 +4,7 @@ A :class:`QuantConfig` gives the quantizers of all layers, those of the first an
 layer, and an ordered list of :class:`Rule` exceptions of which the first that matches a module
 wins. It says nothing about a particular model; :func:`qsnn_ext.quantize_` applies it to one.
 
-Options are named as in :mod:`qsnn_ext.quantizers`. ``"preset"`` leaves an option to the preset, and
-``"none"`` stands for the quantizers' ``None``, because TOML has no null.
+Options are named as in :mod:`qsnn_ext.quantizers`; what is left out is the preset's.
 """
 
 from __future__ import annotations
@@ -14,28 +13,26 @@ import dataclasses
 import difflib
 import fnmatch
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
+from qsnn_ext import functional as F
 from qsnn_ext.errors import ConfigError, InputTypeError, MissingDependencyError
 from qsnn_ext.files import write_atomically
-from qsnn_ext.functional import StepOrder, check_order
 from qsnn_ext.quantizers import (
     MEMBRANE_BITS,
     PRESETS,
     WEIGHT_BITS,
-    BinaryWeight,
-    IntWeight,
-    LearnedMembraneQuantizer,
     MembraneQuantizer,
     Quantizer,
     check_bits,
+    membrane_quantizer,
     parse_bits,
     preset,
+    weight_quantizer,
 )
 
 #: Version of the dictionaries and files; raised whenever an older reader would misread them.
@@ -73,11 +70,15 @@ def _part(value: Any, kind: Any) -> Any:
     raise ConfigError(f"{kind.label} must be bits, a table or 'keep', got {value!r}.")
 
 
-def _given(options: Mapping[str, str]) -> dict[str, str | None]:
-    for name, value in options.items():
-        if not isinstance(value, str):  # null would be lost in TOML, and back comes the preset's
+def _words(target: Any, *names: str) -> dict[str, str]:
+    """The options among these that are given, so not left to the preset."""
+    for name in names:
+        value = getattr(target, name)
+        if value == "preset":  # what files of older versions say of an option left out
+            _store(target, **{name: None})
+        elif value is not None and not isinstance(value, str):
             raise ConfigError(f"{name}={value!r} must be a name; write 'none' for none.")
-    return {k: None if v == "none" else v for k, v in options.items() if v != "preset"}
+    return {name: value for name in names if (value := getattr(target, name)) is not None}
 
 
 def _number(value: Any, name: str) -> float:
@@ -169,42 +170,45 @@ class WeightConfig(_Table):
     Args:
         bits: 1 (:class:`~qsnn_ext.BinaryWeight`), 2 to 8 (:class:`~qsnn_ext.IntWeight`), or 32 to
             leave them in floating point. The options below are those of 1 bit.
-        standardize: ``"preset"``, ``"layer"``, ``"channel"`` or ``"none"``.
-        scale: ``"preset"``, ``"mean"``, ``"power_of_two"`` or ``"none"``.
-        gradient: ``"preset"``, ``"clipped"``, ``"identity"`` or ``"annealed"``.
+        standardize: ``"layer"``, ``"channel"`` or ``"none"``; left out, the preset's.
+        scale: ``"mean"``, ``"power_of_two"`` or ``"none"``; left out, the preset's.
+        gradient: ``"clipped"``, ``"identity"`` or ``"annealed"``; left out, the preset's.
         temperature: start of the annealed gradient's temperature.
+        quantizer: a name in :data:`qsnn_ext.quantizers.WEIGHTS`; left out, what bits say.
 
     Raises:
-        ConfigError: bits out of range or an unknown option.
+        ConfigError: bits out of range, an unknown option, or a quantizer without that width.
     """
 
     label: ClassVar[str] = "the weight configuration"
 
     bits: int = 1
-    standardize: Literal["preset", "layer", "channel", "none"] = "preset"
-    scale: Literal["preset", "mean", "power_of_two", "none"] = "preset"
-    gradient: Literal["preset", "clipped", "identity", "annealed"] = "preset"
+    standardize: Literal["layer", "channel", "none"] | None = None
+    scale: Literal["mean", "power_of_two", "none"] | None = None
+    gradient: Literal["clipped", "identity", "annealed"] | None = None
     temperature: float = 0.1
+    quantizer: str | None = None
 
     def __post_init__(self) -> None:
         _store(self, bits=check_bits(self.bits, WEIGHT_BITS, "weight") or 32)
         _store(self, temperature=_number(self.temperature, "temperature"))
-        self._binary("paper")  # an option that cannot be used is an error now, not at conversion
+        # An option that cannot be used is an error now, not at conversion.
+        weight_quantizer(1, **self._binary())
+        self.build("paper")
 
     def build(self, preset_name: str) -> Quantizer | None:
         """A new quantizer with these options, ``None`` for 32 bits.
 
         Args:
-            preset_name: where the options left at ``"preset"`` come from.
+            preset_name: where the options that are left out come from.
         """
-        if self.bits == 32:
-            return None
-        return IntWeight(self.bits) if self.bits > 1 else self._binary(preset_name)
+        options = self._binary() if self.bits == 1 else {}
+        return weight_quantizer(self.bits, preset_name, self.quantizer, **options)
 
-    def _binary(self, preset_name: str) -> BinaryWeight:
-        given = {"standardize": self.standardize, "scale": self.scale, "gradient": self.gradient}
-        base = preset(preset_name).weight
-        return BinaryWeight(**{**base, **_given(given)}, temperature=self.temperature)
+    def _binary(self) -> dict[str, Any]:
+        """The options of 1 bit."""
+        given = _words(self, "standardize", "scale", "gradient")
+        return {**given, "temperature": self.temperature}
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,8 @@ class MembraneConfig(_Table):
 
     Args:
         bits: 2 to 8, or 32 to leave it in floating point.
-        scale: ``"preset"``, ``"max"`` or ``"absmax"``.
-        squash: ``"preset"``, ``"tanh"`` or ``"none"``.
+        scale: ``"max"`` or ``"absmax"``; left out, the preset's.
+        squash: ``"tanh"`` or ``"none"``; left out, the preset's.
         mode: ``"dynamic"`` or ``"frozen"``, see :class:`~qsnn_ext.MembraneQuantizer`, or
             ``"learned"``, see :class:`~qsnn_ext.LearnedMembraneQuantizer`.
         momentum: of the running mean of frozen mode.
@@ -228,42 +232,37 @@ class MembraneConfig(_Table):
     label: ClassVar[str] = "the membrane configuration"
 
     bits: int = 2
-    scale: Literal["preset", "max", "absmax"] = "preset"
-    squash: Literal["preset", "tanh", "none"] = "preset"
+    scale: F.MembraneScale | None = None
+    squash: F.Squash | Literal["none"] | None = None
     mode: Literal["dynamic", "frozen", "learned"] = "dynamic"
     momentum: float = 0.1
     sync_scale: bool = False
-    order: StepOrder = "fire_first"
+    order: F.StepOrder = "fire_first"
 
     def __post_init__(self) -> None:
         _store(self, bits=check_bits(self.bits, MEMBRANE_BITS, "membrane") or 32)
         _store(self, momentum=_number(self.momentum, "momentum"))
         if not isinstance(self.sync_scale, bool):
             raise ConfigError(f"sync_scale={self.sync_scale!r} must be true or false.")
-        check_order(self.order)
-        self._quantizer(2, "paper")
+        F.check_order(self.order)
+        self._quantizer(2, "paper")  # an option that cannot be used is an error now
 
     def build(self, preset_name: str) -> MembraneQuantizer | None:
         """A new quantizer with these options, ``None`` for 32 bits.
 
         Args:
-            preset_name: where the options left at ``"preset"`` come from.
+            preset_name: where the options that are left out come from.
         """
-        return None if self.bits == 32 else self._quantizer(self.bits, preset_name)
+        return self._quantizer(self.bits, preset_name)
 
-    def _quantizer(self, bits: int, preset_name: str) -> MembraneQuantizer:
-        options: dict[str, Any] = {
-            **preset(preset_name).membrane,
-            **_given({"scale": self.scale, "squash": self.squash}),
-        }
-        if self.mode == "learned":
-            return LearnedMembraneQuantizer(bits, sync_scale=self.sync_scale, **options)
-        return MembraneQuantizer(
+    def _quantizer(self, bits: int, preset_name: str) -> MembraneQuantizer | None:
+        return membrane_quantizer(
             bits,
+            preset_name,
+            **_words(self, "scale", "squash"),
             mode=self.mode,
             momentum=self.momentum,
             sync_scale=self.sync_scale,
-            **options,
         )
 
 
@@ -339,7 +338,8 @@ class QuantConfig(_Table):
     Args:
         weight: hidden layers' weights; a number is short for that many bits.
         membrane: all neurons' membrane potentials; a number is short for that many bits.
-        preset: ``"paper"`` or ``"official"``: the options left at ``"preset"``.
+        preset: ``"paper"`` or ``"official"``: where options come from that are
+            left out.
         first: the first weighted layer; ``None`` means 8 bits as in the paper, or floating point
             when ``weight`` is that too.
         last: the last weighted layer, likewise.

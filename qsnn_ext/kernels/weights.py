@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from qsnn_ext.errors import StateError
 from qsnn_ext.kernels import _native, autocast
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.quantizers import BinaryWeight, IntWeight, Quantizer
+from qsnn_ext.quantizers import KINDS, BinaryWeight, Quantizer
 
 # --------------------------------------------------------------------------- cores
 
@@ -236,7 +236,7 @@ def _is_function(quantizer: Quantizer) -> bool:
 
     That is so for the package's own classes; a quantizer of somebody else's may keep anything.
     """
-    return type(quantizer) in (BinaryWeight, IntWeight) and not (
+    return type(quantizer) in KINDS.values() and not (
         quantizer._forward_hooks or quantizer._forward_pre_hooks
     )
 
