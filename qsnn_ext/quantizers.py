@@ -290,6 +290,56 @@ class IntWeight(Quantizer):
         return _integers(codes, "weights"), scale
 
 
+class TernaryWeight(Quantizer):
+    """Weights ``alpha_w * {-1, 0, 1}`` (Ternary Weight Networks, arXiv:1605.04711).
+
+    ``codes = sign(w) 1[|w| > delta]`` with ``delta = threshold * mean|w|``, and ``alpha_w`` is the
+    mean of the ``|w|`` above ``delta``, both per output channel. The gradient is the identity.
+
+    Args:
+        threshold: 0.7 is about the best for weights that are normally or uniformly distributed.
+
+    Raises:
+        ConfigError: ``threshold`` is no positive number.
+    """
+
+    bits = 2
+    widths = (2,)
+
+    def __init__(self, threshold: float = 0.7) -> None:
+        super().__init__()
+        if isinstance(threshold, bool) or not 0 < threshold < float("inf"):
+            raise ConfigError(f"threshold={threshold!r} must be a positive number.")
+        self.threshold = float(threshold)
+
+    def options(self) -> dict[str, Any]:
+        """The constructor arguments."""
+        return {"threshold": self.threshold}
+
+    def scale_count(self, x: Tensor) -> int:
+        """One per output channel."""
+        return x.shape[0]
+
+    def _signs_and_scale(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        magnitude = weight.detach().abs().flatten(1)
+        above = magnitude > self.threshold * magnitude.mean(1, keepdim=True)
+        # A channel of equal weights may have none above the threshold; its scale is 0.
+        alpha = (magnitude * above).sum(1) / above.sum(1).clamp(min=1)
+        signs = weight.detach().sign() * above.view(weight.shape)
+        return signs, alpha.view(-1, *[1] * (weight.dim() - 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Quantized weights like ``weight`` ``[C_out, ...]``."""
+        signs, alpha = self._signs_and_scale(weight)
+        return F.straight_through(weight, signs * alpha)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes in {-1, 0, 1} (int8) and ``alpha_w`` of shape ``[C_out, 1, ...]``."""
+        signs, alpha = self._signs_and_scale(x)
+        return _integers(signs, "weights"), alpha
+
+
 class MembraneQuantizer(Quantizer):
     """The k-bit membrane potential of one layer (Eq. 10, 11), and where its scale comes from.
 
@@ -518,7 +568,11 @@ class LearnedMembraneQuantizer(MembraneQuantizer):
 
 
 #: Weight quantizers by the name that a configuration gives them.
-WEIGHTS: dict[str, type[Quantizer]] = {"binary": BinaryWeight, "integer": IntWeight}
+WEIGHTS: dict[str, type[Quantizer]] = {
+    "binary": BinaryWeight,
+    "integer": IntWeight,
+    "ternary": TernaryWeight,
+}
 
 #: Every quantizer of the package by the name of its class: those that a file may name, and whose
 #: result follows from what they are given and their options alone.

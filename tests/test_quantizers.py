@@ -7,14 +7,23 @@ from functools import partial
 import numpy as np
 import pytest
 import reference as ref
+import snntorch as snn
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
+from qsnn_ext import calibrate, deploy, load_checkpoint, quantize_, save_checkpoint, summarize
 from qsnn_ext.errors import QSNNError
-from qsnn_ext.quantizers import PRESETS, BinaryWeight, IntWeight, MembraneQuantizer
+from qsnn_ext.quantizers import (
+    PRESETS,
+    BinaryWeight,
+    IntWeight,
+    MembraneQuantizer,
+    TernaryWeight,
+)
 
 weights = hnp.arrays(
     np.float64, st.tuples(st.integers(1, 4), st.integers(2, 6)),
@@ -89,6 +98,65 @@ def test_int_weight(rng, bits):
     assert_array_equal(_check_codes(quantizer, wt.detach()).numpy(), codes)
     assert_allclose(float(quantizer.codes(wt.detach())[1]), unit, rtol=1e-13)
     assert quantizer.bits == bits
+
+
+def _ternary(w, threshold):
+    """Value, codes and scales of ternary weights, channel by channel."""
+    codes, scales = np.zeros_like(w), np.zeros(len(w))
+    for c, channel in enumerate(w):
+        kept = np.abs(channel) > threshold * np.abs(channel).mean()
+        codes[c][kept] = np.sign(channel[kept])
+        scales[c] = np.abs(channel[kept]).mean() if kept.any() else 0.0
+    return codes * scales.reshape(-1, *[1] * (w.ndim - 1)), codes, scales
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.05, 1.5])
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3, 3)], ids=["linear", "conv"])
+def test_ternary_weight(rng, threshold, shape):
+    w, g = rng.normal(0.1, 0.3, size=shape), rng.normal(size=shape)
+    quantizer = TernaryWeight(threshold).double()
+    wt = torch.tensor(w, requires_grad=True)
+    y = quantizer(wt)
+    value, codes, scales = _ternary(w, threshold)
+    assert_allclose(y.detach().numpy(), value, rtol=1e-12)
+    (gw,) = torch.autograd.grad(y, wt, torch.tensor(g))
+    assert_array_equal(gw.numpy(), g)  # the identity
+    assert_array_equal(_check_codes(quantizer, wt.detach()).numpy(), codes)
+    assert_allclose(quantizer.codes(wt.detach())[1].numpy().ravel(), scales, rtol=1e-12)
+    assert (quantizer.bits, quantizer.levels, quantizer.scale_count(wt)) == (
+        2,
+        (-1, 0, 1),
+        shape[0],
+    )
+
+
+def test_ternary_weights_of_equal_size_all_count_and_zeros_stay():
+    w = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    assert torch.equal(TernaryWeight()(w), w)
+    assert torch.equal(TernaryWeight(threshold=1.0)(w), torch.zeros(2, 2))  # none is above the mean
+
+
+def test_a_ternary_network_from_configuration_to_integer_program(tmp_path):
+    """Nobody else was told of it: conversion, report, checkpoint, deployment ask the quantizer."""
+    config = {"weight": {"bits": 2, "quantizer": "ternary"}, "membrane": 4, "first": 8, "last": 8}
+
+    def network():
+        neuron = partial(snn.Leaky, 0.5, init_hidden=True)
+        return nn.Sequential(
+            nn.Linear(6, 16), neuron(), nn.Linear(16, 16), neuron(), nn.Linear(16, 4), neuron()
+        )
+
+    net, batches = network(), [torch.rand(8, 6) for _ in range(3)]
+    report = quantize_(net, config)
+    assert report["2"].weight_bits == 2
+    assert isinstance(net[2].quantizer, TernaryWeight)
+    calibrate(net, batches)
+    assert next(x for x in summarize(net, batches[0]).layers if x.name == "2").weight_bits == 2
+    save_checkpoint(net, tmp_path / "net.safetensors")
+    again = load_checkpoint(tmp_path / "net.safetensors", network)
+    assert torch.equal(again[2].quantized_weight, net[2].quantized_weight)
+    program = deploy.lower(net.eval(), batches[0])
+    assert deploy.compare(net, program, batches).predictions == 1.0
 
 
 def test_int_weight_of_zeros_is_zero():
@@ -224,11 +292,17 @@ def test_frozen_without_calibration_loads_a_float_checkpoint():
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
 @pytest.mark.parametrize(
     "make",
-    [BinaryWeight, IntWeight, MembraneQuantizer, partial(MembraneQuantizer, mode="frozen")],
-    ids=["binary", "int", "dynamic", "frozen"],
+    [
+        BinaryWeight,
+        IntWeight,
+        TernaryWeight,
+        MembraneQuantizer,
+        partial(MembraneQuantizer, mode="frozen"),
+    ],
+    ids=["binary", "int", "ternary", "dynamic", "frozen"],
 )
 def test_copies_are_equal(make, copier):
-    quantizer = make() if make is BinaryWeight else make(bits=4)
+    quantizer = make() if make in (BinaryWeight, TernaryWeight) else make(bits=4)
     x = torch.randn(4, 5)
     quantizer(x)
     assert torch.equal(copier(quantizer)(x), quantizer(x))
@@ -258,8 +332,21 @@ def test_membrane_bits_are_checked(bits):
         lambda: BinaryWeight(gradient="steep"),
         lambda: IntWeight(bits=1),
         lambda: IntWeight(bits=9),
+        lambda: TernaryWeight(0.0),
+        lambda: TernaryWeight.with_bits(3),
     ],
-    ids=["scale", "squash", "mode", "standardize", "weight-scale", "gradient", "int1", "int9"],
+    ids=[
+        "scale",
+        "squash",
+        "mode",
+        "standardize",
+        "weight-scale",
+        "gradient",
+        "int1",
+        "int9",
+        "threshold",
+        "ternary3",
+    ],
 )
 def test_unknown_options_are_refused(make):
     with pytest.raises(QSNNError):
