@@ -18,6 +18,7 @@ from qsnn_ext import (
     energy,
     errors,
     functional,
+    hosts,
     kernels,
     layers,
     models,
@@ -98,7 +99,7 @@ _LATER = {
         "snntorch",
     ),
 }
-_MODULES = ("deploy", "snntorch", "spikingjelly")
+_MODULES = ("deploy", *hosts.HOSTS)
 
 __all__ = [
     "PRESETS",

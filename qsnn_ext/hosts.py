@@ -20,7 +20,7 @@ from qsnn_ext.neuron import NeuronModel
 
 
 class Adapter(abc.ABC):
-    """The questions a host's module answers."""
+    """The questions a host's module answers, and what it may add to the answers given here."""
 
     @abc.abstractmethod
     def describe(self, module: nn.Module) -> NeuronModel | None:
@@ -51,17 +51,19 @@ class Adapter(abc.ABC):
             left: the state the neuron kept after the call before.
         """
 
-    @abc.abstractmethod
-    def adopt(self, model: nn.Module, copied: bool) -> None:
+    def adopt(self, model: nn.Module, copied: bool) -> None:  # noqa: B027
         """Called with a model some of whose modules changed their class, or with a fresh copy."""
 
-    @abc.abstractmethod
+    def weighted(self) -> None:  # noqa: B027
+        """Called whenever a layer gets a quantizer of its weights."""
+
     def restart(self, module: nn.Module) -> None:
         """Put the membrane potentials in ``module`` back, in a way ``torch.compile`` traces."""
+        self.reset(module)
 
-    @abc.abstractmethod
     def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
         """The paper's neuron over ``[T, N, ...]``, for :mod:`qsnn_ext.models`."""
+        raise ConfigError("the paper's networks cannot be built with these neurons.")
 
     def is_neuron(self, module: nn.Module) -> bool:
         """Whether the module is a neuron of this host, of any kind, spiking or not."""
@@ -83,15 +85,15 @@ class Adapter(abc.ABC):
         return value if isinstance(value, Tensor) else None
 
 
-_ADAPTERS = {"spikingjelly": "qsnn_ext.spikingjelly", "snntorch": "qsnn_ext.snntorch"}
-_TRIGGERS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
+#: Hosts by name: the module whose presence says that a model may contain their neurons.
+HOSTS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
 
 
 def adapters() -> list[Adapter]:
     """Adapters of the hosts that have been imported, behind that of the registered neurons."""
     found = [
-        importlib.import_module(_ADAPTERS[host]).ADAPTER
-        for host, trigger in _TRIGGERS.items()
+        importlib.import_module(f"qsnn_ext.{host}").ADAPTER
+        for host, trigger in HOSTS.items()
         if trigger in sys.modules
     ]
     registered = sys.modules.get("qsnn_ext.registered")
@@ -105,10 +107,10 @@ def adapter(host: str) -> Adapter:
         ConfigError: no host of that name is known here.
         MissingDependencyError: the host is not installed; names the pip extra.
     """
-    if host not in list(_ADAPTERS):
-        known = " or ".join(map(repr, _ADAPTERS))
+    if host not in list(HOSTS):
+        known = " or ".join(map(repr, HOSTS))
         raise ConfigError(f"host={host!r} is unknown; choose {known}.")
-    found: Adapter = importlib.import_module(_ADAPTERS[host]).ADAPTER
+    found: Adapter = importlib.import_module(f"qsnn_ext.{host}").ADAPTER
     return found
 
 

@@ -19,14 +19,12 @@ from qsnn_ext.functional import check_floating
 from qsnn_ext.layers import build_layer
 from qsnn_ext.quantizers import parse_bits, preset
 
-Host = Literal["spikingjelly", "snntorch"]
-
 
 class _Parts:
     """Builds the parts of one network: knows bits, preset and host, so that the plans need not."""
 
     def __init__(
-        self, bits: str, preset_name: str, host: Host, neuron: dict[str, Any] | None, width: float
+        self, bits: str, preset_name: str, host: str, neuron: dict[str, Any] | None, width: float
     ) -> None:
         self.weight_bits, self.membrane_bits = parse_bits(bits)
         preset(preset_name)  # an unknown name is an error before anything is built
@@ -201,7 +199,7 @@ def resnet19(
     T: int = 2,
     bits: str = "32w-32u",
     preset: str = "paper",
-    host: Host = "spikingjelly",
+    host: str = "spikingjelly",
     neuron: dict[str, Any] | None = None,
 ) -> SpikingNet:
     """ResNet19: stem, blocks [3, 3, 2] of width 128/256/512, linear read-out.
@@ -255,7 +253,7 @@ def vgg16(
     T: int = 4,
     bits: str = "32w-32u",
     preset: str = "paper",
-    host: Host = "spikingjelly",
+    host: str = "spikingjelly",
     neuron: dict[str, Any] | None = None,
     pool: Literal["avg", "max"] = "max",
 ) -> SpikingNet:
@@ -281,7 +279,7 @@ def vggsnn(
     T: int = 10,
     bits: str = "32w-32u",
     preset: str = "paper",
-    host: Host = "spikingjelly",
+    host: str = "spikingjelly",
     neuron: dict[str, Any] | None = None,
     pool: Literal["avg", "max"] = "avg",
 ) -> SpikingNet:

@@ -70,6 +70,7 @@ class NeuronModel:
         readout: whether it only integrates: no spike ever resets its potential.
         stateless: what a neuron without states does instead of carrying any.
         obstacle: why the neuron cannot be quantized, if it cannot.
+        no_integers: why no integer program can be made of it, if the rest does not say so.
     """
 
     kind: str
@@ -89,6 +90,7 @@ class NeuronModel:
     readout: bool = False
     stateless: str = "it carries no state from one step to the next"
     obstacle: str | None = None
+    no_integers: str | None = None
 
     @property
     def quantizer(self) -> MembraneQuantizer | None:

@@ -153,16 +153,5 @@ class _Registered(hosts.Adapter):
         state = self.state(module)
         return state is None or state is not left or not torch.any(state)
 
-    def adopt(self, model: nn.Module, copied: bool) -> None:
-        """Nothing to do."""
-
-    def restart(self, module: nn.Module) -> None:
-        """As :meth:`reset`."""
-        self.reset(module)
-
-    def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
-        """There is none."""
-        raise ConfigError("registered neurons have no paper's neuron; choose a host.")
-
 
 ADAPTER = _Registered()

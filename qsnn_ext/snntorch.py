@@ -6,6 +6,7 @@ The only file that imports snnTorch.
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +24,37 @@ try:
 except ImportError as error:
     raise hosts.missing("snntorch", error) from error
 
+
+#: What makes closures whose derivative has a closed form: its kind, names in the closure or the
+#: number itself.
+_DERIVATIVES: dict[str, tuple[str, tuple[str | float, ...]]] = {
+    "atan": ("atan", ("alpha",)),
+    "fast_sigmoid": ("fast_sigmoid", ("slope",)),
+    # The host's exp overflows to NaN far below the threshold; this form gives the limit, 0.
+    "sigmoid": ("sigmoid", ("slope",)),
+    "straight_through_estimator": ("straight_through", ()),
+    "heaviside": ("slope_above", (1.0, 0.0)),
+    "LSO": ("slope_above", (1.0, "slope")),
+    "spike_rate_escape": ("rate_escape", ("beta", "slope")),
+}
+
+
+def _closed_form(fire: Any) -> kernels.Surrogate | None:
+    """The closed form of a surrogate of the host, or of ours."""
+    if type(fire) is Triangle:
+        return kernels.Surrogate.of("triangle", [fire.beta], strict=True)
+    if not isinstance(fire, FunctionType) or fire.__module__ != "snntorch.surrogate":
+        return None
+    maker = fire.__qualname__.partition(".")[0]
+    if maker not in _DERIVATIVES:
+        return None
+    kind, entries = _DERIVATIVES[maker]
+    cells = dict(zip(fire.__code__.co_freevars, fire.__closure__ or (), strict=True))
+    numbers = [cells[e].cell_contents if isinstance(e, str) else e for e in entries]
+    return kernels.Surrogate.of(kind, numbers, strict=True)
+
+
+kernels.RECOGNIZERS.append(_closed_form)
 
 _RESETS: dict[str, F.Reset] = {"subtract": "soft", "zero": "hard", "none": "none"}
 
@@ -365,6 +397,11 @@ class _SnnTorch(hosts.Adapter):
                 "its own state_quant and bits would both quantize its states; drop state_quant, "
                 "or pass bits=None"
                 if getattr(module, "state_quant", False)
+                else None
+            ),
+            no_integers=(
+                "inhibition lets neurons of a layer interact; turn it off"
+                if getattr(module, "inhibition", False)
                 else None
             ),
         )

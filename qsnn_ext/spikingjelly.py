@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
@@ -47,6 +48,34 @@ except ImportError as error:
 
 
 kernels.COUNTERS.add("spikingjelly.activation_based.op_counter")
+
+#: Surrogates with a derivative in closed form: its kind, names of its numbers.
+_DERIVATIVES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "PiecewiseQuadratic": ("piecewise_quadratic", ("alpha",)),
+    "PiecewiseExp": ("piecewise_exp", ("alpha",)),
+    "Sigmoid": ("sigmoid", ("alpha",)),
+    "SoftSign": ("soft_sign", ("alpha",)),
+    "SuperSpike": ("super_spike", ("alpha",)),
+    "ATan": ("atan", ("alpha",)),
+    "Erf": ("erf", ("alpha",)),
+    "Rect": ("rect", ("alpha",)),
+    "LeakyKReLU": ("slope_from", ("k", "leak")),
+}
+
+
+def _closed_form(fire: Any) -> kernels.Surrogate | None:
+    """The closed form of a surrogate of the host, or of ours; its primitive function has none."""
+    cls = type(fire)
+    if cls is Triangle and fire.spiking:
+        return kernels.Surrogate.of("triangle", [fire.beta], bool(fire.strict))
+    if cls.__module__ != surrogate.__name__ or cls.__name__ not in _DERIVATIVES:
+        return None
+    kind, names = _DERIVATIVES[cls.__name__]
+    numbers = [getattr(fire, n) for n in names]
+    return kernels.Surrogate.of(kind, numbers, strict=False) if fire.spiking else None
+
+
+kernels.RECOGNIZERS.append(_closed_form)
 
 
 class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
@@ -437,19 +466,18 @@ class BinaryConvTranspose3d(BinaryLayer, QuantConvTranspose3d):
 
 
 def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers."""
+    """The fusion of one pair in ``functional.fuse_conv_bn_eval_modules``, right for our layers.
+
+    The host finds pairs by isinstance, so it would fuse batch norm into the latent float weights of
+    our layers, which are then quantized to something else. It looks this function up by name.
+    """
     if not isinstance(conv, QuantizedWeight):
-        fused: nn.Module = _stock_fusion(conv, bn, *args, **kwargs)
+        fuse: Any = fuse_conv_bn_eval
+        fused: nn.Module = fuse(conv, bn, *args, **kwargs)
         return fused
     copied = copy.deepcopy(conv)
     fold_(copied, *normalization_affine(bn))
     return copied
-
-
-# The host finds pairs by isinstance, so it would fuse batch norm into the latent float weights of
-# our layers, which are then quantized to something else. It looks this function up by name.
-_stock_fusion = conv_bn_fusion.fuse_conv_bn_eval
-conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
 
 
 def _is_of_the_host(cls: Any) -> bool:
@@ -587,6 +615,11 @@ class _SpikingJelly(hosts.Adapter):
         for module in model.modules():
             if isinstance(module, base.MemoryModule):
                 module.reset()
+
+    def weighted(self) -> None:
+        """From the first such layer on, let the host's fusion of batch norm heed them."""
+        if conv_bn_fusion.fuse_conv_bn_eval is fuse_conv_bn_eval:
+            conv_bn_fusion.fuse_conv_bn_eval = _fuse_conv_bn_eval
 
     def adopt(self, model: nn.Module, copied: bool) -> None:
         """Make ``functional.reset_net`` look at ``model`` anew."""

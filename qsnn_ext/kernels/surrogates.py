@@ -3,8 +3,6 @@
 A fused kernel cannot call a Python callable per neuron, so it asks for the kind of the surrogate
 and its numbers. Each derivative below is the one the host's own backward computes. A surrogate that
 is not recognized is no error: the neuron then runs the eager loop.
-
-Hosts are recognized by the names of their classes and closures; neither is imported.
 """
 
 from __future__ import annotations
@@ -27,13 +25,21 @@ class Surrogate(NamedTuple):
         kind: a key of :data:`DERIVATIVES`.
         a: first number of the kind.
         b: second number, 0 where there is none.
-        strict: whether the threshold itself does not fire (``>``); SpikingJelly's rule is ``>=``.
+        strict: whether the threshold itself does not fire: ``>``, and not ``>=``.
     """
 
     kind: str
     a: float
     b: float
     strict: bool
+
+    @classmethod
+    def of(cls, kind: str, numbers: list[Any], strict: bool) -> Surrogate | None:
+        """One with these numbers, up to two; ``None`` if they are anything else than numbers."""
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers):
+            return None
+        a, b = (*[float(v) for v in numbers], 0.0, 0.0)[:2]
+        return cls(kind, a, b, strict)
 
 
 def _piecewise_quadratic(x: Tensor, a: float, b: float) -> Tensor:
@@ -69,69 +75,23 @@ DERIVATIVES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "rate_escape": lambda x, a, b: b * torch.exp(-a * (x - 1).abs()),
 }
 
-# Class in spikingjelly.activation_based.surrogate: our kind, names of its numbers.
-_SPIKINGJELLY = {
-    "PiecewiseQuadratic": ("piecewise_quadratic", ("alpha",)),
-    "PiecewiseExp": ("piecewise_exp", ("alpha",)),
-    "Sigmoid": ("sigmoid", ("alpha",)),
-    "SoftSign": ("soft_sign", ("alpha",)),
-    "SuperSpike": ("super_spike", ("alpha",)),
-    "ATan": ("atan", ("alpha",)),
-    "Erf": ("erf", ("alpha",)),
-    "Rect": ("rect", ("alpha",)),
-    "LeakyKReLU": ("slope_from", ("k", "leak")),
-}
-
-# Function in snntorch.surrogate that returns the closure: our kind, names in the closure or the
-# number itself. Where the host has no second number it is 0.
-_SNNTORCH: dict[str, tuple[str, tuple[str | float, ...]]] = {
-    "atan": ("atan", ("alpha",)),
-    "fast_sigmoid": ("fast_sigmoid", ("slope",)),
-    # The host's exp overflows to NaN far below the threshold; this form gives the limit, 0.
-    "sigmoid": ("sigmoid", ("slope",)),
-    "straight_through_estimator": ("straight_through", ()),
-    "heaviside": ("slope_above", (1.0, 0.0)),
-    "LSO": ("slope_above", (1.0, "slope")),
-    "spike_rate_escape": ("rate_escape", ("beta", "slope")),
-}
-
-
-def _numbers(kind: str, values: list[Any], strict: bool) -> Surrogate | None:
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-        return None
-    a, b = (*[float(v) for v in values], 0.0, 0.0)[:2]
-    return Surrogate(kind, a, b, strict)
+#: What recognizes surrogates of a host; its module adds its own.
+RECOGNIZERS: list[Callable[[Any], Surrogate | None]] = []
 
 
 def recognize(surrogate: Any) -> Surrogate | None:
     """The closed form of a surrogate function, or ``None`` where there is none.
 
     Args:
-        surrogate: what a neuron calls with ``h - theta``: :func:`qsnn_ext.functional.triangle`,
-            a SpikingJelly surrogate module, one of snnTorch's closures, or our ``Triangle``.
+        surrogate: what a neuron calls with ``h - threshold``: :func:`qsnn_ext.functional.triangle`,
+            or a surrogate of a host.
     """
     if surrogate is F.triangle:
         return Surrogate("triangle", 1.0, 0.0, False)
     if isinstance(surrogate, FunctionType) and torch.compiler.is_compiling():
         return None  # tracing finds no module of the type; the graph fuses the loop anyway
-    cls = type(surrogate)
-    home, name = cls.__module__, cls.__name__
-    if home == "qsnn_ext.snntorch" and name == "Triangle":
-        return _numbers("triangle", [surrogate.beta], True)
-    if home == "qsnn_ext.spikingjelly" and name == "Triangle" and surrogate.spiking:
-        return _numbers("triangle", [surrogate.beta], bool(surrogate.strict))
-    if home == "spikingjelly.activation_based.surrogate" and name in _SPIKINGJELLY:
-        if not surrogate.spiking:
-            return None
-        kind, names = _SPIKINGJELLY[name]
-        return _numbers(kind, [getattr(surrogate, n) for n in names], False)
-    if getattr(surrogate, "__module__", None) == "snntorch.surrogate" and name == "function":
-        maker = surrogate.__qualname__.partition(".")[0]
-        if maker in _SNNTORCH:
-            kind, entries = _SNNTORCH[maker]
-            cells = dict(
-                zip(surrogate.__code__.co_freevars, surrogate.__closure__ or (), strict=True)
-            )
-            values = [cells[e].cell_contents if isinstance(e, str) else e for e in entries]
-            return _numbers(kind, values, True)
+    for known in RECOGNIZERS:
+        found = known(surrogate)
+        if found is not None:
+            return found
     return None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from qsnn_ext import hosts
 from qsnn_ext.errors import InputTypeError
 from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.quantizers import MembraneQuantizer, Quantizer, weight_quantizer
@@ -50,6 +51,8 @@ class QuantizedWeight:
             raise InputTypeError(
                 f"{cls.__name__} takes a {kind} as its quantizer, got {type(quantizer).__name__}."
             )
+        for host in hosts.adapters():
+            host.weighted()
 
     @classmethod
     def from_float(cls, layer: nn.Module, quantizer: Quantizer) -> Self:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qsnn_ext import hosts
+
 PACKAGE = str(Path(__file__).resolve().parents[2])
 
 
@@ -19,7 +21,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
-HOSTS = ("spikingjelly", "snntorch", "tonic", "lightning", "torchvision", "torchaudio", "nir")
+HOSTS = (*hosts.HOSTS, "tonic", "lightning", "torchvision", "torchaudio", "nir")
 
 
 def test_core_loads_no_host():
@@ -36,13 +38,26 @@ def test_core_loads_no_host():
     assert loaded.splitlines() == ["[]"] * len(stages)
 
 
-@pytest.mark.parametrize(
-    ("host", "other"), [("spikingjelly", "snntorch"), ("snntorch", "spikingjelly")]
-)
-def test_one_host_does_not_load_the_other(host, other):
+@pytest.mark.parametrize("host", hosts.HOSTS)
+def test_one_host_does_not_load_another(host):
     pytest.importorskip(host)
-    loaded = run(f"import qsnn_ext.{host}, sys; print({other!r} in sys.modules)")
-    assert loaded.strip() == "False"
+    others = [other for other in hosts.HOSTS if other != host]
+    loaded = run(f"import qsnn_ext.{host}, sys; print([h for h in {others!r} if h in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_importing_a_host_patches_nothing_of_it():
+    """The fusion of batch norm is replaced when the first layer has a quantizer, not before."""
+    pytest.importorskip("spikingjelly")
+    printed = run(
+        "import torch.nn.utils.fusion as torchs\n"
+        "from spikingjelly.activation_based.functional import conv_bn_fusion as theirs\n"
+        "import qsnn_ext.spikingjelly as ours\n"
+        "print(theirs.fuse_conv_bn_eval is torchs.fuse_conv_bn_eval)\n"
+        "ours.BinaryConv2d(2, 2, 3)\n"
+        "print(theirs.fuse_conv_bn_eval is torchs.fuse_conv_bn_eval)\n"
+    )
+    assert printed.split() == ["True", "False"]
 
 
 def test_import_time_beyond_torch():

@@ -104,8 +104,9 @@ def lower_neuron(
         Spikes and the membrane potential after the call.
     """
     inner: Any = module.neuron if runs_over_time(module) else module
+    constants = read_neuron(draft.where, inner)
     over_time = takes_sequences(draft, module, x)
-    return fire(draft, inner, read_neuron(draft.where, inner), x, membrane, over_time)
+    return fire(draft, inner, constants, x, membrane, over_time)
 
 
 def fire(

@@ -89,8 +89,8 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
         LoweringError: For neurons with no integer equivalent; says why.
     """
     model = hosts.describe(module)
-    if model is not None and "inhibition" in vars(module) and module.inhibition:
-        raise LoweringError(f"{name}: inhibition lets neurons of a layer interact; turn it off")
+    if model is not None and model.no_integers is not None:
+        raise LoweringError(f"{name}: {model.no_integers}")
     if model is not None and charge is None:
         charge = model.charge
     found = probe(module, model) if model is not None and charge is None else None
