@@ -5,7 +5,7 @@ import { QSNNError } from "./errors.js";
 import { sha256 } from "./sha256.js";
 import { validate } from "./program.js";
 
-const VERSION = "1";
+const VERSIONS = ["1", "2"];
 const MAX_HEADER = 8 * 2 ** 20;
 const TYPES = { U32: Uint32Array, I32: Int32Array, I8: Int8Array, U8: Uint8Array };
 // Fields of operations: numbers and text, then tensors with their type.
@@ -48,9 +48,9 @@ export function parse(content) {
   delete header.__metadata__;
   if (!isObject(metadata) || metadata.format !== "qsnn")
     throw new QSNNError("it is a safetensors file but holds no qsnn program");
-  if (metadata.version !== VERSION)
+  if (!VERSIONS.includes(metadata.version))
     throw new QSNNError(
-      `it has format version ${metadata.version} and this module reads version ${VERSION}`);
+      `it has format version ${metadata.version} and this module reads versions ${VERSIONS.join(" and ")}`);
   const data = content.subarray(8 + length);
   if (metadata.sha256 !== checksum(String(metadata.program), header, data))
     throw new QSNNError("its checksum does not match: the file is damaged");

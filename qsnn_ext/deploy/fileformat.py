@@ -25,7 +25,9 @@ from qsnn_ext.deploy.program import OP_TYPES, IntArray, Neuron, Op, Program, Val
 from qsnn_ext.errors import FormatError
 from qsnn_ext.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Versions that are read. Version 1 had no Gather, Concat, Matmul and Delay.
+READ_VERSIONS = ("1", "2")
 MAX_HEADER = 8 * 2**20  # bytes of JSON
 MAX_FILE = 2**31  # bytes
 _DTYPES = {"U32": "<u4", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
@@ -198,10 +200,10 @@ def _parse(content: bytes) -> Program:
     if not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("its metadata must be text")
     version = metadata.get("version", "")
-    if version != str(FORMAT_VERSION):
+    if version not in READ_VERSIONS:
         raise FormatError(
-            f"it has format version {version[:20]!r} and this qsnn_ext reads version "
-            f"{FORMAT_VERSION}; upgrade qsnn_ext or export the model again"
+            f"it has format version {version[:20]!r} and this qsnn_ext reads versions "
+            f"{' and '.join(READ_VERSIONS)}; upgrade qsnn_ext or export the model again"
         )
     data = memoryview(content)[8 + length :]
     tensors = _tensors(header, data)

@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,9 +98,20 @@ def test_a_file_of_the_first_writer_is_still_read():
     content = zlib.decompress(base64.b85decode(FIRST))
     program = parse_program(content)
     assert (program.input_bits, program.input_scale) == (8, 0.5)
-    assert dump_program(program) == content
+    assert dump_program(program) == content.replace(b'"version":"1"', b'"version":"2"')
     answer = DeployedModel(program).integers(np.array([[[[1.0, -2.0]], [[3.5, 60.0]]]]))[0]
     np.testing.assert_array_equal(answer, [[[[[1, 1]], [[9, 9]]]]] * 2)
+
+
+def test_a_network_of_version_1_answers_as_it_did():
+    """``written/version_1.qsnn`` was lowered, written and run by the package of version 1."""
+    folder = Path(__file__).parent / "written"
+    assert b'"version":"1"' in (folder / "version_1.qsnn").read_bytes()
+    program = load_program(folder / "version_1.qsnn")
+    known = np.load(folder / "version_1.npz")
+    answer = DeployedModel(program)(known["x"].astype(np.float32) / 16)
+    np.testing.assert_array_equal(answer, known["answer"])
+    assert known["answer"].any()
 
 
 def test_safetensors_reads_it(content):
@@ -130,7 +142,7 @@ def test_every_flipped_byte_of_the_data_is_refused(content):
 
 
 HOSTILE = {
-    "future version": (lambda h, p, m: m.update(version="2"), "version '2'.*upgrade"),
+    "future version": (lambda h, p, m: m.update(version="3"), "version '3'.*upgrade"),
     "not qsnn": (lambda h, p, m: m.update(format="gguf"), "no qsnn program"),
     "huge shape": (lambda h, p, m: p["values"][0].__setitem__(1, [65536] * 3), "shape"),
     "negative shape": (lambda h, p, m: p["values"][0].__setitem__(1, [-1, 2, 2]), "shape"),
