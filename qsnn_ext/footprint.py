@@ -309,12 +309,13 @@ def footprint(
     execution: Execution | None = None,
     time_steps: int | None = None,
     weight_bits: Mapping[str, int] | None = None,
+    sample: Any = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Footprint:
     """Memory that ``model`` takes for inference.
 
-    The sizes of the membrane potentials are those of a forward pass on zeros. The model is left as
-    it was.
+    The sizes of the membrane potentials are those of a forward pass on zeros, or on a sample. The
+    model is left as it was.
 
     ``"paper"`` counts as Table 2 of the paper does: weights at their bits, all other parameters at
     their own precision, and the potentials of the single largest layer; no scale factors, no
@@ -336,12 +337,14 @@ def footprint(
             is ``[N, ...]``.
         weight_bits: layers, by name, whose weights are counted at another width than their own.
             The paper's quantized VGG16 rows come out with ``{"head": 32}``.
-        forward: ``forward(model, x)`` for models that are not called as ``model(x)``.
+        sample: an input of one sample, as :func:`~qsnn_ext.summarize` takes it, for the pass, in
+            place of zeros of ``input_shape`` and ``time_steps``.
+        forward: ``forward(model, sample)`` for models that are called in another way.
 
     Raises:
         InputTypeError: ``model`` is not a module.
         ConfigError: an unknown accounting, execution or layer name, or a size below 1.
-        InputError: the model cannot process zeros of the shape asked for.
+        InputError: the model cannot process the sample, or zeros of the shape asked for.
     """
     model = check_model(model, "footprint")
     if accounting not in ("paper", "resident"):
@@ -365,7 +368,13 @@ def footprint(
         if type(width) is not int or not 1 <= width <= 64:
             raise ConfigError(f"weight_bits of {name!r} is {width!r}; choose 1 to 64.")
 
-    membranes = _membranes(model, shape, time_steps, forward)
+    what = f"a {type(sample).__name__} as its sample"
+    if sample is None:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        leading = (1,) if time_steps is None else (time_steps, 1)
+        sample = torch.zeros(*leading, *shape, dtype=like.dtype, device=like.device)
+        what = f"zeros of shape {tuple(sample.shape)}"
+    membranes = _membranes(model, sample, what, forward)
     counter = LayerBytes()
     layers = tuple(
         layer_footprint(
@@ -384,14 +393,11 @@ def footprint(
 
 def _membranes(
     model: nn.Module,
-    shape: tuple[int, ...],
-    time_steps: int | None,
+    sample: Any,
+    what: str,
     forward: Callable[[nn.Module, Any], Any] | None,
 ) -> dict[str, Membrane]:
     """Membrane potentials of one sample, by name of the neuron."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    leading = (1,) if time_steps is None else (time_steps, 1)
-    zeros = torch.zeros(*leading, *shape, dtype=like.dtype, device=like.device)
     seen: dict[str, Membrane] = {}
 
     def watch(name: str, module: nn.Module) -> Any:
@@ -408,13 +414,13 @@ def _membranes(
             module.training = isinstance(module, MembraneQuantizer)
         try:
             with watching(model, watch):
-                call(model, zeros, forward)
+                call(model, sample, forward)
         except QSNNError:
             raise
         except Exception as error:
             raise InputError(
-                f"{type(model).__name__} cannot process zeros of shape {tuple(zeros.shape)} "
-                f"({error}); give input_shape for one sample, time_steps=T if the input is "
-                "[T, N, ...], or forward=... if the model is called in another way."
+                f"{type(model).__name__} cannot process {what} ({error}); give input_shape for "
+                "one sample, time_steps=T if the input is [T, N, ...], or sample=, and forward= if "
+                "the model is called in another way."
             ) from error
     return seen

@@ -177,6 +177,17 @@ def test_model_called_in_another_way():
     assert result.layers[1].membrane_elements == 4
 
 
+def test_a_sample_says_what_zeros_cannot():
+    """As summarize takes it: arguments, keywords, any leading axes."""
+    model = nn.Sequential(nn.Linear(4, 4), sj.QuantLIFNode(bits=2, step_mode="m"))
+    shape = footprint(model, input_shape=(4,), time_steps=3)
+    x = torch.ones(3, 1, 4)
+    for sample in (x, (x,), {"input": x}):
+        assert footprint(model, sample=sample).to_dict() == shape.to_dict()
+    with pytest.raises(InputError, match="a list as its sample"):
+        footprint(model, sample=[x, x])
+
+
 def test_half_precision_and_tied_weights():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
     model[1].weight = model[0].weight
