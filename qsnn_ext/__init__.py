@@ -15,6 +15,8 @@ __version__ = "0.2.0"
 
 from qsnn_ext import (
     config,
+    conversion,
+    counterparts,
     energy,
     errors,
     functional,
@@ -22,6 +24,7 @@ from qsnn_ext import (
     kernels,
     layers,
     models,
+    neuron,
     quantizers,
     regularizers,
     report,
@@ -146,17 +149,21 @@ __all__ = [
     "calibrate",
     "calibrate_scales",
     "config",
+    "conversion",
     "conversion_report",
+    "counterparts",
     "deploy",
     "energy",
     "errors",
     "fold_batchnorm_",
     "footprint",
     "functional",
+    "hosts",
     "kernels",
     "layers",
     "load_checkpoint",
     "models",
+    "neuron",
     "quantize_",
     "quantizers",
     "register_neuron",
@@ -178,4 +185,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({"__version__", *__all__, *_MODULES})

@@ -69,7 +69,9 @@ class QuantizedNeuron:
             ``"quantize_first"`` (Algorithm 1: quantize the charge, then fire).
 
     Raises:
-        ConfigError: unknown bits, preset or option, or a neuron that cannot be quantized so.
+        ConfigError: unknown bits, preset or option, a neuron that cannot be quantized, or
+            ``"quantize_first"`` for one whose charge is not affine and whose host fires in the same
+            piece of code.
     """
 
     membrane: MembraneQuantizer | None
@@ -79,6 +81,8 @@ class QuantizedNeuron:
 
     #: What the classes made by :meth:`over` are called: this and the host's name.
     prefix: ClassVar[str]
+    #: Whether the host's step can be entered between charge and fire, as Algorithm 1 asks.
+    rounds_charges: ClassVar[bool] = False
     _over: ClassVar[dict[type[nn.Module], type[Any]]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -192,6 +196,11 @@ class QuantizedNeuron:
             return
         if model.obstacle is not None:
             raise ConfigError(f"a {model.kind} cannot be quantized: {model.obstacle}.")
+        if order != "fire_first" and model.charge is None and not self.rounds_charges:
+            raise ConfigError(
+                f"a {type(self).__name__} runs the host's own step, which fires on the unrounded "
+                "charge; use order='fire_first'."
+            )
         further = [s.name for s in model.rounded if s.name != model.potential]
         device = next((t.device for t in (*self.parameters(), *self.buffers())), None)
         for q in (membrane, *(type(membrane)(**membrane.options()) for _ in further)):

@@ -13,6 +13,7 @@ import importlib
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qsnn_ext.errors import ConfigError, MissingDependencyError
@@ -28,28 +29,25 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
-        """The class that takes the place of such a neuron; ``None`` where there is none."""
+        """The class that takes a float neuron's place; ``None`` where there is none."""
 
     @abc.abstractmethod
     def reset(self, model: nn.Module) -> None:
         """Put all state of the host's modules in ``model`` back to its reset value."""
 
-    @abc.abstractmethod
-    def starts_sequence(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        left: Tensor | None,
-    ) -> bool:
-        """Whether this call is the first since the state was reset.
+    def starts_sequence(self, module: nn.Module, x: Tensor | None, left: Tensor | None) -> bool:
+        """Whether a call that is handed no state is the first since the state was reset.
+
+        It is, if nothing else is known of the host, where the state is none, all zero, or another
+        tensor than the last call left.
 
         Args:
             module: the neuron, before the call.
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
+            x: its input.
             left: the state the neuron kept after the call before.
         """
+        state = self.state(module)
+        return state is None or state is not left or not torch.any(state)
 
     def adopt(self, model: nn.Module, copied: bool) -> None:  # noqa: B027
         """Called with a model some of whose modules changed their class, or with a fresh copy."""
@@ -86,7 +84,10 @@ class Adapter(abc.ABC):
 
 
 #: Hosts by name: the module whose presence says that a model may contain their neurons.
-HOSTS = {"spikingjelly": "spikingjelly.activation_based.neuron", "snntorch": "snntorch"}
+HOSTS = {
+    "spikingjelly": "spikingjelly.activation_based.neuron",
+    "snntorch": "snntorch",
+}
 
 
 def adapters() -> list[Adapter]:
@@ -133,7 +134,8 @@ def counterpart(module: nn.Module) -> type[Any] | None:
     """The quantized class that can take a neuron's place, or is its class already."""
     for host in adapters():
         if host.describe(module) is not None:
-            return host.counterpart(type(module))
+            remade = getattr(module, "remade", None)
+            return host.counterpart(type(module)) if remade is None else remade()
     return None
 
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qsnn_ext import functional as F
 from qsnn_ext import hosts
 from qsnn_ext.counterparts import QuantizedNeuron, held, rounder
 from qsnn_ext.errors import ConfigError, InputTypeError
 from qsnn_ext.neuron import NeuronModel, State
-from qsnn_ext.quantizers import MembraneQuantizer
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,6 @@ class QuantizedModule(QuantizedNeuron):
 
     prefix = "Quant"
 
-    def _take(
-        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
-    ) -> None:
-        super()._take(membrane, order, preset)
-        if membrane is not None and order != "fire_first":
-            raise ConfigError(
-                f"a {type(self).__name__} runs its own step, which fires on the unrounded charge; "
-                "use order='fire_first'."
-            )
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step, after which its states are rounded."""
         returned = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -132,8 +119,6 @@ class _Registered(hosts.Adapter):
 
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
         """The class over it."""
-        if issubclass(float_type, QuantizedNeuron):
-            return float_type.remade()
         return QuantizedModule.over(float_type)
 
     def reset(self, model: nn.Module) -> None:
@@ -141,17 +126,6 @@ class _Registered(hosts.Adapter):
         for module in model.modules():
             if self._of(type(module)) is not None and callable(getattr(module, "reset", None)):
                 module.reset()  # type: ignore[operator]
-
-    def starts_sequence(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        left: Tensor | None,
-    ) -> bool:
-        """Whether the state is none, all zero, or another tensor than the last call left."""
-        state = self.state(module)
-        return state is None or state is not left or not torch.any(state)
 
 
 ADAPTER = _Registered()

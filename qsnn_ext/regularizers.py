@@ -148,7 +148,8 @@ class WSDRRegularizer:
         kept = self._states.get(name)
         left = kept() if kept is not None else None
         host = hosts.adapter_of(module)
-        if host is not None and host.starts_sequence(module, args, kwargs, left):
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        if host is not None and host.starts_sequence(module, x, left):
             del self._spikes[name], self._counts[name]
 
     def _after(self, name: str, module: nn.Module, spikes: Tensor) -> None:

@@ -105,6 +105,7 @@ class QuantizedSpikingNeuron(QuantizedNeuron):
     """
 
     prefix = "Q"
+    rounds_charges = True
     mem: Tensor
     spike_grad: Any
     threshold: Tensor
@@ -282,32 +283,15 @@ class QLeaky(QuantizedSpikingNeuron, snn.Leaky):  # type: ignore[misc]
     """
 
 
-class QLapicque(QuantizedSpikingNeuron, snn.Lapicque):  # type: ignore[misc]
-    """snnTorch's ``Lapicque`` with a k-bit membrane potential."""
-
-
-class QSynaptic(QuantizedSpikingNeuron, snn.Synaptic):  # type: ignore[misc]
-    """snnTorch's ``Synaptic`` with k-bit synaptic current and membrane potential."""
-
-
-class QAlpha(QuantizedSpikingNeuron, snn.Alpha):  # type: ignore[misc]
-    """snnTorch's ``Alpha`` with k-bit synaptic currents and membrane potential."""
-
-
-class QRLeaky(QuantizedSpikingNeuron, snn.RLeaky):  # type: ignore[misc]
-    """snnTorch's ``RLeaky`` (recurrent) with a k-bit membrane potential."""
-
-
-class QRSynaptic(QuantizedSpikingNeuron, snn.RSynaptic):  # type: ignore[misc]
-    """snnTorch's ``RSynaptic`` (recurrent) with k-bit current and membrane potential."""
-
-
-class QSLSTM(QuantizedSpikingNeuron, snn.SLSTM):  # type: ignore[misc]
-    """snnTorch's ``SLSTM`` with k-bit cell state and membrane potential."""
-
-
-class QSConv2dLSTM(QuantizedSpikingNeuron, snn.SConv2dLSTM):  # type: ignore[misc]
-    """snnTorch's ``SConv2dLSTM`` with k-bit cell state and membrane potential."""
+#: Every other neuron has its class made, which takes the neuron's arguments and then those of
+#: :class:`QuantizedSpikingNeuron`. These have names to build with.
+QLapicque = QuantizedSpikingNeuron.over(snn.Lapicque)
+QSynaptic = QuantizedSpikingNeuron.over(snn.Synaptic)
+QAlpha = QuantizedSpikingNeuron.over(snn.Alpha)
+QRLeaky = QuantizedSpikingNeuron.over(snn.RLeaky)
+QRSynaptic = QuantizedSpikingNeuron.over(snn.RSynaptic)
+QSLSTM = QuantizedSpikingNeuron.over(snn.SLSTM)
+QSConv2dLSTM = QuantizedSpikingNeuron.over(snn.SConv2dLSTM)
 
 
 def _around(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -348,17 +332,11 @@ def _replaced(value: Any, by: dict[int, Tensor]) -> Any:
     return by.get(id(value), value)
 
 
-#: Quantized neurons by the host's class.
-NEURONS: dict[type[nn.Module], type[QuantizedSpikingNeuron]] = {
-    snn.Leaky: QLeaky,
-    snn.Lapicque: QLapicque,
-    snn.Synaptic: QSynaptic,
-    snn.Alpha: QAlpha,
-    snn.RLeaky: QRLeaky,
-    snn.RSynaptic: QRSynaptic,
-    snn.SLSTM: QSLSTM,
-    snn.SConv2dLSTM: QSConv2dLSTM,
-}
+#: Neurons whose computation is known.
+_KNOWN = (
+    snn.Leaky, snn.Lapicque, snn.Synaptic, snn.Alpha, snn.RLeaky, snn.RSynaptic, snn.SLSTM,
+    snn.SConv2dLSTM,
+)  # fmt: skip
 
 #: What neurons call the states they carry, the membrane potential last.
 _STATES = ("syn", "syn_exc", "syn_inh", "mem")
@@ -379,7 +357,7 @@ class _SnnTorch(hosts.Adapter):
         difference = isinstance(module, snn.DeltaLeaky)  # fires on it, and is never reset
         reset = _RESETS["none" if difference else getattr(module, "reset_mechanism", "none")]
         return NeuronModel(
-            kind=(kind_of(cls, tuple(NEURONS)) or cls).__name__,
+            kind=(kind_of(cls, _KNOWN) or cls).__name__,
             states=states,
             potential="mem",
             charge=_charge(module),
@@ -408,29 +386,14 @@ class _SnnTorch(hosts.Adapter):
 
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
         """Any spiking neuron of the host."""
-        if issubclass(float_type, QuantizedNeuron):
-            return float_type.remade()
         if issubclass(float_type, snn.SpikingNeuron):
             return QuantizedSpikingNeuron.over(float_type)
         return None
 
-    def starts_sequence(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        left: Tensor | None,
-    ) -> bool:
-        """Whether the neuron's own state was replaced since the last call, or has another shape.
-
-        A membrane potential passed by hand may be any of several, or a detached one, so of those
-        only the shape is looked at.
-        """
-        given: Tensor | None = args[-1] if len(args) > 1 else kwargs.get("mem")
-        mem = self.state(module) if given is None else given
-        if not isinstance(mem, Tensor) or (given is None and mem is not left):
-            return True
-        return bool(args) and mem.shape != args[0].shape
+    def starts_sequence(self, module: nn.Module, x: Tensor | None, left: Tensor | None) -> bool:
+        """Whether the neuron's own state was replaced since the last call, or has another shape."""
+        mem = self.state(module)
+        return mem is None or mem is not left or (x is not None and mem.shape != x.shape)
 
     def reset(self, model: nn.Module) -> None:
         """Put the states that the neurons in ``model`` keep back to zero.
@@ -544,3 +507,20 @@ def paper_neuron(bits: int | None, preset: str = "paper", **options: Any) -> Ove
         "spike_grad": Triangle(),
     }
     return OverTime(QLeaky(**{**defaults, **options}, bits=bits, preset=preset))
+
+
+#: What is for users; the rest of the file serves the core.
+__all__ = [
+    "QSLSTM",
+    "OverTime",
+    "QAlpha",
+    "QLapicque",
+    "QLeaky",
+    "QRLeaky",
+    "QRSynaptic",
+    "QSConv2dLSTM",
+    "QSynaptic",
+    "QuantizedSpikingNeuron",
+    "Triangle",
+    "paper_neuron",
+]

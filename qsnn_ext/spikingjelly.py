@@ -20,11 +20,11 @@ from qsnn_ext import hosts, kernels
 from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
 from qsnn_ext.errors import ConfigError, InputError
 from qsnn_ext.layers import (
-    BinaryLayer,
     QuantizedConv,
     QuantizedMatmul,
     QuantizedTransposedConv,
     QuantizedWeight,
+    binary,
     counterpart_of,
     fold_,
     normalization_affine,
@@ -126,8 +126,7 @@ class QuantizedNode(QuantizedNeuron):
     :class:`~qsnn_ext.counterparts.QuantizedNeuron`.
 
     Raises:
-        ConfigError: unknown bits, preset or option; ``order="quantize_first"`` for a node whose
-            charge is not affine.
+        ConfigError: as there.
     """
 
     prefix = "Quant"
@@ -142,11 +141,6 @@ class QuantizedNode(QuantizedNeuron):
         fire = getattr(self, "surrogate_function", None)
         if preset == "official" and isinstance(fire, Triangle) and fire.strict is None:
             self.surrogate_function = Triangle(fire.beta, fire.spiking, strict=True)
-        if membrane is not None and order != "fire_first" and self._affine() is None:
-            raise ConfigError(
-                f"a {type(self).__name__} runs the host's own step, which fires on the unrounded "
-                "charge; use order='fire_first'."
-            )
 
     def _affine(self) -> NeuronModel | None:
         """What the fused operation runs; ``None`` where the host's own step runs."""
@@ -265,13 +259,6 @@ class QuantizedLoop(QuantizedNeuron):
 
     prefix = "Quant"
 
-    def _take(
-        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
-    ) -> None:
-        super()._take(membrane, order, preset)
-        if membrane is not None and order != "fire_first":
-            raise ConfigError(f"a {type(self).__name__} takes order='fire_first' only.")
-
     def neuronal_charge(self, x: Tensor) -> None:
         """The host's; for a node that never fires it ends the step."""
         super().neuronal_charge(x)  # type: ignore[misc]
@@ -300,15 +287,6 @@ class QuantizedCell(QuantizedNeuron):
     """
 
     prefix = "Quant"
-
-    def _take(
-        self, membrane: MembraneQuantizer | None, order: F.StepOrder, preset: str = "paper"
-    ) -> None:
-        super()._take(membrane, order, preset)
-        if membrane is not None and order != "fire_first":
-            raise ConfigError(
-                f"a {type(self).__name__} runs the host's own step; use order='fire_first'."
-            )
 
     def forward(self, x: Tensor, *states: Any, **kwargs: Any) -> Any:
         """One step ``[N, input_size]``: what the host's cell returns, its state rounded."""
@@ -430,39 +408,14 @@ class QuantConvTranspose3d(QuantizedTransposedConv, layer.ConvTranspose3d):  # t
     """SpikingJelly's ``layer.ConvTranspose3d`` with 8-bit weights, in both step modes."""
 
 
-@counterpart_of(layer.Conv1d)
-class BinaryConv1d(BinaryLayer, QuantConv1d):
-    """SpikingJelly's ``layer.Conv1d`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.Conv2d)
-class BinaryConv2d(BinaryLayer, QuantConv2d):
-    """SpikingJelly's ``layer.Conv2d`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.Conv3d)
-class BinaryConv3d(BinaryLayer, QuantConv3d):
-    """SpikingJelly's ``layer.Conv3d`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.Linear)
-class BinaryLinear(BinaryLayer, QuantLinear):
-    """SpikingJelly's ``layer.Linear`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.ConvTranspose1d)
-class BinaryConvTranspose1d(BinaryLayer, QuantConvTranspose1d):
-    """SpikingJelly's ``layer.ConvTranspose1d`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.ConvTranspose2d)
-class BinaryConvTranspose2d(BinaryLayer, QuantConvTranspose2d):
-    """SpikingJelly's ``layer.ConvTranspose2d`` with 1-bit weights, in both step modes."""
-
-
-@counterpart_of(layer.ConvTranspose3d)
-class BinaryConvTranspose3d(BinaryLayer, QuantConvTranspose3d):
-    """SpikingJelly's ``layer.ConvTranspose3d`` with 1-bit weights, in both step modes."""
+#: The same layers with 1 bit, by names of their own.
+BinaryConv1d = binary(QuantConv1d)
+BinaryConv2d = binary(QuantConv2d)
+BinaryConv3d = binary(QuantConv3d)
+BinaryLinear = binary(QuantLinear)
+BinaryConvTranspose1d = binary(QuantConvTranspose1d)
+BinaryConvTranspose2d = binary(QuantConvTranspose2d)
+BinaryConvTranspose3d = binary(QuantConvTranspose3d)
 
 
 def _fuse_conv_bn_eval(conv: nn.Module, bn: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -586,8 +539,6 @@ class _SpikingJelly(hosts.Adapter):
 
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
         """Any node with memories, and those that loop over time by steps of their own."""
-        if issubclass(float_type, QuantizedNeuron):
-            return float_type.remade()
         if issubclass(float_type, base.MemoryModule):
             return QuantizedNode.over(float_type)
         if issubclass(float_type, (neuron.NonSpikingBaseNode, neuron.ILCBaseNode)):
@@ -600,13 +551,7 @@ class _SpikingJelly(hosts.Adapter):
         """An encoder, with or without a state."""
         return isinstance(module, (encoding.StatelessEncoder, encoding.StatefulEncoder))
 
-    def starts_sequence(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        left: Tensor | None,
-    ) -> bool:
+    def starts_sequence(self, module: nn.Module, x: Tensor | None, left: Tensor | None) -> bool:
         """Whether the neuron's state is at its reset value: a number, not yet a tensor."""
         return self.state(module) is None
 
@@ -677,3 +622,31 @@ def paper_neuron(bits: int | None, preset: str = "paper", **options: Any) -> Qua
         "step_mode": "m",
     }
     return QuantLIFNode(**{**defaults, **options}, bits=bits, preset=preset)
+
+
+#: What is for users; the rest of the file serves the core.
+__all__ = [
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryConv3d",
+    "BinaryConvTranspose1d",
+    "BinaryConvTranspose2d",
+    "BinaryConvTranspose3d",
+    "BinaryLinear",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
+    "QuantGatedLIFNode",
+    "QuantIFNode",
+    "QuantLIFNode",
+    "QuantLinear",
+    "QuantParametricLIFNode",
+    "QuantizedCell",
+    "QuantizedLoop",
+    "QuantizedNode",
+    "Triangle",
+    "paper_neuron",
+]

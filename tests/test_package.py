@@ -1,12 +1,17 @@
 """The package from outside: its public names, and what is said when a host is missing."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import qsnn_ext
+from qsnn_ext import hosts
+
+ROOT = Path(__file__).parents[1]
 
 
 def _run(code):
@@ -70,6 +75,43 @@ def test_public_names_resolve():
     for name in qsnn_ext.__all__:
         assert getattr(qsnn_ext, name) is not None
     assert set(qsnn_ext.__all__) <= set(dir(qsnn_ext))
+
+
+def test_modules_are_attributes_without_an_import_of_their_own():
+    """Those of the hosts load when they are asked for."""
+    done = _run(
+        """
+        import sys, qsnn_ext
+        for name in ("kernels", "config", "layers", "hosts", "neuron", "counterparts", "deploy"):
+            assert getattr(qsnn_ext, name).__name__ == f"qsnn_ext.{name}"
+        assert "spikingjelly" not in sys.modules and "snntorch" not in sys.modules
+        assert qsnn_ext.spikingjelly.QuantLIFNode is qsnn_ext.QuantLIFNode
+        assert qsnn_ext.snntorch.QLeaky is qsnn_ext.QLeaky
+        print("done")
+        """
+    )
+    assert "done" in done.stdout, done.stderr
+
+
+def test_listings_hold_what_is_public_and_nothing_else():
+    assert set(dir(qsnn_ext)) == {"__version__", *qsnn_ext.__all__, *hosts.HOSTS}
+    assert all(not name.startswith("_") for name in qsnn_ext.__all__)
+    for host in hosts.HOSTS:
+        module = pytest.importorskip(f"qsnn_ext.{host}", exc_type=ImportError)
+        own = sorted(n for n in module.__all__ if getattr(module, n).__module__ == module.__name__)
+        assert own == sorted(module.__all__)
+        page = (ROOT / "docs" / "api" / "neurons.md").read_text()
+        block = page.partition(f"::: qsnn_ext.{host}\n")[2].partition("\n:::")[0]
+        listed = [line.strip()[2:] for line in block.splitlines() if line.strip().startswith("- ")]
+        assert sorted(listed) == own
+
+
+def test_every_module_with_a_list_of_names_has_them():
+    for file in (ROOT / "qsnn_ext").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if "__all__" in file.read_text() and name.rpartition(".")[2] not in hosts.HOSTS:
+            module = importlib.import_module(name)
+            assert all(hasattr(module, public) for public in module.__all__)
 
 
 def test_unknown_name_is_an_attribute_error():

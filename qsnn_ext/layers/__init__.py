@@ -29,6 +29,7 @@ from qsnn_ext.layers.computing import (
     ShadowedLayer,
 )
 from qsnn_ext.layers.counterparts import (
+    binary,
     counterpart,
     counterpart_of,
     is_stock,
@@ -126,6 +127,7 @@ __all__ = [
     "QuantizedTransposedConv",
     "QuantizedWeight",
     "ShadowedLayer",
+    "binary",
     "build_layer",
     "counterpart",
     "counterpart_of",

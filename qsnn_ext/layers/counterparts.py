@@ -27,8 +27,8 @@ _MADE: dict[tuple[type[nn.Module], bool], type[QuantizedWeight]] = {}
 def counterpart_of(stock: type[nn.Module]) -> Callable[[_Layer], _Layer]:
     """Register the decorated class as what a stock layer becomes.
 
-    One class does: its 1-bit form is made from it unless another registered class, with
-    ``default_bits = 1``, is that.
+    One class does: its 1-bit form is made from it (:func:`binary`), unless another registered
+    class, with ``default_bits = 1``, is that.
 
     Args:
         stock: the layer that the decorated class extends.
@@ -39,6 +39,12 @@ def counterpart_of(stock: type[nn.Module]) -> Callable[[_Layer], _Layer]:
         return layer
 
     return register
+
+
+def binary(layer: _Layer) -> _Layer:
+    """The 1-bit form of a registered class: the same layer, built with 1 bit and called so."""
+    made: Any = counterpart(layer.float_type(), 1)
+    return made  # type: ignore[no-any-return]
 
 
 def counterpart(kind: type[nn.Module], bits: int) -> type[QuantizedWeight] | None:
@@ -60,8 +66,10 @@ def counterpart(kind: type[nn.Module], bits: int) -> type[QuantizedWeight] | Non
     base = _stock(kind)
     assert base is not None
     general = _COUNTERPARTS[base, False]
+    home, text = __name__, f"``{kind.__qualname__}`` with quantized weights."
     if kind is base:
         bases: tuple[type, ...] = (BinaryLayer, general)
+        home, text = general.__module__, f"``{kind.__qualname__}`` with 1-bit weights (Eq. 6, 16)."
     elif _computes_alike(kind, base):
         stock = counterpart(base, bits)
         assert stock is not None
@@ -79,9 +87,8 @@ def counterpart(kind: type[nn.Module], bits: int) -> type[QuantizedWeight] | Non
     made: Any = type(
         f"{'Binary' if binary else 'Quant'}{kind.__name__}",
         bases,
-        {"__doc__": f"``{kind.__qualname__}`` with quantized weights.", "__module__": __name__,
-         "__reduce_ex__": _reduce},
-    )  # fmt: skip
+        {"__doc__": text, "__module__": home, "__reduce_ex__": _reduce},
+    )
     return _MADE.setdefault((kind, binary), made)
 
 

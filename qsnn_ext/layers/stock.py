@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from qsnn_ext.layers.base import BinaryLayer
 from qsnn_ext.layers.computing import (
     MultiStep,
     QuantizedConv,
     QuantizedMatmul,
     QuantizedTransposedConv,
 )
-from qsnn_ext.layers.counterparts import counterpart_of
+from qsnn_ext.layers.counterparts import binary, counterpart_of
 
 
 @counterpart_of(nn.Conv1d)
@@ -61,36 +60,11 @@ class QuantConvTranspose3d(MultiStep, QuantizedTransposedConv, nn.ConvTranspose3
     spatial_dims = 3
 
 
-@counterpart_of(nn.Conv1d)
-class BinaryConv1d(BinaryLayer, QuantConv1d):
-    """``nn.Conv1d`` with 1-bit weights (Eq. 6, 16); input ``[N, C, L]`` or ``[T, N, C, L]``."""
-
-
-@counterpart_of(nn.Conv2d)
-class BinaryConv2d(BinaryLayer, QuantConv2d):
-    """``nn.Conv2d`` with 1-bit weights (Eq. 6, 16); input ``[(T,) N, C, H, W]``."""
-
-
-@counterpart_of(nn.Conv3d)
-class BinaryConv3d(BinaryLayer, QuantConv3d):
-    """``nn.Conv3d`` with 1-bit weights (Eq. 6, 16); input ``[(T,) N, C, D, H, W]``."""
-
-
-@counterpart_of(nn.Linear)
-class BinaryLinear(BinaryLayer, QuantLinear):
-    """``nn.Linear`` with 1-bit weights (Eq. 6, 16); input ``[..., in_features]``."""
-
-
-@counterpart_of(nn.ConvTranspose1d)
-class BinaryConvTranspose1d(BinaryLayer, QuantConvTranspose1d):
-    """``nn.ConvTranspose1d`` with 1-bit weights; input ``[(T,) N, C, L]``."""
-
-
-@counterpart_of(nn.ConvTranspose2d)
-class BinaryConvTranspose2d(BinaryLayer, QuantConvTranspose2d):
-    """``nn.ConvTranspose2d`` with 1-bit weights; input ``[(T,) N, C, H, W]``."""
-
-
-@counterpart_of(nn.ConvTranspose3d)
-class BinaryConvTranspose3d(BinaryLayer, QuantConvTranspose3d):
-    """``nn.ConvTranspose3d`` with 1-bit weights; input ``[(T,) N, C, D, H, W]``."""
+#: The same layers with 1 bit, by names of their own.
+BinaryConv1d = binary(QuantConv1d)
+BinaryConv2d = binary(QuantConv2d)
+BinaryConv3d = binary(QuantConv3d)
+BinaryLinear = binary(QuantLinear)
+BinaryConvTranspose1d = binary(QuantConvTranspose1d)
+BinaryConvTranspose2d = binary(QuantConvTranspose2d)
+BinaryConvTranspose3d = binary(QuantConvTranspose3d)
