@@ -62,8 +62,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
     model = unwrap(model)
-    keys = plain_keys(model)
-    tensors, tied = _distinct({keys[key]: value for key, value in model.state_dict().items()})
+    states = _states(model)
+    tensors, tied = _distinct({k: v for k, v in _named(model).items() if k not in states})
     header = {**structure(model), "tied": tied}
     text = json.dumps(header, sort_keys=True)
     try:
@@ -338,8 +338,27 @@ def _restore(
             host.adopt(model, copied=False)
         if report is not None:
             setattr(model, REPORT_ATTRIBUTE, report)
+        own = _named(model)
+        tensors = {**{name: own[name] for name in _states(model) if name in own}, **tensors}
         keys = actual_keys(model, tensors)
         model.load_state_dict({keys[k]: v for k, v in tensors.items()}, strict=True)
+
+
+def _named(model: nn.Module) -> dict[str, Any]:
+    """The ``state_dict`` by the names that the model's own modules have, whatever wraps them."""
+    keys = plain_keys(model)
+    return {keys[key]: value for key, value in model.state_dict().items()}
+
+
+def _states(model: nn.Module) -> set[str]:
+    """Names of what neurons carry from step to step, which some hosts count among the buffers."""
+    described = ((name, hosts.describe(module)) for name, module in named_modules(model))
+    return {
+        f"{name}.{state.name}".lstrip(".")
+        for name, neuron in described
+        if neuron is not None
+        for state in neuron.states
+    }
 
 
 def _without_wrapper(
@@ -366,8 +385,7 @@ def _without_wrapper(
 
 def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
-    keys = plain_keys(model)
-    ours = {keys[key]: tensor.shape for key, tensor in model.state_dict().items()}
+    ours = {name: tensor.shape for name, tensor in _named(model).items()}
     for name, module in named_modules(model):
         if isinstance(module, MembraneQuantizer):
             ours[f"{name}.alpha"] = module.alpha.shape  # in the state only when calibrated
@@ -430,14 +448,18 @@ def _differences(
     added |= {f"{n}.output_scale".lstrip(".") for n in header.get("scaled_layers", ())}
     removed = tuple(f"{n}." for n in header["folded_norms"])
     alphas = {f"{name}.membrane.alpha".lstrip(".") for name in modules}
-    keys = plain_keys(model)
-    for key in (*tensors, *keys.values()):
+    for key in (*tensors, *plain_keys(model).values()):
         further = _FURTHER_SCALE.fullmatch(key)
         if further is not None and (further[1] or "") in header["quantized"]:
             alphas.add(key)
-    has = {keys[k]: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    states = _states(model)
     has = {
-        k: s for k, s in has.items() if k not in alphas and not (removed and k.startswith(removed))
+        name: value.shape
+        for name, value in _named(model).items()
+        if isinstance(value, Tensor)
+        and name not in alphas
+        and name not in states
+        and not (removed and name.startswith(removed))
     }
     # A file's tensors come in no particular order; people read the model's.
     place = {key: number for number, key in enumerate(has)}

@@ -139,6 +139,26 @@ def test_snntorch_models(tmp_path):
     assert torch.equal(loaded(x), net(x))
 
 
+def test_calibrated_scales_of_second_states_are_inside(tmp_path):
+    def network():
+        return nn.Sequential(
+            nn.Linear(4, 6), snn.Synaptic(0.9, 0.8, init_hidden=True), nn.Linear(6, 2),
+            snn.Synaptic(0.9, 0.8, init_hidden=True),
+        )  # fmt: skip
+
+    net, batches = network(), [torch.rand(3, 4) * 4 for _ in range(3)]
+    quantize_(net, "1w-4u")
+    calibrate(net, batches)
+    save_checkpoint(net, tmp_path / "net.safetensors")
+    again = load_checkpoint(tmp_path / "net.safetensors", network)
+    for name in (1, 3):
+        for ours, theirs in zip(
+            again[name].carried.values(), net[name].carried.values(), strict=True
+        ):
+            assert ours.alpha.item() == theirs.alpha.item() > 0
+            assert ours.mode == "frozen"
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     def build():
         net = nn.Sequential(*(nn.Linear(50, 50, bias=False) for _ in range(4)))
