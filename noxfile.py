@@ -3,7 +3,7 @@
 ``nox -s matrix`` runs the tests on every supported Python with the lowest, the pinned and the
 newest versions, and writes what came out to ``docs/compatibility.json`` and ``.md``;
 ``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package,
-``nox -s targets`` exported C on foreign architectures.
+``nox -s targets`` exported C on foreign architectures, ``nox -s sinabs`` the third host.
 
 The lowest versions are read from ``pyproject.toml``, so that its ranges are what is tested. An
 environment holds a CUDA build of torch, several GB: it is removed as soon as its tests have run.
@@ -75,14 +75,23 @@ def lowest(python: str) -> list[str]:
 
 
 def pinned() -> list[str]:
-    """The set that development uses."""
+    """The set that development uses, without the host that needs an environment of its own."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line and not line.startswith(("#", "sinabs"))]
 
 
 def newest() -> list[str]:
     """Whatever the ranges of ``pyproject.toml`` allow."""
     return [name + declared()[name] for name in ("torch", *HOSTS)]
+
+
+@nox.session(name="sinabs")
+def sinabs_tests(session: nox.Session) -> None:
+    """The tests of the host that needs an older nir than snnTorch's tools, and so no other host."""
+    session.install(
+        "-c", "constraints.txt", ".[sinabs,deploy]", "pytest", "hypothesis",
+    )  # fmt: skip
+    session.run("python", "-m", "pytest", "-q", "tests/test_sinabs.py")
 
 
 @nox.session(python=PYTHONS)

@@ -69,6 +69,7 @@ from qsnn_ext.scaling import calibrate_scales
 
 if TYPE_CHECKING:
     from qsnn_ext import deploy as deploy
+    from qsnn_ext import sinabs as sinabs
     from qsnn_ext import snntorch as snntorch
     from qsnn_ext import spikingjelly as spikingjelly
     from qsnn_ext.snntorch import QSLSTM as QSLSTM

@@ -87,6 +87,7 @@ class Adapter(abc.ABC):
 HOSTS = {
     "spikingjelly": "spikingjelly.activation_based.neuron",
     "snntorch": "snntorch",
+    "sinabs": "sinabs.layers",
 }
 
 

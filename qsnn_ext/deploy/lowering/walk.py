@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qsnn_ext import hosts
 from qsnn_ext.deploy.lowering.axes import labels, sizes
 from qsnn_ext.deploy.lowering.calls import inner_forward, is_neuron, lower_neuron
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft
@@ -48,6 +49,9 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one event of the tape: those that :func:`walk` knows."""
     if isinstance(module, _KINDS):
         return not _computes_its_own_way(module)
+    model = hosts.describe(module)
+    if model is not None and model.no_integers is not None:
+        return True  # which the walk then says
     return (is_neuron(module) or is_recurrent(module)) and inner_forward(module) is None
 
 
