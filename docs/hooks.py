@@ -1,4 +1,4 @@
-"""mkdocs hooks: equations become MathML, and roles in docstrings become links.
+"""mkdocs hooks: equations, roles in docstrings, "what next" on every page, and ``llms.txt``.
 
 Browsers draw MathML themselves, so the pages carry no script for it and ask no server. In the
 Markdown sources equations are LaTeX between dollar signs, which code hosts render too.
@@ -7,13 +7,69 @@ Markdown sources equations are LaTeX between dollar signs, which code hosts rend
 from __future__ import annotations
 
 import html
+import posixpath
 import re
+from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>(~?)([\w.]+)</code>")
+
+
+#: Where a page of a section leads, besides to the page behind it.
+_LEADS = {
+    "howto": "../report.md",
+    "explanation": "../numerics.md",
+    "api": "../howto/layers.md",
+    "": "howto/bits.md",
+}
+
+_pages: list[Any] = []
+
+
+def on_nav(nav: Any, **_: object) -> None:
+    """Remember the pages, in the order in which they are read."""
+    _pages[:] = nav.pages
+
+
+def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
+    """A page that does not say what next gets a link to the one behind it, and to one more."""
+    if re.search(r"^## (What next|Where to go)", markdown, re.M):
+        return markdown
+    folder = posixpath.dirname(page.file.src_uri)
+    links = []
+    if page.next_page is not None:
+        target = posixpath.relpath(page.next_page.file.src_uri, folder or ".")
+        links.append(f"[{page.next_page.title}]({target})")
+    lead = _LEADS.get(folder, "../howto/bits.md")
+    titles = {other.file.src_uri: other.title for other in _pages}
+    found = posixpath.normpath(posixpath.join(folder, lead))
+    if found != page.file.src_uri and found in titles and titles[found] not in str(links):
+        links.append(f"[{titles[found]}]({lead})")
+    return f"{markdown.rstrip()}\n\n## What next\n\n{', '.join(links)}\n"
+
+
+def on_post_build(config: Any, **_: object) -> None:
+    """``llms.txt``: the pages with a sentence each, for programs that read."""
+    lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
+    for page in _pages:
+        text = Path(page.file.abs_src_path).read_text(encoding="utf-8")
+        lines.append(f"- [{page.title}]({page.file.dest_uri}): {first_sentence(text)}")
+    (Path(config["site_dir"]) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def first_sentence(markdown: str) -> str:
+    """The first sentence of a page's first paragraph, without markup."""
+    prose = re.sub(r"^```.*?^```|<!--.*?-->", "", markdown, flags=re.M | re.S)
+    for paragraph in re.split(r"\n\s*\n", prose):
+        words = " ".join(paragraph.split())
+        if words and not words.startswith(("#", "|", ":::", "!", "[!", "---")):
+            plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`]", r"\1", words)
+            return re.split(r"(?<=[.:]) ", plain, maxsplit=1)[0].rstrip(":")
+    return "reference"
 
 
 def on_page_content(content: str, **_: object) -> str:

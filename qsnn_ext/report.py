@@ -149,14 +149,16 @@ class Summary:
             "zero, clip: share of membrane potentials rounded to 0, clipped",
             f"one pass in {'training' if self.training else 'evaluation'} mode: "
             + (", ".join(counts) or "no synaptic operation counted"),
-            f"energy {_short(self.total.picojoules * 1e-12, 'J')}, arithmetic only "
-            f"({self.energy.source})",
         ]
         if self.total.operations:
             lines.append(
                 "counted: every tap of a kernel, also on padding and zero weights, of the whole "
                 "batch (NeuroBench's effective counts leave both out, per sample)"
             )
+        lines.append(
+            f"energy {_short(self.total.picojoules * 1e-12, 'J')}, arithmetic only "
+            f"({self.energy.source})"
+        )
         if self.uncounted:
             lines.append(
                 f"operations are not counted in: {', '.join(map(printable, self.uncounted))}"
