@@ -115,7 +115,7 @@ def fold_batchnorm_(model: nn.Module, sample: Any = None) -> FoldReport:
 
 
 def _unfit(layer: Any, norm: nn.Module, weights: list[int]) -> str | None:
-    if not isinstance(layer, QuantizedWeight) and not is_stock(type(layer)):
+    if not isinstance(layer, QuantizedWeight) and not is_stock(layer):
         return f"{type(layer).__name__} computes its weights in its own way"
     if type(norm).__name__ not in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
         return f"{type(norm).__name__} is more than a batch norm"

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsnn_ext import hosts, trace
 from qsnn_ext.layers import QuantizedWeight
-from qsnn_ext.layers.counterparts import is_stock
+from qsnn_ext.layers.counterparts import is_stock_class
 from qsnn_ext.wrapping import uncompiled
 
 #: Source that stands for the model's input; layers and parameter holders stand for themselves.
@@ -464,7 +464,7 @@ def _normalizes(layer: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a layer with a forward of its own gives the same for weights twice as large."""
     weight = layer._parameters.get("weight")
     kind: Any = layer.float_type() if isinstance(layer, QuantizedWeight) else type(layer)
-    if weight is None or is_stock(kind) or not (args and isinstance(args[0], Tensor)):
+    if weight is None or is_stock_class(kind) or not (args and isinstance(args[0], Tensor)):
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args[0].shape, generator=generator).to(args[0])

@@ -131,9 +131,14 @@ def is_synaptic(module: nn.Module) -> bool:
     return isinstance(module, (_ConvNd, nn.Linear))
 
 
-def is_stock(kind: type[nn.Module]) -> bool:
+def is_stock_class(kind: type[nn.Module]) -> bool:
     """Whether a class of modules has a registered counterpart."""
     return (kind, False) in _COUNTERPARTS
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module is exactly of a class that has a registered counterpart."""
+    return is_stock_class(type(module))
 
 
 def is_weighted(module: nn.Module) -> bool:

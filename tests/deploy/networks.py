@@ -22,7 +22,7 @@ def quantize(model: nn.Module, bits: int | None = 2, preset="paper", order="fire
     """Every hidden layer binary, first and last 8 bit, every neuron k bit: in place."""
     import snntorch as snn
 
-    weighted = [m for m in model.modules() if own_layers.is_stock(type(m))]
+    weighted = [m for m in model.modules() if own_layers.is_stock(m)]
     for k, m in enumerate(weighted):
         quantizer = IntWeight() if k in (0, len(weighted) - 1) else BinaryWeight()
         own_layers.counterpart(type(m), quantizer.bits).from_float(m, quantizer)
