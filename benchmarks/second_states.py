@@ -1,6 +1,7 @@
 """Recurrent and second-order neurons of snnTorch, trained on event digits in float and quantized.
 
     python -m benchmarks.second_states            # all runs: writes results/second_states.json
+    python -m benchmarks.second_states --seeds 1  # fewer of them, written likewise
     python -m benchmarks.second_states --quick    # one seed, two epochs: only prints
 
 Two networks of a convolution and a hidden layer, one with ``RLeaky`` (spikes fed back over weights
@@ -184,8 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--network", choices=NETWORKS)
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    config = Config(epochs=2, seeds=(0,)) if args.quick else Config()
+    config = Config(seeds=tuple(range(args.seeds)))
+    if args.quick:
+        config = Config(epochs=2, seeds=(0,))
     data = load(config)
     rows = []
     for name in [args.network] if args.network else NETWORKS:

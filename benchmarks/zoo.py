@@ -63,6 +63,8 @@ class Entry:
         scratch: its neurons that extend none of a host.
         replace: what ``quantize_`` is to put in their place.
         batches: inputs to calibrate and compare on.
+        narrow: makes the model with fewer channels, for what takes long: training, saving,
+            deploying; by default as ``build`` does.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Entry:
     scratch: tuple[type[nn.Module], ...] = ()
     replace: Replace = field(default_factory=dict)
     batches: int = 8
+    narrow: Callable[[], Built] | None = None
 
 
 # --------------------------------------------------------------------------- SpikingJelly
@@ -146,15 +149,19 @@ def _constructor_entry(
 
 
 def structure_entries(small: bool = False) -> Iterator[Entry]:
-    """The networks of :mod:`benchmarks.structures`, at the published width unless ``small``."""
+    """The networks of :mod:`benchmarks.structures`, at the published width unless ``small``.
+
+    They are trained and deployed at a small width in any case.
+    """
     for entry in structures().values():
         as_it_is = Entry(
             entry.name,
             entry.family,
             lambda build=entry.build: build(small),  # type: ignore[misc]
-            lambda build=entry.build: build(small).sample,  # type: ignore[misc]
+            lambda build=entry.build: build(True).sample,  # type: ignore[misc]
             entry.like,
             tuple(entry.replace),
+            narrow=lambda build=entry.build: build(True),  # type: ignore[misc]
         )
         yield as_it_is
         if entry.replace:
@@ -173,21 +180,20 @@ def entries() -> dict[str, Entry]:
 
 def stages(entry: Entry) -> Iterator[examine.Findings]:
     """What is found of a model, after each stage of the examination."""
-
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        return entry.build().model
-
-    torch.manual_seed(0)
-    _, x, forward = entry.build()
+    narrow = entry.narrow or entry.build
     options = {"replace": entry.replace} if entry.replace else {}
     found = examine.Findings()
     try:
+        x, forward, fresh = _prepared(entry.build)
         net, found = examine.convert(fresh, x, CONFIG, forward, entry.scratch, **options)
         yield found
         found.strict = examine.strict(fresh, x, CONFIG, forward, **options)
         found.operations = examine.operations(net, x, forward)
         yield found
+        if entry.narrow is not None:
+            x, forward, fresh = _prepared(narrow)
+            net, checked = examine.convert(fresh, x, CONFIG, forward, entry.scratch, **options)
+            found.checks |= {k: v and found.checks[k] for k, v in checked.checks.items()}
         found.checks |= examine.train(net, x, forward)
         yield found
         found.checks["state_dict round trip"] = examine.round_trip(
@@ -207,6 +213,18 @@ def stages(entry: Entry) -> Iterator[examine.Findings]:
     except Exception as error:
         found.deploys = examine.line(error)
     yield found
+
+
+def _prepared(build: Callable[[], Built]) -> tuple[Any, Any, Callable[[], nn.Module]]:
+    """Input, how the model is run, and what builds it from one seed."""
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return build().model
+
+    torch.manual_seed(0)
+    _, x, forward = build()
+    return x, forward, fresh
 
 
 def _examine(key: str, sender: Connection) -> None:
@@ -252,11 +270,8 @@ def main(words: list[str]) -> None:
     words = [word for word in words if not word.startswith("--")]
     known = entries()
     chosen = [k for k in known if not words or any(word in k for word in words)]
-    rows: dict[str, dict[str, Any]] = {}
-    if resume and PARTIAL.exists():
-        lines = PARTIAL.read_text(encoding="utf-8").splitlines()
-        rows = dict(json.loads(line) for line in lines)
-    elif not words:
+    rows = _examined() if resume else {}
+    if not words and not resume:
         PARTIAL.unlink(missing_ok=True)
     for key in chosen:
         if key in rows:
@@ -270,12 +285,32 @@ def main(words: list[str]) -> None:
                 file.write(json.dumps([key, rows[key]], allow_nan=False, default=str) + "\n")
         print(f"{key}: {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
     if not words:
-        versions = {name: version(name) for name in ("torch", "spikingjelly", "snntorch")}
-        models = [rows[key] for key in known]
-        content = {"config": CONFIG, "versions": versions, "models": models}
-        text = json.dumps(content, indent=1, allow_nan=False, default=str)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
-        PARTIAL.unlink(missing_ok=True)
+        write(known, rows)
+
+
+def _examined() -> dict[str, dict[str, Any]]:
+    """Rows of an interrupted run, and of the last one that was written."""
+    rows: dict[str, dict[str, Any]] = {}
+    if RESULTS.exists():
+        models = json.loads(RESULTS.read_text(encoding="utf-8"))["models"]
+        rows = {f"{row['family']}.{row['name']}": row for row in models}
+    if PARTIAL.exists():
+        rows |= dict(json.loads(line) for line in PARTIAL.read_text("utf-8").splitlines())
+    return rows
+
+
+def write(known: dict[str, Entry], rows: dict[str, dict[str, Any]]) -> None:
+    """The results of the models that have been examined, and the names of the others."""
+    versions = {name: version(name) for name in ("torch", "spikingjelly", "snntorch")}
+    content = {
+        "config": CONFIG,
+        "versions": versions,
+        "not_examined": [key for key in known if key not in rows],
+        "models": [rows[key] for key in known if key in rows],
+    }
+    text = json.dumps(content, indent=1, allow_nan=False, default=str)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
+    PARTIAL.unlink(missing_ok=True)
 
 
 def summary(found: dict[str, Any]) -> str:
