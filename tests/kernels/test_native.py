@@ -3,11 +3,13 @@
 import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -343,6 +345,47 @@ def test_the_backend_is_taken_where_it_is_there():
         with use_backend("auto"):
             BinaryLinear(4, 3)(torch.randn(2, 4)).sum().backward()
         assert calls == ["weight_forward", "weight_backward"]
+
+
+@pytest.mark.parametrize("how", ["inference", "autocast", "compiled", "checkpointed", "threads"])
+def test_the_same_under_every_mode(how):
+    """What surrounds a call changes neither spikes nor gradients."""
+    x = torch.randn(3, 4, 50) * 1.5
+    layer = BinaryLinear(50, 50, bias=False)
+    o = LIFOptions(SIGMOID, 4)
+
+    def run(x):
+        return lif_multi_step(layer(x), None, o, decay=0.5).spikes
+
+    def differentiated(call):
+        layer.weight.grad = None
+        spikes = call(x)
+        spikes.square().sum().backward()
+        return spikes.detach(), layer.weight.grad.clone()
+
+    with use_backend("native"):
+        expected = differentiated(run)
+        if how == "inference":
+            with torch.inference_mode():
+                assert torch.equal(run(x), expected[0])
+            got = differentiated(run)  # and what was prepared there serves no gradient
+        elif how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16, enabled=True):
+                assert run(x.bfloat16()).dtype == torch.bfloat16
+            got = differentiated(run)
+        elif how == "compiled":
+            got = differentiated(torch.compile(run, backend="aot_eager", fullgraph=True))
+        elif how == "checkpointed":
+            got = differentiated(
+                lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+            )
+        else:
+            with ThreadPoolExecutor(4) as pool:
+                runs = pool.map(lambda _: run(x).detach(), range(8))
+                assert all(torch.equal(spikes, expected[0]) for spikes in runs)
+            got = differentiated(run)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
 
 
 def test_no_library_is_no_error_unless_asked_for(monkeypatch):
