@@ -580,6 +580,21 @@ def draw_real(data: str) -> None:
     figure.savefig(DOCS / "img" / f"study-{data}.svg", metadata={"Date": None})
 
 
+def draw_notebook() -> None:
+    """``img/report.png`` and ``img/comparison.png``: what the notebook's network costs and does."""
+    import contextlib
+    import os
+    import runpy
+    import tempfile
+
+    notebooks = DOCS / "notebooks"
+    sys.path.insert(0, str(notebooks))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        runpy.run_path(str(notebooks / "spikingjelly.py"))
+        for made, name in (("summary.png", "report.png"), ("comparison.png", "comparison.png")):
+            shutil.copy(os.path.join(folder, made), DOCS / "img" / name)
+
+
 def main() -> None:
     """Rewrite the tables; with ``--figures`` draw the figures too."""
     for page in PAGES:
