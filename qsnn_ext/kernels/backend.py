@@ -14,14 +14,15 @@ import logging
 import time
 import types
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsnn_ext.errors import ConfigError
 
-Backend = Literal["auto", "native", "compiled", "function", "eager"]
+#: ``"auto"``, ``"eager"`` or a name in the registry of :mod:`qsnn_ext.kernels.backends`.
+Backend = str
 
 _log = logging.getLogger(__name__)
 _chosen: contextvars.ContextVar[Backend] = contextvars.ContextVar("backend", default="auto")
@@ -41,22 +42,17 @@ def check_backend(name: object) -> Backend:
     """The name of a backend, checked.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or one that cannot run here at all.
     """
-    if name not in get_args(Backend):
-        raise ConfigError(
-            f"kernel backend {name!r} is unknown; choose one of {', '.join(get_args(Backend))}."
-        )
-    if name == "native":
-        from qsnn_ext.kernels import _native
+    from qsnn_ext.kernels import backends  # which import this file
 
-        if _native.library() is None:
-            raise ConfigError(
-                f"the native kernels are not there ({_native.PATH.name}): the package was built "
-                "without a C compiler. Install one and install the package again, or run "
-                "python hatch_build.py in its source tree."
-            )
-    return name  # type: ignore[return-value]
+    names = ("auto", *backends.BACKENDS, *backends.ON_REQUEST, "eager")
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(f"kernel backend {name!r} is unknown; choose one of {', '.join(names)}.")
+    missing = backends.missing(name)
+    if missing is not None:
+        raise ConfigError(missing)
+    return name
 
 
 @contextlib.contextmanager
@@ -67,7 +63,8 @@ def use_backend(name: Backend) -> Iterator[None]:
         name: ``"auto"`` (the first of the following that covers the layer and pays),
             ``"native"`` (C, on the CPU), ``"compiled"`` (an error of the compiler is raised),
             ``"function"`` (plain tensor operations) or ``"eager"`` (the reference loop in plain
-            autograd). What a backend does not cover, ``"function"`` runs.
+            autograd), or one of :data:`qsnn_ext.kernels.backends.ON_REQUEST`. What a backend does
+            not cover, ``"function"`` runs.
 
     Raises:
         ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.

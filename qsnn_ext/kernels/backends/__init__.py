@@ -1,7 +1,8 @@
 """Implementations of the multi-step operation, one file each, tried in order.
 
 A backend has a name, ``covers(call)``, which says whether it computes that call, and
-``run(call, *args)``, which does. Another one is a file here and a line in :data:`BACKENDS`;
+``run(call, *args)``, which does. Another one is a file here and a line in :data:`BACKENDS`, or in
+:data:`ON_REQUEST` as long as nobody has measured where it wins;
 ``run``'s arguments and results are those of the cores in :mod:`qsnn_ext.kernels.recurrence`.
 :mod:`~qsnn_ext.kernels.backends.eager` stands beside them: it is the loop in plain autograd that
 runs what the operation itself does not cover, and the reference.
@@ -60,17 +61,28 @@ class Implementation(Protocol):
 from qsnn_ext.kernels.backends import compiled, function, native  # noqa: E402
 
 #: In the order in which they are tried. The last covers everything.
-BACKENDS: dict[B.Backend, Implementation] = {
+BACKENDS: dict[str, Implementation] = {
     "native": native,
     "compiled": compiled,
     "function": function,
 }
 
 
+#: Those that run only where :func:`qsnn_ext.kernels.use_backend` asks for them.
+ON_REQUEST: dict[str, Implementation] = {}
+
+
 def run(call: Call, *args: Tensor | None) -> Any:
     """Run a call by the backend that was asked for, or the first that covers it."""
     chosen = B.current_backend()
-    for name, backend in BACKENDS.items():
-        if chosen in ("auto", name) and backend.covers(call):
+    for name, backend in {**BACKENDS, **ON_REQUEST}.items():
+        asked = chosen == name or (chosen == "auto" and name in BACKENDS)
+        if asked and backend.covers(call):
             return backend.run(call, *args)
     return function.run(call, *args)
+
+
+def missing(name: str) -> str | None:
+    """Why a backend cannot run here at all, if it cannot: what its ``missing()`` says."""
+    tell = getattr({**BACKENDS, **ON_REQUEST}.get(name), "missing", None)
+    return None if tell is None else tell()

@@ -16,6 +16,17 @@ def covers(call: Call) -> bool:
     return known and _native.library() is not None
 
 
+def missing() -> str | None:
+    """Why there are none, if there are none."""
+    if _native.library() is not None:
+        return None
+    return (
+        f"the native kernels are not there ({_native.PATH.name}): the package was built without a "
+        "C compiler. Install one and install the package again, or run python hatch_build.py in "
+        "its source tree."
+    )
+
+
 def run(call: Call, *args: Any) -> Any:
     """What the core of this call returns."""
     library = _native.library()
