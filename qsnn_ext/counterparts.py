@@ -214,12 +214,6 @@ class QuantizedNeuron:
                     self.carried = nn.ModuleDict()
                 self.carried[further[len(self.carried)]] = q
 
-    def quantizer_of(self, state: str) -> MembraneQuantizer | None:
-        """What rounds one of the states."""
-        model = hosts.describe(self)  # type: ignore[arg-type]
-        assert model is not None
-        return next((s.quantizer for s in model.states if s.name == state), None)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy; of a state inside a live graph, which torch refuses to copy, its values."""
         for tensor in live_tensors(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,21 +168,6 @@ def watching(model: nn.Module, watch: Callable[[str, nn.Module], Any]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
-
-
-def running_order(
-    model: nn.Module, modules: Iterable[nn.Module], run: Callable[[], Any]
-) -> list[nn.Module]:
-    """Those of ``modules`` that ``run`` calls, once for every call, in order."""
-    calls: list[nn.Module] = []
-    handles = [m.register_forward_pre_hook(lambda m, _: calls.append(m)) for m in modules]
-    try:
-        with undisturbed(model):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def graph_tensors(model: nn.Module) -> Iterator[Tensor]:
