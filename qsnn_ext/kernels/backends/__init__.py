@@ -58,7 +58,7 @@ class Implementation(Protocol):
         """What the core of this call returns."""
 
 
-from qsnn_ext.kernels.backends import compiled, function, native  # noqa: E402
+from qsnn_ext.kernels.backends import compiled, function, native, stepwise  # noqa: E402
 
 #: In the order in which they are tried. The last covers everything.
 BACKENDS: dict[str, Implementation] = {
@@ -69,7 +69,7 @@ BACKENDS: dict[str, Implementation] = {
 
 
 #: Those that run only where :func:`qsnn_ext.kernels.use_backend` asks for them.
-ON_REQUEST: dict[str, Implementation] = {}
+ON_REQUEST: dict[str, Implementation] = {"stepwise": stepwise}
 
 
 def run(call: Call, *args: Tensor | None) -> Any:
