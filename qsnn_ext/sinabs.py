@@ -7,7 +7,6 @@ the states that the last call left until they are reset.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import functional as F
-from qsnn_ext import hosts, kernels, trace
+from qsnn_ext import hosts, kernels
 from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
 from qsnn_ext.errors import ConfigError, InputError
 from qsnn_ext.neuron import Charge, NeuronModel, State
@@ -197,15 +196,6 @@ class QuantizedStatefulLayer(QuantizedNeuron):
         for quantizer in self._quantizers():
             quantizer.train(mode)
         return super().train(mode)  # type: ignore[misc]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The host's makes a neuron from its arguments, which are not all that this one has.
-        own: Any = self
-        live = (*trace.graph_tensors(own), *getattr(self, "recordings", {}).values())
-        memo.update({id(t): t.detach().clone() for t in live})
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, bits={self.bits}, order={self.order!r})"
