@@ -1,7 +1,7 @@
 """Trained networks as integer programs: agreement, size and time beside their simulation.
 
     python -m benchmarks.deployed                 # all: writes results/deployed.json
-    python -m benchmarks.deployed --only Synaptic # one network: only prints
+    python -m benchmarks.deployed --only Synaptic # one network, whose row it replaces
 
 A convolutional network, a spiking transformer of each school (softmax-free attention, masks and
 membrane shortcuts), and networks of recurrent and of second-order neurons are trained with 1-bit
@@ -46,7 +46,7 @@ class Config:
 
     Attributes:
         bits: of weights and membranes.
-        steps: T.
+        steps: T of the networks of images; those of events have :data:`_SECOND`'s.
         size: pixels of a side.
         epochs: passes over the training set.
         batch: samples of an optimizer step.
@@ -269,15 +269,21 @@ def main() -> None:
     args = parser.parse_args()
     config = Config(epochs=args.epochs)
     print(HEAD)
-    rows = []
     for name in [args.only] if args.only else NETWORKS:
         with use_backend("function"):
-            rows.append(run(name, config))
-        print(line(rows[-1]), flush=True)
-    if not args.only:
-        versions = {package: version(package) for package in ("torch", "spikingjelly", "snntorch")}
-        content = {"config": asdict(config), "versions": versions, "networks": rows}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            row = run(name, config)
+        print(line(row), flush=True)
+        write(row, config)
+
+
+def write(row: dict[str, Any], config: Config) -> None:
+    """Put a network's row in the place of what an earlier run found."""
+    versions = {package: version(package) for package in ("torch", "spikingjelly", "snntorch")}
+    settings = {"config": asdict(config), "versions": versions}
+    old = json.loads(RESULTS.read_text(encoding="utf-8"))["networks"] if RESULTS.exists() else []
+    rows = {r["network"]: r for r in [*old, {**row, **settings}]}
+    content = {"networks": [rows[name] for name in NETWORKS if name in rows]}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
