@@ -212,7 +212,7 @@ def wheel(session: nox.Session) -> None:
     # uv builds the wheel from the sdist it has just built, so both are tested.
     session.run("uv", "build", "--quiet", "--out-dir", str(dist), str(ROOT), external=True)
     (built,) = dist.glob("*.whl")
-    session.install(f"{built}[{EXTRAS}]")
+    session.install(f"{built}[{EXTRAS}]", "scikit-learn")  # whose digits the README trains on
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     if not blocks:
         session.error("README.md has no Python snippet to run")

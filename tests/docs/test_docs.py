@@ -32,6 +32,9 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 NEEDS = {
     "spikingjelly": ["spikingjelly"],
     "snntorch": ["snntorch"],
+    "sklearn": ["sklearn"],
+    "neurobench": ["neurobench"],
+    "lightning": ["lightning"],
     "qsnn_ext.spikingjelly": ["spikingjelly"],
     "qsnn_ext.models": ["spikingjelly"],  # their default host
     "recipes": ["sklearn", "torchvision", "tonic"],
