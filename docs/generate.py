@@ -33,7 +33,8 @@ ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
 PAGES = (
-    "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md", "../README.md",
+    "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md",
+    "models.md", "../README.md",
 )  # fmt: skip
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)

@@ -37,7 +37,10 @@ LARGEST_CHECKPOINT = 1_000_000
 CALIBRATION = 1_000
 
 # What stands for the paths of a command line.
-PATHS = {"--data-dir": "DIR", "--out": "RUN", "--start-from": "RUN0", "--teacher": "RUN0"}
+PATHS = {
+    **{"--data-dir": "DIR", "--out": "RUN", "--start-from": "RUN0", "--teacher": "RUN0"},
+    **{"--runs": "RUNS", "--results": "RESULTS"},
+}
 
 LICENSES = {
     "cifar10": "CIFAR-10 (Krizhevsky, 2009): its authors state no licence.",
