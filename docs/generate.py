@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ROOT = DOCS.parent
 
 #: Pages with generated tables, seen from here.
 PAGES = (
-    "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md",
+    "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md", "zoo.md",
     "models.md", "../README.md",
 )  # fmt: skip
 
@@ -453,6 +453,117 @@ def neurons(host: str) -> str:
     return table(rows)
 
 
+# --------------------------------------------------------------------------- the zoo
+
+
+@cache
+def zoo() -> dict[str, Any]:
+    """The committed results of ``python -m benchmarks.zoo``."""
+    path = ROOT / "benchmarks" / "results" / "zoo.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def zoo_models(like: bool) -> list[dict[str, Any]]:
+    """Structures of published networks, or the constructors of SpikingJelly."""
+    return [m for m in zoo()["models"] if bool(m["like"]) == like]
+
+
+def zoo_missing(like: bool) -> str:
+    """The models that the last run was ended before."""
+    from benchmarks.structures import FAMILIES
+
+    names = [key for key in zoo()["not_examined"] if (key.split(".")[0] in FAMILIES) == like]
+    if not names:
+        return ""
+    return (
+        f"{len(names)} more have not been examined, as the run was ended before them; "
+        "`python -m benchmarks.zoo --resume` goes on: "
+        + ", ".join(f"`{name.split('.', 1)[1]}`" for name in names)
+        + ".\n"
+    )
+
+
+def zoo_table(like: bool) -> str:
+    """Shares, neurons, and whether it deploys, a row per model."""
+    head = ["shaped like", "model"] if like else ["family", "model"]
+    rows = [[
+        *head, "weights 1 / 8 / float (%)", "operations 1 / 8 / float (%)", "neurons",
+        "works", "strict", "deploys", "predictions, spikes that agree (%)", "firing rate (%)",
+    ]]  # fmt: skip
+    for m in zoo_models(like):
+        failed = m["error"] or ", ".join(n for n, held in m["checks"].items() if not held)
+        rows.append([
+            m["like"] or m["family"],
+            m["name"],
+            _three(m["weights"]),
+            _three(m["operations"]),
+            f"{m['quantized']} of {m['neurons']}",
+            "no" if failed else "yes",
+            {"": "passes", None: ""}.get(m["strict"], "refuses"),
+            {"": "yes", None: ""}.get(m["deploys"], "no"),
+            "" if m["predictions"] is None
+            else f"{100 * m['predictions']:.0f}, {_percent(m['spikes'])}",
+            _percent(m["firing_rate"], 1),
+        ])  # fmt: skip
+    return table(rows)
+
+
+def zoo_totals(like: bool) -> str:
+    """How many of the models work, keep at most 3 % of their weights in float, and deploy."""
+    models = zoo_models(like)
+    works = sum(not m["error"] and all(m["checks"].values()) for m in models)
+    small = sum(m["weights"].get("float", 0) <= 0.03 * _total(m["weights"]) for m in models)
+    deploy = sum(m["deploys"] == "" for m in models)
+    return (
+        f"{works} of {len(models)} work, {small} keep at most 3 % of their weights in floating "
+        f"point, {deploy} deploy.\n" + zoo_missing(like)
+    )
+
+
+def zoo_reasons(like: bool) -> str:
+    """What stays in floating point, what fails, and why there is no program."""
+    rows = [["model", "what", "why"]]
+    for m in zoo_models(like):
+        reasons: list[tuple[str, str]] = [
+            ("fails", m["error"] or ", ".join(n for n, held in m["checks"].items() if not held)),
+            *((f"{n} module{'s' * (n > 1)} in float", why) for why, n in m["reasons"].items()),
+            *_neurons(m),
+            ("no program", m["deploys"] or ""),
+        ]
+        rows += [[m["name"], what, _short(why)] for what, why in reasons if why]
+    return table(rows)
+
+
+def _neurons(m: dict[str, Any]) -> list[tuple[str, str]]:
+    """Neurons in floating point by reason, those that the modules' reasons do not name."""
+    counts: dict[str, int] = defaultdict(int)
+    for reason in m["float_neurons"].values():
+        action, _, why = reason.partition(": ")
+        if action != "unsupported":
+            counts[why] += 1
+    return [(f"{n} neuron{'s' * (n > 1)} in float", why) for why, n in counts.items()]
+
+
+def _short(why: str, longest: int = 200) -> str:
+    why = " ".join(why.split())
+    return why if len(why) <= longest else why[: longest - 3].rstrip() + "..."
+
+
+def _total(counts: dict[str, float]) -> float:
+    return sum(counts.values()) or 1
+
+
+def _three(counts: dict[str, float]) -> str:
+    return " / ".join(
+        f"{100 * counts.get(bits, 0) / _total(counts):.1f}" for bits in ("1", "8", "float")
+    )
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
 TABLES = {
     "neurons-snntorch": partial(neurons, "snntorch"),
     "neurons-spikingjelly": partial(neurons, "spikingjelly"),
@@ -462,6 +573,12 @@ TABLES = {
     "results": results,
     "study-digits": partial(study_table, "digits"),
     "study-digits-events": partial(study_table, "digits-events"),
+    "zoo-structures": partial(zoo_table, like=True),
+    "zoo-structures-totals": partial(zoo_totals, like=True),
+    "zoo-structures-reasons": partial(zoo_reasons, like=True),
+    "zoo-spikingjelly": partial(zoo_table, like=False),
+    "zoo-spikingjelly-totals": partial(zoo_totals, like=False),
+    "zoo-spikingjelly-reasons": partial(zoo_reasons, like=False),
     "tuning-digits": partial(tuning_table, "digits"),
     "tuning-digits-events": partial(tuning_table, "digits-events"),
     "models": models,
