@@ -90,7 +90,7 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
     """
     model = hosts.describe(module)
     if model is not None and model.no_integers is not None:
-        raise LoweringError(name + ": " + model.no_integers)
+        raise LoweringError(f"{name}: {model.no_integers}; or run it in its own framework")
     if model is not None and charge is None:
         charge = model.charge
     found = probe(module, model) if model is not None and charge is None else None
