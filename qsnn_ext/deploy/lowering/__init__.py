@@ -107,8 +107,8 @@ def lower(
             return attempt.run()
         except LoweringError as found:
             errors.append((attempt.reached, found))
-    _, furthest = max(errors, key=lambda pair: pair[0])
-    raise furthest
+    _, error = max(errors, key=lambda pair: pair[0])
+    raise error
 
 
 def _readings(sample: Tensor, leads: list[str]) -> Iterator[tuple[str, Tensor]]:
