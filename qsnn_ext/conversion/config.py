@@ -244,6 +244,8 @@ class MembraneConfig(_Table):
         _store(self, momentum=_number(self.momentum, "momentum"))
         if not isinstance(self.sync_scale, bool):
             raise ConfigError(f"sync_scale={self.sync_scale!r} must be true or false.")
+        if not isinstance(self.mode, str):
+            raise ConfigError(f"mode={self.mode!r} must be 'dynamic', 'frozen' or 'learned'.")
         F.check_order(self.order)
         self._quantizer(2, "paper")  # an option that cannot be used is an error now
 
