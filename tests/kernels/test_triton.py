@@ -25,6 +25,7 @@ from torch._inductor.graph import GraphLowering  # noqa: E402
 from torch._inductor.runtime import triton_helpers  # noqa: E402
 from torch._inductor.runtime.hints import DeviceProperties  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
+from torch.utils._triton import has_triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -74,10 +75,12 @@ def described_gpu():
         stack.enter_context(mock.patch.object(DeviceProperties, "create", return_value=hints))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         driver.set_active(Driver())
+        has_triton.cache_clear()  # whoever asked before was told that there is no GPU
         try:
             yield
         finally:
             driver._active = before
+            has_triton.cache_clear()
 
 
 def kernels_of(core, shapes):
