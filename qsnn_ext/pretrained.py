@@ -106,7 +106,10 @@ def load_pretrained(folder: str | Path, model: nn.Module | Callable[..., nn.Modu
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         arguments = config["arguments"]
         if not isinstance(arguments, dict):
-            raise CheckpointError(f"{str(folder / CONFIG)!r}: its arguments are no object.")
+            raise CheckpointError(
+                f"{str(folder / CONFIG)!r} is damaged or not of save_pretrained: "
+                "its arguments are no object."
+            )
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no {CONFIG} in {str(folder)!r}.") from error
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
