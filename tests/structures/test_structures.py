@@ -66,10 +66,7 @@ PENDING: dict[str, dict[str, str]] = {
     "neurons": {},
     "strict": {},
     "ends": {},
-    "deploys": {
-        "Spike-driven Transformer V2": "batch norms that saw no variance multiply its range by 300",
-        "Sequential with init_hidden": "compare's predictions of a model called once per step",
-    },
+    "deploys": {},
     "replaced": {},
 }
 
