@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qsnn_ext import functional as F
 from qsnn_ext import hosts
 from qsnn_ext.energy import OPERATIONS, EnergyTable, operation
-from qsnn_ext.errors import InputError, InputTypeError, MissingDependencyError
+from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.footprint import (
     LayerBytes,
     layer_footprint,
@@ -28,6 +28,7 @@ from qsnn_ext.footprint import (
 )
 from qsnn_ext.layers import QuantizedWeight, is_synaptic
 from qsnn_ext.membranes import Membrane
+from qsnn_ext.plotting import figure, name_bars
 from qsnn_ext.progress import working
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
 from qsnn_ext.text import columns, printable
@@ -177,18 +178,7 @@ class Summary:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Summary.plot needs matplotlib, which could not be imported ({error}); "
-                "install it with: pip install matplotlib."
-            ) from error
-        figure = Figure(figsize=(13, 9), layout="constrained")
-        _plot(self, figure.subplots(2, 2))
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return figure("Summary.plot", lambda axes: _plot(self, axes), (2, 2), (13, 9), path)
 
 
 # --------------------------------------------------------------------------- measuring
@@ -554,7 +544,7 @@ def _plot(summary: Summary, axes: Any) -> None:
     shares.bar([i + 0.2 for i in places], [n.clipped for n in quantized], 0.4, label="clipped")
     shares.set(ylim=(0, 1), ylabel="share of membrane potentials")
     shares.set_title("Membrane potentials" if quantized else "Membrane potentials: none quantized")
-    _names(shares, quantized)
+    name_bars(shares, [layer.name for layer in quantized])
 
     groups = {
         "weights and the rest": [n for n in summary.layers if n.membrane_bits is None],
@@ -581,15 +571,7 @@ def _plot(summary: Summary, axes: Any) -> None:
             floor = [a + b for a, b in zip(floor, cost, strict=True)]
     energy.set(ylabel="nJ")
     energy.set_title(f"Energy of arithmetic: {_short(summary.total.picojoules * 1e-12, 'J')}")
-    _names(energy, working)
+    name_bars(energy, [layer.name for layer in working])
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
-
-
-def _names(axis: Any, layers: list[LayerSummary]) -> None:
-    """Names under the bars; of many layers only some, so that they stay legible."""
-    every = -(-len(layers) // 24) or 1
-    places = range(0, len(layers), every)
-    names = [printable(layers[i].name) for i in places]
-    axis.set_xticks(list(places), names, rotation=90, fontsize=7, parse_math=False)

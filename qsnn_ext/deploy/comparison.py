@@ -17,9 +17,10 @@ from qsnn_ext import hosts
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import InputError, MissingDependencyError, StateError
+from qsnn_ext.errors import InputError, StateError
+from qsnn_ext.plotting import figure, name_bars
 from qsnn_ext.progress import tracking
-from qsnn_ext.text import columns, printable
+from qsnn_ext.text import columns
 from qsnn_ext.wrapping import unwrap
 
 
@@ -101,18 +102,7 @@ class Comparison:
         Raises:
             MissingDependencyError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Comparison.plot needs matplotlib, which could not be imported ({error}); "
-                "install it with: pip install matplotlib."
-            ) from error
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        _plot(self, figure.subplots(1, 2))
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
+        return figure("Comparison.plot", lambda axes: _plot(self, axes), (1, 2), (11, 4.5), path)
 
 
 def _plot(comparison: Comparison, axes: Any) -> None:
@@ -133,8 +123,7 @@ def _plot(comparison: Comparison, axes: Any) -> None:
     rates.set_title("Firing rates")
     rates.legend()
     for axis in axes:
-        names = [printable(layer.name) for layer in comparison.layers]
-        axis.set_xticks(list(places), names, rotation=90, fontsize=8)
+        name_bars(axis, [layer.name for layer in comparison.layers])
 
 
 class _Recorder:

@@ -65,8 +65,11 @@ def test_tables_and_messages():
 def test_pictures_of_a_model(tmp_path):
     model, x = network(), torch.rand(2, 3, 6)
     qsnn_ext.quantize_(model, sample=x)
+    qsnn_ext.calibrate(model, [x])
     qsnn_ext.summarize(model, x).plot(tmp_path / "summary.svg")
-    assert "<script>" not in (tmp_path / "summary.svg").read_text()
+    deploy.compare(model, deploy.lower(model, x), [x]).plot(tmp_path / "compared.svg")
+    for drawn in tmp_path.iterdir():
+        assert "<script>" not in drawn.read_text()
 
 
 def test_pictures_of_a_run(tmp_path):
