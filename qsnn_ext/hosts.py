@@ -126,6 +126,11 @@ def describe(module: nn.Module) -> NeuronModel | None:
     return next((m for host in adapters() if (m := host.describe(module)) is not None), None)
 
 
+def belongs(kind: type[Any]) -> bool:
+    """Whether a class is a host's own, and neither a user's nor one of this package."""
+    return kind.__module__.partition(".")[0] in HOSTS
+
+
 def encodes(module: nn.Module) -> bool:
     """Whether ``module`` is a host's encoder of input values."""
     return any(host.encodes(module) for host in adapters())

@@ -50,7 +50,7 @@ def inner_forward(module: nn.Module) -> type[nn.Module] | None:
     for kind in type(module).__mro__:
         if "forward" not in vars(kind) or kind.__module__.startswith("qsnn_ext."):
             continue
-        if kind.__module__.startswith(("spikingjelly.", "snntorch.", "torch.")):
+        if hosts.belongs(kind) or kind.__module__.startswith("torch."):
             return kind if own and is_neuron(module) else None
         own = True
     return None

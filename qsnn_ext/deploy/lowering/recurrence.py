@@ -47,6 +47,7 @@ from qsnn_ext.deploy.lowering.pooling import lower_mean, once_per_step
 from qsnn_ext.deploy.lowering.settle import NEURON_BITS, settle
 from qsnn_ext.deploy.program import Delay
 from qsnn_ext.neuron import Charge
+from qsnn_ext.quantizers import MembraneQuantizer
 
 _SECOND_STATES = ("Synaptic", "RSynaptic")
 _RECURRENT = ("RLeaky", "RSynaptic")
@@ -63,11 +64,7 @@ class Loop:
 
 
 def _kinds(module: nn.Module) -> set[str]:
-    return {
-        base.__name__
-        for base in type(module).__mro__
-        if base.__module__.startswith(("snntorch.", "spikingjelly."))
-    }
+    return {base.__name__ for base in type(module).__mro__ if hosts.belongs(base)}
 
 
 def is_recurrent(module: nn.Module) -> bool:
@@ -128,7 +125,7 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
     current: Array = x
     loop = None
     if recurrent:
-        loop = _loop(draft, module, x)
+        loop = _loop(draft, module, draft.shape(x))
         _check_spikes(draft, loop, states.get("spk"))
         current = _with_feedback(draft, module, x, loop)
     outputs: list[Any] = []
@@ -141,11 +138,7 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
             )
         held = states.get("syn")
         with draft.at(f"{draft.where}.syn"):
-            if quantizer is None:
-                _, after = fire(draft, module.alpha, _filter(module), current, held, False)
-                current = read_membrane(draft, after)
-            else:
-                current, after = _quantized_filter(draft, module, quantizer, current, held)
+            current, after = _filtered(draft, module.alpha, quantizer, current, held)
         outputs.append(after)
     spikes, membrane = fire(
         draft, module, model, current, states.get("mem"), False, loop.spikes if loop else None
@@ -153,9 +146,32 @@ def _host_neuron(draft: Draft, module: Any, x: Array, given: list[Any], kinds: s
     return (spikes, *outputs, membrane)
 
 
-def _filter(module: Any) -> Constants:
-    """The synaptic current of ``Synaptic``: it leaks by alpha and never fires."""
-    return _silent(np.atleast_1d(real(torch.as_tensor(module.alpha).clamp(0, 1)).reshape(-1)))
+def _filtered(
+    draft: Draft, rate: Any, quantizer: MembraneQuantizer | None, x: Array, held: Any
+) -> tuple[Array, Membrane]:
+    """A synaptic current, which leaks and never fires; with a quantizer k bits are carried on.
+
+    Args:
+        draft: The program so far.
+        rate: How much of it is left after a step; the host's own, which tells it from others.
+        quantizer: Of what is carried on, or None.
+        x: What flows into it.
+        held: What the call passes as its state, or None.
+
+    Returns:
+        What is used, and what is carried.
+    """
+    model = _silent(_rates(rate).reshape(-1))
+    if quantizer is not None:
+        model.bits, model.alpha, model.squash = membrane_of(draft.where, quantizer)
+        return _carried_and_used(draft, rate, model, x, held, False)
+    _, after = fire(draft, rate, model, x, held, False)
+    return read_membrane(draft, after), after
+
+
+def _rates(rate: Any) -> Real:
+    """A rate as the host uses it, between 0 and 1."""
+    return real(torch.as_tensor(rate).clamp(0, 1))
 
 
 def _alpha(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
@@ -178,23 +194,14 @@ def _alpha(draft: Draft, module: Any, x: Array, given: list[Any]) -> Any:
     parts: list[Array] = []
     carried: list[Membrane] = []
     for name, rate, sign in (("syn_exc", module.alpha, 1.0), ("syn_inh", module.beta, -1.0)):
-        model = _silent(np.atleast_1d(real(torch.as_tensor(rate).clamp(0, 1)).reshape(-1)))
         with draft.at(f"{draft.where}.{name}"):
             signed = x if sign > 0 else lower_multiply(draft, x, Constant(sign))
             assert isinstance(signed, Array)
-            if quantizers[name] is None:
-                _, after = fire(draft, rate, model, signed, held.get(name), False)
-                current = read_membrane(draft, after)
-            else:
-                bits, alpha, squash = membrane_of(draft.where, quantizers[name])
-                model.bits, model.alpha, model.squash = bits, alpha, squash
-                current, after = _carried_and_used(
-                    draft, rate, model, signed, held.get(name), False
-                )
+            current, after = _filtered(draft, rate, quantizers[name], signed, held.get(name))
         parts.append(current)
         carried.append(after)
     rates = (module.alpha, module.beta)
-    slow, fast = (np.log(real(torch.as_tensor(rate).clamp(0, 1))) for rate in rates)
+    slow, fast = (np.log(_rates(rate)) for rate in rates)
     tau = slow / (fast - slow) + 1
     total = lower_add(draft, parts[0], parts[1])
     potential = lower_multiply(draft, total, Constant(torch.as_tensor(tau)))
@@ -225,16 +232,6 @@ def lower_readout(
         raise draft.fail("its potential leaks towards another value than 0", "let it rest at 0")
     one = replace(model, gain=1.0)
     return _carried_and_used(draft, module, one, x, None, over_time)
-
-
-def _quantized_filter(
-    draft: Draft, module: Any, quantizer: Any, x: Array, held: Any
-) -> tuple[Array, Membrane]:
-    """A synaptic current of which k bits are carried on."""
-    filtered = _filter(module)
-    bits, alpha, squash = membrane_of(draft.where, quantizer)
-    filtered.bits, filtered.alpha, filtered.squash = bits, alpha, squash
-    return _carried_and_used(draft, module.alpha, filtered, x, held, False)
 
 
 def _carried_and_used(
@@ -315,10 +312,9 @@ def _check_spikes(draft: Draft, loop: Loop, spikes: Any) -> None:
     )
 
 
-def _loop(draft: Draft, module: Any, x: Array) -> Loop:
-    """The delay of a neuron's spikes, which have the shape of ``x``."""
+def _loop(draft: Draft, module: Any, shape: tuple[int, int, int]) -> Loop:
+    """The delay of the spikes that come back, ``[C, H, W]``."""
     if id(module) not in draft.loops:
-        shape = draft.shape(x)
         name = draft.unique(f"{draft.where}.last")
         spikes = draft.value(f"{draft.where}.spikes", shape, 1, 1.0, 1)
         delayed = draft.value(name, shape, 1, 1.0, 1)
@@ -397,19 +393,13 @@ def _container(draft: Draft, module: Any, x: Array, linear: bool) -> Array:
     name = draft.where
     if linear:
         x = natural(draft, settle(draft, x))
-        outputs = module.sub_module_out_features
-        shown = replace(x, axes=(*x.axes[:-1], full("C", outputs)))
+        shape = (module.sub_module_out_features, 1, 1)
+        shown = replace(x, axes=(*x.axes[:-1], full("C", shape[0])))
     else:
         shown = x = settle(draft, x)
-    if id(module) not in draft.loops:
-        shape = (outputs, 1, 1) if linear else draft.shape(x)
-        with draft.at(f"{name}.sub_module"):
-            spikes = draft.value(f"{draft.where}.spikes", shape, 1, 1.0, 1)
-            last = draft.unique(f"{draft.where}.last")
-            delayed = draft.value(last, shape, 1, 1.0, 1)
-        draft.ops.append(Delay(last, spikes, delayed))
-        draft.loops[id(module)] = Loop(spikes, delayed, {})
-    loop = draft.loops[id(module)]
+        shape = draft.shape(x)
+    with draft.at(f"{name}.sub_module"):
+        loop = _loop(draft, module, shape)
     key = (x.index, x.steps)
     if key not in loop.current:
         back = Array(loop.delayed, shown.axes, 1.0, steps=x.steps)
