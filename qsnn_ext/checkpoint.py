@@ -108,19 +108,7 @@ def restore_structure(
     Raises:
         CheckpointError: another architecture or version; the model is then as it was.
     """
-    try:
-        if header["schema"] != SCHEMA:
-            raise CheckpointError(
-                f"{source} has schema {header['schema']!s:.20} and this version of qsnn_ext reads "
-                f"schema {SCHEMA}; upgrade qsnn_ext."
-            )
-        _restore(model, header, tensors, Path(source))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} does not fit the model ({type(error).__name__}: {error!s:.300})."
-        ) from error
+    _fit(model, header, tensors, source)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -148,16 +136,9 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
             "load_checkpoint needs a model or a function that builds one, "
             f"got {type(model).__name__}."
         )
-    try:
-        _restore(unwrap(built), header, tensors, path)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
-        raise CheckpointError(
-            f"{str(path)!r} does not fit the model ({type(error).__name__}: {error!s:.300}); "
-            "write it anew with qsnn_ext.save_checkpoint."
-        ) from error
+    # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
+    remedy = "; write it anew with qsnn_ext.save_checkpoint"
+    _fit(unwrap(built), header, tensors, repr(str(path)), remedy)
     return built
 
 
@@ -290,16 +271,43 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{str(path)!r} has a malformed header ({type(error).__name__}: {error!s:.300}); "
             "write it anew with qsnn_ext.save_checkpoint."
         ) from error
-    if schema != SCHEMA:
-        raise CheckpointError(
-            f"{str(path)!r} has schema {schema!s:.20} and this version of qsnn_ext reads "
-            f"schema {SCHEMA}; upgrade qsnn_ext."
-        )
+    _check_schema(schema, repr(str(path)))
     return header, tensors
 
 
+def _check_schema(schema: Any, source: str) -> None:
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{source} has schema {schema!s:.20} and this version of qsnn_ext reads "
+            f"schema {SCHEMA}; upgrade qsnn_ext."
+        )
+
+
+def _fit(
+    model: nn.Module,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    source: str,
+    remedy: str = "",
+) -> None:
+    """:func:`_restore`, of whatever somebody wrote.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+    """
+    try:
+        _check_schema(header["schema"], source)
+        _restore(model, header, tensors, source)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} does not fit the model ({type(error).__name__}: {error!s:.300}){remedy}."
+        ) from error
+
+
 def _restore(
-    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Path
+    model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], source: str
 ) -> None:
     modules = dict(named_modules(model))
     header, tensors = _without_wrapper(model, header, tensors)
@@ -307,7 +315,7 @@ def _restore(
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise CheckpointError(
-            f"{str(path)!r} is of another architecture than {type(model).__name__}: {shown}."
+            f"{source} is of another architecture than {type(model).__name__}: {shown}."
         )
     changes = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -333,7 +341,7 @@ def _restore(
             _make_room(modules[name])
         for name in header.get("scaled_layers", ()):
             _make_room_for_scale(modules[name])
-        _check_shapes(model, tensors, path)
+        _check_shapes(model, tensors, source)
         for host in hosts.adapters():
             host.adopt(model, copied=False)
         if report is not None:
@@ -383,7 +391,7 @@ def _without_wrapper(
     return renamed, {plain(name): tensor for name, tensor in tensors.items()}
 
 
-def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Loading copies into the model's tensors one by one and cannot be undone: ask first."""
     ours = {name: tensor.shape for name, tensor in _named(model).items()}
     for name, module in named_modules(model):
@@ -392,7 +400,7 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     for key, tensor in tensors.items():
         if ours.get(key) != tensor.shape:
             raise CheckpointError(
-                f"{str(path)!r} does not fit the model: {key!r} has shape {tuple(tensor.shape)} in "
+                f"{source} does not fit the model: {key!r} has shape {tuple(tensor.shape)} in "
                 "it; write it anew with qsnn_ext.save_checkpoint."
             )
 

@@ -104,20 +104,19 @@ def load_pretrained(folder: str | Path, model: nn.Module | Callable[..., nn.Modu
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        arguments = config["arguments"]
-        if not isinstance(arguments, dict):
-            raise CheckpointError(
-                f"{str(folder / CONFIG)!r} is damaged or not of save_pretrained: "
-                "its arguments are no object."
-            )
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no {CONFIG} in {str(folder)!r}.") from error
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(folder / CONFIG)!r} is damaged or not of save_pretrained: {error!s:.200}"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{error!s:.200}") from error
+    arguments = config.get("arguments") if isinstance(config, dict) else None
+    if not isinstance(arguments, dict):
+        raise _damaged(folder, "it has no arguments.")
     built = model if isinstance(model, nn.Module) else lambda: model(**arguments)
     return load_checkpoint(folder / WEIGHTS, built)
+
+
+def _damaged(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{str(folder / CONFIG)!r} is damaged or not of save_pretrained: {why}")
 
 
 def _card(
