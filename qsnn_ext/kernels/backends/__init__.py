@@ -75,14 +75,17 @@ ON_REQUEST: dict[str, Implementation] = {"stepwise": stepwise}
 def run(call: Call, *args: Tensor | None) -> Any:
     """Run a call by the backend that was asked for, or the first that covers it."""
     chosen = B.current_backend()
-    for name, backend in {**BACKENDS, **ON_REQUEST}.items():
-        asked = chosen == name or (chosen == "auto" and name in BACKENDS)
-        if asked and backend.covers(call):
+    for backend in BACKENDS.values() if chosen == "auto" else (_named(chosen),):
+        if backend is not None and backend.covers(call):
             return backend.run(call, *args)
     return function.run(call, *args)
 
 
+def _named(name: str) -> Implementation | None:
+    return BACKENDS.get(name) or ON_REQUEST.get(name)
+
+
 def missing(name: str) -> str | None:
     """Why a backend cannot run here at all, if it cannot: what its ``missing()`` says."""
-    tell = getattr({**BACKENDS, **ON_REQUEST}.get(name), "missing", None)
+    tell = getattr(_named(name), "missing", None)
     return None if tell is None else tell()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from qsnn_ext.kernels import _native
 from qsnn_ext.kernels.backends import Call
 
@@ -32,35 +30,8 @@ def run(call: Call, *args: Any) -> Any:
     library = _native.library()
     assert library is not None
     if call.kind == "forward":
-        return _forward(library, call, *args)
-    return _backward(library, call, *args)
-
-
-def _forward(
-    library: _native.Library,
-    call: Call,
-    x: Tensor,
-    v: Tensor | None,
-    params: Tensor,
-    alpha: Tensor | None,
-) -> Any:
-    *results, charges = _native.lif_forward(library, call.options, x, v, params, alpha)
-    return (*results, charges) if call.options.save == "charge" else tuple(results)
-
-
-def _backward(
-    library: _native.Library,
-    call: Call,
-    g_spikes: Tensor | None,
-    g_v: Tensor | None,
-    g_counts: Tensor,
-    saved: Tensor,
-    v: Tensor | None,
-    params: Tensor,
-    alphas: Tensor,
-) -> Any:
-    g_x, g_v0, g_params = _native.lif_backward(
-        library, call.options, g_spikes, g_v, g_counts, saved, v, params, alphas,
-        call.need_v, call.need_params,
-    )  # fmt: skip
+        *results, charges = _native.lif_forward(library, call.options, *args)
+        return (*results, charges) if call.options.save == "charge" else tuple(results)
+    needs = (call.need_v, call.need_params)
+    g_x, g_v0, g_params = _native.lif_backward(library, call.options, *(*args, *needs))
     return (g_x, *[g_v0] * call.need_v, *[g_params] * call.need_params)
