@@ -373,6 +373,17 @@ class _Triangle(_Function):
         return grad * (ctx.beta - x.abs()).clamp(min=0), None, None
 
 
+def check_beta(beta: float) -> float:
+    """Half-width and height of a triangular surrogate, checked.
+
+    Raises:
+        ConfigError: not positive.
+    """
+    if not beta > 0:
+        raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
+    return beta
+
+
 def triangle(x: Tensor, beta: float = 1.0, strict: bool = False) -> Tensor:
     """Fire with the triangular surrogate gradient (Eq. 2, 5).
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
 from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
-from qsnn_ext.errors import ConfigError, InputError
+from qsnn_ext.errors import InputError
 from qsnn_ext.neuron import Charge, NeuronModel, State
 
 try:
@@ -39,9 +39,7 @@ class Triangle:
     """
 
     def __init__(self, beta: float = 1.0) -> None:
-        if not beta > 0:
-            raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
-        self.beta = beta
+        self.beta = F.check_beta(beta)
 
     def __call__(self, v_mem: Tensor, spike_threshold: float | Tensor) -> Tensor:
         """The derivative at these potentials, like them."""

@@ -72,9 +72,7 @@ class Triangle:
     """
 
     def __init__(self, beta: float = 1.0) -> None:
-        if not beta > 0:
-            raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
-        self.beta = beta
+        self.beta = F.check_beta(beta)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Spikes for ``x = u - theta``, like ``x``."""

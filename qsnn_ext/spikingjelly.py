@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
 from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
-from qsnn_ext.errors import ConfigError, InputError
+from qsnn_ext.errors import InputError
 from qsnn_ext.layers import (
     QuantizedConv,
     QuantizedMatmul,
@@ -95,9 +95,7 @@ class Triangle(surrogate.SurrogateFunctionBase):  # type: ignore[misc]
     """
 
     def __init__(self, beta: float = 1.0, spiking: bool = True, strict: bool | None = None) -> None:
-        if not beta > 0:
-            raise ConfigError(f"beta={beta!r} of the triangular surrogate must be positive.")
-        super().__init__(spiking=spiking, beta=beta, strict=strict)
+        super().__init__(spiking=spiking, beta=F.check_beta(beta), strict=strict)
 
     @staticmethod
     def spiking_function(x: Tensor, beta: float, strict: bool | None = None) -> Tensor:
@@ -142,12 +140,10 @@ class QuantizedNode(QuantizedNeuron):
         if preset == "official" and isinstance(fire, Triangle) and fire.strict is None:
             self.surrogate_function = Triangle(fire.beta, fire.spiking, strict=True)
 
-    def _affine(self) -> NeuronModel | None:
-        """What the fused operation runs; ``None`` where the host's own step runs."""
-        if self.membrane is None:
-            return None
-        model = ADAPTER.describe(self)
-        return model if model is not None and model.charge is not None else None
+    @property
+    def _is_fused(self) -> bool:
+        """Whether its steps are one operation; else the host's own step runs."""
+        return self.membrane is not None and kind_of(type(self), tuple(NEURONS)) is not None
 
     def materialize_states(
         self, inputs: tuple[Tensor, ...], states: tuple[object, ...], step_mode: str
@@ -158,8 +154,7 @@ class QuantizedNode(QuantizedNeuron):
         """
         if self.membrane is not None:
             self._check(inputs[0], step_mode)
-            affine = self._affine() is not None
-            if affine and isinstance(states[0], float) and states[0] == 0.0:
+            if self._is_fused and isinstance(states[0], float) and states[0] == 0.0:
                 return (None, *states[1:])
         result: tuple[object, ...] = super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
         return result
@@ -178,9 +173,8 @@ class QuantizedNode(QuantizedNeuron):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """``((spikes,), states)`` of one step ``[N, ...]``; reads and writes no module state."""
-        model = self._affine()
-        if model is not None:
-            spikes, v = kernels.run_layer(inputs[0].unsqueeze(0), states[0], model)
+        if self._is_fused:
+            spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
             return (spikes[0],), (v, *states[1:])
         stepped: Any = super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
         outputs, updated = stepped
@@ -195,20 +189,24 @@ class QuantizedNode(QuantizedNeuron):
         """``((spikes,), states)`` of a sequence ``[T, N, ...]``; touches no module state."""
         if self.membrane is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc,no-any-return]
-        model = self._affine()
-        if model is None:
+        if not self._is_fused:
             repeated: Any = base.MemoryModule.multi_step_functional_forward(
                 self, inputs, states, **kwargs
             )
             return repeated  # type: ignore[no-any-return]
-        spike_seq, v = kernels.run_layer(inputs[0], states[0], model)
+        spike_seq, v = self._run(inputs[0], states[0])
         return (spike_seq,), (v, *states[1:])
+
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        model = ADAPTER.describe(self)
+        assert model is not None
+        return kernels.run_layer(x_seq, v, model)
 
     def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One step ``[N, ...]``, from the states that the module keeps."""
         if self.membrane is None:
             return super().single_step_forward(x, *args, **kwargs)  # type: ignore[misc]
-        self.__dict__["_has_rounded"] = self._affine() is not None
+        self.__dict__["_has_rounded"] = self._is_fused
         outputs = super().single_step_forward(x, *args, **kwargs)  # type: ignore[misc]
         if not self._has_rounded:  # a step of its own, that goes by no functional one
             self._memories.update(
