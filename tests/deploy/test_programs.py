@@ -337,23 +337,24 @@ def sj_densenet_block():
     return N(), (torch.rand(3, 2, 2, 6, 6) < 0.4).float()
 
 
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = layer.Conv2d(1, 6, 3, padding=1), lif()
+        self.d, self.m = layer.Conv2d(6, 6, 3, padding=1), lif()
+        self.o = layer.Linear(6, 3)
+        functional.set_step_mode(self, "m")
+
+    def spikes(self, x):
+        y = self.n(self.c(x))
+        return y, self.m(self.d(y))
+
+
 @program
 def sj_iand_and_max():
-    class N(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c, self.n, self.d, self.m, self.o = (
-                layer.Conv2d(1, 6, 3, padding=1),
-                lif(),
-                layer.Conv2d(6, 6, 3, padding=1),
-                lif(),
-                layer.Linear(6, 3),
-            )
-            functional.set_step_mode(self, "m")
-
+    class N(TwoLayers):
         def forward(self, x):
-            y = self.n(self.c(x))
-            z = self.m(self.d(y))
+            y, z = self.spikes(x)
             u = z * (1 - y) + y * z
             return self.o(
                 F.adaptive_avg_pool2d(u.flatten(0, 1), 1).view(x.shape[0], x.shape[1], -1)
@@ -364,21 +365,9 @@ def sj_iand_and_max():
 
 @program
 def sj_maximum_of_spikes():
-    class N(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c, self.n, self.d, self.m, self.o = (
-                layer.Conv2d(1, 6, 3, padding=1),
-                lif(),
-                layer.Conv2d(6, 6, 3, padding=1),
-                lif(),
-                layer.Linear(6, 3),
-            )
-            functional.set_step_mode(self, "m")
-
+    class N(TwoLayers):
         def forward(self, x):
-            y = self.n(self.c(x))
-            z = self.m(self.d(y))
+            y, z = self.spikes(x)
             return self.o(torch.maximum(y, z).mean((3, 4))).mean(0), torch.logical_or(
                 y.bool(), z.bool()
             ).float().sum(0)
@@ -388,21 +377,9 @@ def sj_maximum_of_spikes():
 
 @program
 def sj_where_clamp():
-    class N(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c, self.n, self.d, self.m, self.o = (
-                layer.Conv2d(1, 6, 3, padding=1),
-                lif(),
-                layer.Conv2d(6, 6, 3, padding=1),
-                lif(),
-                layer.Linear(6, 3),
-            )
-            functional.set_step_mode(self, "m")
-
+    class N(TwoLayers):
         def forward(self, x):
-            y = self.n(self.c(x))
-            z = self.m(self.d(y))
+            y, z = self.spikes(x)
             return self.o((y + z).clamp(0, 1).mean((3, 4))).mean(0), torch.where(
                 y > 0, z, torch.zeros_like(z)
             ).sum(0)
