@@ -7,6 +7,7 @@ The points are lines of code: an exception is raised at one line after the other
 ``quantize_`` runs in this package.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def snntorch_model():
         nn.Conv2d(1, 4, 3), snn.Leaky(0.9, init_hidden=True), nn.Conv2d(4, 4, 1),
         snn.Leaky(0.8, init_hidden=True, learn_beta=True), nn.Flatten(), nn.Linear(144, 10),
     )  # fmt: skip
+
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Lines are counted, and must be this conversion's: snnTorch lists all neurons alive, those of
+    other tests too, and the collector would end them in the middle."""
+    gc.collect()
+    monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
 
 
 MODELS = {"spikingjelly": spikingjelly_model, "snntorch": snntorch_model}
