@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,7 @@ _SOME = 1 << 13
 _RESCALED = 1.5
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One module of the model, and what the plan says about it."""
 
@@ -86,7 +87,7 @@ class Unit:
         """Whether it is a layer whose weights could be quantized."""
         return is_weighted(self.module)
 
-    @property
+    @cached_property
     def is_neuron(self) -> bool:
         """Whether it is a neuron of a host."""
         return hosts.describe(self.module) is not None
