@@ -15,7 +15,7 @@ import torch
 from qsnn_ext import footprint, models
 from qsnn_ext import layers as own_layers
 from qsnn_ext.deploy import DeployedModel, export_c, lower, pixel_table
-from qsnn_ext.deploy.export import resident_size
+from qsnn_ext.deploy.export import RUNTIME, resident_size
 from qsnn_ext.deploy.fileformat import dump_program, parse_program
 from qsnn_ext.deploy.program import Affine, Conv
 from qsnn_ext.deploy.reference import ReferenceSession
@@ -65,36 +65,43 @@ def compiler(target, folder) -> list[str]:
     return command
 
 
+PROGRAMS = [
+    (random_program, 3),
+    (random_program, 8),
+    (random_program, 21),
+    (random_block, 1),
+    (random_program, 64),  # a current of the step before
+]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("make", "seed"),
-    [
-        (random_program, 3),
-        (random_program, 8),
-        (random_program, 21),
-        (random_block, 1),
-        (random_program, 64),  # a current of the step before
-    ],
-)
-def test_same_bits_as_python(target, make, seed, tmp_path):
+def test_same_bits_as_python(target, tmp_path):
     command = compiler(target, tmp_path)
-    program = make(seed)
-    folder = tmp_path / "c"
-    export_c(program, folder, "stdio", verbose=False)
-    sources = sorted(str(p) for p in folder.glob("*.c"))
-    binary = tmp_path / "net"
-    subprocess.run([*command, *FLAGS, *sources, "-o", str(binary)], check=True)
-    runner = [str(binary)]
+    runner = []
     if target == "arm":
         qemu = shutil.which("qemu-arm") or shutil.which("qemu-arm-static")
         if qemu is None:
             pytest.skip("qemu-arm is not installed")
-        runner = [qemu, str(binary)]
-    x = random_input(program, np.random.default_rng(seed), 1, 4)
-    done = subprocess.run(runner, input=raw(program, x), capture_output=True, check=True)
-    session = ReferenceSession(program)
-    expected = np.concatenate([a.reshape(-1) for t in range(4) for a in session.step(x[:, t])])
-    np.testing.assert_array_equal(np.array(done.stdout.split(), int), expected)
+        runner = [qemu]
+    runtime = tmp_path / "qsnn.o"  # of every program the same
+    for make, seed in PROGRAMS:
+        program = make(seed)
+        folder = tmp_path / f"{make.__name__}{seed}"
+        export_c(program, folder, "stdio", verbose=False)
+        source = folder / "qsnn.c"
+        if not runtime.exists():
+            subprocess.run([*command, *FLAGS, "-c", str(source), "-o", str(runtime)], check=True)
+        assert source.read_text() == (RUNTIME / source.name).read_text()
+        own = sorted(str(p) for p in folder.glob("*.c") if p != source)
+        binary = str(folder / "net")
+        subprocess.run([*command, *FLAGS, *own, str(runtime), "-o", binary], check=True)
+        x = random_input(program, np.random.default_rng(seed), 1, 4)
+        done = subprocess.run(
+            [*runner, binary], input=raw(program, x), capture_output=True, check=True
+        )
+        session = ReferenceSession(program)
+        expected = [a.reshape(-1) for t in range(4) for a in session.step(x[:, t])]
+        np.testing.assert_array_equal(np.array(done.stdout.split(), int), np.concatenate(expected))
 
 
 @pytest.mark.skipif(GCC is None or shutil.which("nm") is None, reason="needs gcc and nm")
