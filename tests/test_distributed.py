@@ -20,7 +20,11 @@ pytest.importorskip("spikingjelly")
 from spikingjelly.activation_based import functional, layer, neuron
 
 STEPS, BATCH = 3, 8
-WAYS = ("ddp", "ddp compiled", "fsdp", "fsdp compiled")
+CASES = [
+    (way, mode)
+    for way in ("ddp", "ddp compiled", "fsdp", "fsdp compiled")
+    for mode in ("dynamic", "frozen")
+]
 
 
 def network(mode, sync):
@@ -92,39 +96,50 @@ def result(net, terms):
     return {**state, "terms": terms}
 
 
-def work(rank, folder, way, mode, results):
+def work(rank, folder, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         torch.set_num_threads(1)
-        net = network(mode, sync=True)
-        regularizer = WSDRRegularizer(net, strength=1.0)
-        call = net
-        if way.startswith("ddp"):
-            call = DistributedDataParallel(net)
-        else:
-            mesh = dist.init_device_mesh("cpu", (2,))
-            for part in (net[0], net[2], net[5], net):
-                fully_shard(part, mesh=mesh)
-        if way.endswith("compiled"):
-            call = torch.compile(call, backend="aot_eager")
-        half = BATCH // 2
-        terms = train(net, regularizer, call, slice(rank * half, (rank + 1) * half))
-        dist.all_reduce(terms)
-        results[rank] = result(net, terms / 2)
+        for way, mode in CASES:
+            torch.compiler.reset()
+            results[rank, way, mode] = train_half(rank, way, mode)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["dynamic", "frozen"])
-@pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_what_one_does(way, mode, tmp_path):
-    net = network(mode, sync=False)
-    expected = result(net, train(net, TermOfHalves(net), net, slice(None)))
+def train_half(rank, way, mode):
+    net = network(mode, sync=True)
+    regularizer = WSDRRegularizer(net, strength=1.0)
+    call = net
+    if way.startswith("ddp"):
+        call = DistributedDataParallel(net)
+    else:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for part in (net[0], net[2], net[5], net):
+            fully_shard(part, mesh=mesh)
+    if way.endswith("compiled"):
+        call = torch.compile(call, backend="aot_eager")
+    half = BATCH // 2
+    terms = train(net, regularizer, call, slice(rank * half, (rank + 1) * half))
+    dist.all_reduce(terms)
+    return result(net, terms / 2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What each process has after each way, by rank, way and mode: started once for all."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(work, (tmp_path, way, mode, results), nprocs=2)
-        first, second = results[0], results[1]
+        mp.spawn(work, (tmp_path_factory.mktemp("store"), results), nprocs=2)
+        return dict(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "mode"), CASES)
+def test_two_processes_train_what_one_does(way, mode, trained):
+    net = network(mode, sync=False)
+    expected = result(net, train(net, TermOfHalves(net), net, slice(None)))
+    first, second = trained[0, way, mode], trained[1, way, mode]
     assert first.keys() == expected.keys()
     if mode == "frozen":
         assert any(name.endswith("membrane.alpha") for name in expected)

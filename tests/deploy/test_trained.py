@@ -9,18 +9,10 @@ import torch
 from qsnn_ext import calibrate
 from qsnn_ext.deploy import DeployedModel, backends, compare, lower
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.kernels import use_backend
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    """Compiling the kernels would take longer than all that is run here."""
-    with use_backend("function"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +29,7 @@ def case(tmp_path_factory):
     result = train(config)
     assert result["last_accuracy"] > 60  # of a network that has learned nothing, little is shown
     model, batches, test = trained(config.folder)
-    with use_backend("function"):
-        calibrate(model, [x for x, _ in batches])
+    calibrate(model, [x for x, _ in batches])
     return model, lower(model, batches[0][0]), test
 
 

@@ -8,6 +8,7 @@ import pytest
 from qsnn_ext.errors import ConfigError
 from recipes import ablation, demo, paper_figures, paper_tables
 from recipes.cifar10_resnet19 import config
+from recipes.engine.many import run_here
 from recipes.gather import follows_protocol, run_results
 
 
@@ -41,7 +42,9 @@ def test_figures_from_the_demo(demonstrated, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_writes_what_it_measured(tmp_path):
+def test_the_study_writes_what_it_measured(tmp_path, monkeypatch):
+    # Processes of their own are tests/faults/test_killed_study.py's; each would load torch anew.
+    monkeypatch.setattr(ablation, "run_all", lambda configs, processes: run_here(configs))
     options = {
         "variants": ["ws-dr", "plain"],
         "seeds": 2,
