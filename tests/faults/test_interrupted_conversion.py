@@ -48,7 +48,6 @@ def snntorch_model():
     )  # fmt: skip
 
 
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """Lines are counted, and must be this conversion's: snnTorch lists all neurons alive, those of
