@@ -62,19 +62,22 @@ def on_post_build(config: Any, **_: object) -> None:
 
 
 def first_sentence(markdown: str) -> str:
-    """The first sentence of a page's first paragraph, without markup."""
+    """The first sentence of a page, without markup; of a page without one, what it documents."""
     prose = re.sub(r"^```.*?^```|<!--.*?-->", "", markdown, flags=re.M | re.S)
     for paragraph in re.split(r"\n\s*\n", prose):
         words = " ".join(paragraph.split())
         if words and not words.startswith(("#", "|", ":::", "!", "[!", "---")):
             plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`]", r"\1", words)
-            return re.split(r"(?<=[.:]) ", plain, maxsplit=1)[0].rstrip(":")
-    return "reference"
+            return re.split(r"(?<=\.) (?=[^\d])", plain, maxsplit=1)[0].rstrip(":")
+    return ", ".join(dict.fromkeys(re.findall(r"^::: (\S+)", markdown, flags=re.M)))
 
 
 def on_page_content(content: str, **_: object) -> str:
     """Replace what ``pymdownx.arithmatex`` marked as equations, and ``:class:`` and its like."""
-    content = _BLOCK.sub(lambda m: _mathml(m[1], "block"), content)
+    # On a phone a long equation scrolls, not the page.
+    content = _BLOCK.sub(
+        lambda m: f'<div style="overflow-x: auto">{_mathml(m[1], "block")}</div>', content
+    )
     content = _INLINE.sub(lambda m: _mathml(m[1], "inline"), content)
     return _ROLE.sub(_link, content)
 

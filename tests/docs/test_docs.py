@@ -24,6 +24,7 @@ import pytest
 
 import qsnn_ext
 from qsnn_ext import errors
+from tests.js.browser import Browser, chromium
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -213,12 +214,14 @@ def test_pages_load_nothing_from_elsewhere() -> None:
         assert not re.search(r"(<script|<link|!\[[^\]]*\]\(https?:)", page.read_text()), page
 
 
-def test_site_builds_strictly(tmp_path: Path) -> None:
-    """No broken link, no missing page, no docstring that cannot be shown."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
     for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("built") / "site"
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
@@ -226,10 +229,51 @@ def test_site_builds_strictly(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stderr
     assert 'not included in the "nav"' not in built.stderr
-    neuron = (tmp_path / "site" / "explanation" / "neuron.html").read_text(encoding="utf-8")
+    return folder
+
+
+def test_site_builds_strictly(site: Path) -> None:
+    """No broken link, missing page, docstring that cannot be shown, or file that is no page."""
+    neuron = (site / "explanation" / "neuron.html").read_text(encoding="utf-8")
     assert "<math" in neuron
     assert "arithmatex" not in neuron
-    assert "qsnn_ext.conversion.quantize_" in (tmp_path / "site/api/conversion.html").read_text()
+    assert "qsnn_ext.conversion.quantize_" in (site / "api/conversion.html").read_text()
+    assert not list(site.rglob("__pycache__"))
+
+
+def test_list_of_pages_says_what_each_holds(site: Path) -> None:
+    lines = (site / "llms.txt").read_text(encoding="utf-8").splitlines()
+    said = {target: text for line in lines if (found := re.fullmatch(
+        r"- \[[^]]+\]\(([^)]+)\): (.+)", line)) for target, text in [found.groups()]}  # fmt: skip
+    # The page of the demo and the one for missing pages are no pages of mkdocs.
+    pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")} - {"demo/index.html"}
+    assert said.keys() == pages - {"404.html"}
+    assert not [text for text in said.values() if len(text) < 10 or text.endswith("(Eq.")]
+
+
+def test_site_is_read_from_a_folder_and_on_a_phone(site: Path) -> None:
+    """Search needs no server, pages ask for nothing, and equations do not widen them."""
+    program = chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed (Debian: chromium)")
+    page = Browser(program)
+    try:
+        page.window(390, 800, dark=False, phone=True)
+        for path in sorted((site / "explanation").glob("*.html")):
+            page.open(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        page.window(1280, 800, dark=False)
+        page.open((site / "howto" / "bits.html").as_uri())
+        page.wait("document.querySelector('.md-search__input').offsetWidth > 0")
+        page.evaluate("document.querySelector('.md-search__input').focus()")
+        for letter in "calibrate":
+            page.key(letter)
+        page.wait("document.querySelectorAll('.md-search-result__link').length > 2")
+        first = page.evaluate("document.querySelector('.md-search-result__link').href")
+        assert first.startswith((site / "howto" / "calibrate.html").as_uri())
+        assert not page.problems
+    finally:
+        page.close()
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
