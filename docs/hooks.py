@@ -16,12 +16,13 @@ from latex2mathml.converter import convert
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+#: On a phone a table scrolls; the theme would break the names of classes in it anywhere.
+_STYLE = ".md-typeset td code { word-break: normal; }"
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>(~?)([\w.]+)</code>")
 
 
 #: Where a page of a section leads, besides to the page behind it.
 _LEADS = {
-    "howto": "../report.md",
     "explanation": "../numerics.md",
     "api": "../howto/layers.md",
     "": "howto/bits.md",
@@ -79,7 +80,8 @@ def on_page_content(content: str, **_: object) -> str:
         lambda m: f'<div style="overflow-x: auto">{_mathml(m[1], "block")}</div>', content
     )
     content = _INLINE.sub(lambda m: _mathml(m[1], "inline"), content)
-    return _ROLE.sub(_link, content)
+    content = content.replace("::</p>", ":</p>")  # before a block of code in a docstring
+    return f"<style>{_STYLE}</style>\n" + _ROLE.sub(_link, content)
 
 
 def _mathml(latex: str, display: str) -> str:

@@ -3,69 +3,74 @@
 1-bit synaptic weights, 2- to 8-bit membrane potentials, trained with Weight-Spike Dual Regulation
 (Wei et al., "Q-SNNs: Quantized Spiking Neural Networks", ACM MM 2024).
 
-Importing this package imports neither host: what extends one loads on first use.
+Importing this package imports neither host: what extends one loads on first use. Without torch,
+:mod:`qsnn_ext.deploy` still runs deployed networks.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-from qsnn_ext import (
-    config,
-    conversion,
-    counterparts,
-    energy,
-    errors,
-    functional,
-    hosts,
-    kernels,
-    layers,
-    models,
-    neuron,
-    quantizers,
-    regularizers,
-    report,
-)
-from qsnn_ext.calibration import calibrate
-from qsnn_ext.checkpoint import load_checkpoint, save_checkpoint
-from qsnn_ext.config import MembraneConfig, QuantConfig, Rule, WeightConfig
-from qsnn_ext.convert import ConversionReport, conversion_report, quantize_
-from qsnn_ext.energy import EnergyTable
+from qsnn_ext import errors
 from qsnn_ext.errors import QSNNError
-from qsnn_ext.folding import fold_batchnorm_
 
-# The functions have the names of their files, which they hide as attributes of this package.
-from qsnn_ext.footprint import Footprint, footprint
-from qsnn_ext.layers import (
-    BinaryConv1d,
-    BinaryConv2d,
-    BinaryConv3d,
-    BinaryConvTranspose1d,
-    BinaryConvTranspose2d,
-    BinaryConvTranspose3d,
-    BinaryLinear,
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantConvTranspose1d,
-    QuantConvTranspose2d,
-    QuantConvTranspose3d,
-    QuantLinear,
-)
-from qsnn_ext.quantizers import (
-    PRESETS,
-    BinaryWeight,
-    IntWeight,
-    LearnedMembraneQuantizer,
-    MembraneQuantizer,
-)
-from qsnn_ext.registered import register_neuron
-from qsnn_ext.regularizers import SignGradientSchedule, WSDRRegularizer
-from qsnn_ext.report import Summary, summarize
-from qsnn_ext.scaling import calibrate_scales
+# A machine that only runs deployed networks may lack torch; there is `deploy` then, and no more.
+if importlib.util.find_spec("torch") is not None:
+    from qsnn_ext import (
+        config,
+        conversion,
+        counterparts,
+        energy,
+        functional,
+        hosts,
+        kernels,
+        layers,
+        models,
+        neuron,
+        quantizers,
+        regularizers,
+        report,
+    )
+    from qsnn_ext.calibration import calibrate
+    from qsnn_ext.checkpoint import load_checkpoint, save_checkpoint
+    from qsnn_ext.config import MembraneConfig, QuantConfig, Rule, WeightConfig
+    from qsnn_ext.convert import ConversionReport, conversion_report, quantize_
+    from qsnn_ext.energy import EnergyTable
+    from qsnn_ext.folding import fold_batchnorm_
+
+    # The functions have the names of their files, which they hide as attributes of this package.
+    from qsnn_ext.footprint import Footprint, footprint
+    from qsnn_ext.layers import (
+        BinaryConv1d,
+        BinaryConv2d,
+        BinaryConv3d,
+        BinaryConvTranspose1d,
+        BinaryConvTranspose2d,
+        BinaryConvTranspose3d,
+        BinaryLinear,
+        QuantConv1d,
+        QuantConv2d,
+        QuantConv3d,
+        QuantConvTranspose1d,
+        QuantConvTranspose2d,
+        QuantConvTranspose3d,
+        QuantLinear,
+    )
+    from qsnn_ext.quantizers import (
+        PRESETS,
+        BinaryWeight,
+        IntWeight,
+        LearnedMembraneQuantizer,
+        MembraneQuantizer,
+    )
+    from qsnn_ext.registered import register_neuron
+    from qsnn_ext.regularizers import SignGradientSchedule, WSDRRegularizer
+    from qsnn_ext.report import Summary, summarize
+    from qsnn_ext.scaling import calibrate_scales
 
 if TYPE_CHECKING:
     from qsnn_ext import deploy as deploy
@@ -103,7 +108,7 @@ _LATER = {
         "snntorch",
     ),
 }
-_MODULES = ("deploy", *hosts.HOSTS)
+_MODULES = ("deploy", "sinabs", "snntorch", "spikingjelly")
 
 __all__ = [
     "PRESETS",
@@ -178,6 +183,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and name != "deploy" and importlib.util.find_spec("torch") is None:
+        raise errors.MissingDependencyError(
+            f"qsnn_ext.{name} needs torch, which is not installed; without it there is "
+            "qsnn_ext.deploy.load, which runs deployed networks. Install it with: pip install torch"
+        )
     if name in _LATER:
         return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     if name in _MODULES:

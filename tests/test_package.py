@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def _run(code):
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
     )
 
 
@@ -117,3 +117,28 @@ def test_every_module_with_a_list_of_names_has_them():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = qsnn_ext.nonsense
+
+
+def test_deployed_networks_run_without_torch():
+    """What the pages say: reading and running need NumPy only."""
+    done = _run(
+        """
+        import sys
+
+        sys.modules["torch"] = None
+        import numpy as np
+        import qsnn_ext
+        from qsnn_ext import deploy
+
+        net = deploy.load("recipes/results/devices/digits.qsnn")
+        assert net(np.zeros((2, *net.input_shape), np.float32)).shape[-1] == 10
+        net.session().step(net.codes(np.zeros((1, *net.input_shape), np.float32)))
+        try:
+            qsnn_ext.quantize_
+        except qsnn_ext.errors.MissingDependencyError as error:
+            assert "pip install torch" in str(error), error
+        else:
+            raise AssertionError("quantize_ without torch")
+        """
+    )
+    assert done.returncode == 0, done.stderr

@@ -262,6 +262,10 @@ def test_site_is_read_from_a_folder_and_on_a_phone(site: Path) -> None:
         for path in sorted((site / "explanation").glob("*.html")):
             page.open(path.as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        page.open((site / "neurons.html").as_uri())
+        broken = "[...document.querySelectorAll('td code')].filter(c => !/[^A-Za-z]/.test("
+        broken += "c.textContent) && c.getClientRects().length > 1).map(c => c.textContent)"
+        assert page.evaluate(broken) == []
         page.window(1280, 800, dark=False)
         page.open((site / "howto" / "bits.html").as_uri())
         page.wait("document.querySelector('.md-search__input').offsetWidth > 0")
