@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts, trace
+from qsnn_ext.batches import check_batches, explained
 from qsnn_ext.conversion.report import conversion_report
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError, StateError
 from qsnn_ext.progress import tracking
@@ -109,15 +110,15 @@ def calibrate(
         keep what they had, and are named in a warning.
 
     Raises:
-        InputTypeError: ``model`` is not a module, or ``batches`` is a tensor.
+        InputTypeError: ``model`` is not a module, ``batches`` is a tensor, or the model fails on an
+            array.
         ConfigError: unknown statistic or a percentile out of range.
         InputError: no batches, or potentials that are NaN or infinite.
         StateError: no quantized membrane potential in the model.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"calibrate needs a module, got {type(model).__name__}.")
-    if isinstance(batches, Tensor):
-        raise InputTypeError("batches must be an iterable of batches; for a single one pass [x].")
+    check_batches(batches)
     if statistic not in ("mean", "max", "percentile"):
         raise ConfigError(f"statistic={statistic!r} is unknown; 'mean', 'max' or 'percentile'.")
     if not 0 < percentile <= 100:
@@ -141,7 +142,8 @@ def calibrate(
                 for batch in shown:
                     count += 1
                     hosts.reset(model)
-                    (forward or _run)(model, batch)
+                    with explained(f"batch {count}", _input(batch), forward):
+                        (forward or _run)(model, batch)
         finally:
             handle.remove()
     if count == 0:
@@ -164,6 +166,14 @@ def calibrate(
     idle = [_owner(name) for name in quantizers if name not in frozen]
     if idle:
         warnings.warn(f"not calibrated because they did not run: {', '.join(idle)}", stacklevel=2)
+    silent = [_owner(name) for name, alpha in frozen.items() if alpha == 0]
+    if silent:
+        warnings.warn(
+            "no membrane potential was above zero on the calibration data, so that these neurons "
+            f"have scale 0 and from step to step nothing is carried: {', '.join(silent)}; "
+            "calibrate on data that make them charge",
+            stacklevel=2,
+        )
     return {_owner(name): alpha for name, alpha in frozen.items()}
 
 

@@ -29,7 +29,7 @@ from qsnn_ext.conversion.change import (
 )
 from qsnn_ext.conversion.report import REPORT_ATTRIBUTE, ConversionReport, conversion_report
 from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError
-from qsnn_ext.files import write_atomically
+from qsnn_ext.files import ZIP, write_atomically
 from qsnn_ext.folding import FoldedNorm
 from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.quantizers import KINDS, MembraneQuantizer, Quantizer
@@ -54,13 +54,14 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         path: of the file; its folder must exist.
 
     Raises:
-        InputTypeError: ``model`` is not a module.
+        InputTypeError: ``model`` is not a module, or ``path`` is none.
         CheckpointError: the file cannot be written, the model's state is not all tensors, or a
             module of another class than ours has a membrane quantizer.
         MissingDependencyError: safetensors is not installed.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
+    path = _path(path, "save_checkpoint")
     model = unwrap(model)
     states = _states(model)
     tensors, tied = _distinct({k: v for k, v in _named(model).items() if k not in states})
@@ -70,7 +71,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         content = _safetensors().torch.save(tensors, {_KEY: text, "sha256": _digest(text, tensors)})
     except Exception as error:
         raise CheckpointError(f"the model's tensors cannot be stored: {error}") from error
-    write_atomically(Path(path), lambda file: file.write(content), CheckpointError)
+    write_atomically(path, lambda file: file.write(content), CheckpointError)
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -125,21 +126,31 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
     Raises:
         CheckpointError: no such file, damaged, not written by :func:`save_checkpoint`, by a newer
             version, or of another architecture. The model given is then as it was.
-        InputTypeError: ``model`` is, or builds, no module.
+        InputTypeError: ``model`` is, or builds, no module, or ``path`` is none.
         MissingDependencyError: safetensors is not installed.
     """
-    path = Path(path)
+    path = _path(path, "load_checkpoint")
     header, tensors = _read(path)
-    built = model if isinstance(model, nn.Module) else model() if callable(model) else None
+    built = model if isinstance(model, nn.Module) else model() if callable(model) else model
     if not isinstance(built, nn.Module):
+        given = (
+            f"the function returned {type(built).__name__}"
+            if callable(model)
+            else "got " + (type(model).__name__)
+        )
         raise InputTypeError(
-            "load_checkpoint needs a model or a function that builds one, "
-            f"got {type(model).__name__}."
+            f"load_checkpoint needs a model or a function that builds one; {given}."
         )
     # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
     remedy = "; write it anew with qsnn_ext.save_checkpoint"
     _fit(unwrap(built), header, tensors, repr(str(path)), remedy)
     return built
+
+
+def _path(given: Any, what: str) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise InputTypeError(f"{what} needs a path, got {type(given).__name__}.")
+    return Path(given)
 
 
 # --------------------------------------------------------------------------- writing
@@ -226,6 +237,11 @@ def _contents(path: Path) -> tuple[dict[str, Any], bytes]:
         size = os.fstat(file.fileno()).st_size
         word = file.read(8)
         length = int.from_bytes(word, "little")
+        if word[:4] == ZIP:
+            raise CheckpointError(
+                f"{str(path)!r} is a zip archive, which torch.save writes; load it with "
+                "torch.load(path, weights_only=True) and model.load_state_dict."
+            )
         if not 0 < length <= size - 8:
             raise CheckpointError(f"{str(path)!r} is damaged: its header does not fit into it.")
         header = file.read(length)

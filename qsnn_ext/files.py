@@ -11,6 +11,9 @@ from typing import BinaryIO
 
 from qsnn_ext.errors import QSNNError
 
+#: How a zip archive begins, and so what ``torch.save`` writes.
+ZIP = b"PK\x03\x04"
+
 
 def write_atomically(
     path: Path,

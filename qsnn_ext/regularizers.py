@@ -6,6 +6,7 @@ The weight half of the regulation (Eq. 16) is an option of
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -75,7 +76,8 @@ class WSDRRegularizer:
 
     Raises:
         InputTypeError: ``model`` is not a module.
-        ConfigError: no spiking layer is left to watch, an unknown name, reduction or target.
+        ConfigError: no spiking layer is left to watch, an unknown name or reduction, a strength
+            below zero or a target that is no rate.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class WSDRRegularizer:
             raise ConfigError(f"reduction={reduction!r} is unknown; choose 'sum' or 'mean'.")
         if not 0 <= target <= 1:
             raise ConfigError(f"target={target!r} is a firing rate and must lie in 0..1.")
+        if not 0 <= strength < math.inf:
+            raise ConfigError(f"strength={strength!r} must be a number of at least 0.")
         self.strength = strength
         self.target = target
         self.reduction = reduction

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
+from qsnn_ext.batches import explained
 from qsnn_ext.counterparts import live_tensors
 from qsnn_ext.errors import InputError, InputTypeError
 from qsnn_ext.quantizers import MembraneQuantizer
@@ -141,13 +142,14 @@ def call(
     Returns:
         What the pass returned.
     """
-    if forward is not None:
-        return forward(model, sample)
-    if isinstance(sample, (tuple, list)):
-        return model(*sample)
-    if isinstance(sample, dict):
-        return model(**sample)
-    return model(sample)
+    with explained("the sample", sample, forward):
+        if forward is not None:
+            return forward(model, sample)
+        if isinstance(sample, (tuple, list)):
+            return model(*sample)
+        if isinstance(sample, dict):
+            return model(**sample)
+        return model(sample)
 
 
 @contextmanager

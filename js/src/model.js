@@ -23,11 +23,19 @@ export async function compileEngine(simd, plain) {
  * @param {{module: WebAssembly.Module, simd: boolean}} engine From compileEngine.
  */
 export function load(content, engine) {
+  if (!ArrayBuffer.isView(content) && !isBuffer(content))
+    throw new QSNNError(
+      "load takes the bytes of a file, such as await (await fetch(url)).arrayBuffer()");
   // A view of its own class: Node's Buffers do not copy what they slice.
   const bytes = ArrayBuffer.isView(content)
     ? new Uint8Array(content.buffer, content.byteOffset, content.byteLength)
     : new Uint8Array(content);
   return new Model(parse(bytes), engine);
+}
+
+/** Also of another realm, such as a frame or a worker. */
+function isBuffer(content) {
+  return /^\[object (Shared)?ArrayBuffer\]$/.test(Object.prototype.toString.call(content));
 }
 
 /** Calls a program like the model it came from. */
@@ -160,7 +168,7 @@ export class Session {
    * @returns {Uint8Array} Zeros and ones [C, H, W].
    */
   spikes(layer) {
-    const { spikes: v } = this.model.image.layers[layer];
+    const { spikes: v } = this.#layer(layer);
     return this.#bits(this.at.arena / 4 + v.offset, v, v.stride, 1, Uint8Array);
   }
 
@@ -170,7 +178,7 @@ export class Session {
    * @returns {Int32Array} [C, H, W].
    */
   membranes(layer) {
-    const { bits, state, pitch, spikes: v } = this.model.image.layers[layer];
+    const { bits, state, pitch, spikes: v } = this.#layer(layer);
     const from = this.at.state / 4 + state;
     if (bits < 32)
       return this.#bits(from, v, pitch, bits, Int32Array).map((x) => (x << (32 - bits)) >> (32 - bits));
@@ -179,6 +187,13 @@ export class Session {
       for (let pixel = 0; pixel < v.pixels; pixel++)
         potentials[i++] = this.memory[from + pixel * pitch + c];
     return potentials;
+  }
+
+  #layer(layer) {
+    const { layers } = this.model.image;
+    if (!(layer in layers))
+      throw new QSNNError(`there is no layer ${layer}; model.layers has ${layers.length}`);
+    return layers[layer];
   }
 
   /** Numbers held as bit planes [pixel][plane][word of channels], as [C, H, W]. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,28 @@ import numpy.typing as npt
 
 from qsnn_ext.deploy.program import WIDE_LIMIT, IntArray, Program
 from qsnn_ext.errors import ConfigError, FormatError, InputError, InputTypeError
+
+
+def program(given: Any, what: str) -> Program:
+    """``given``, if it is a program.
+
+    Args:
+        given: What somebody passed.
+        what: Who needs it, for the message.
+
+    Raises:
+        InputTypeError: If it is none; says how to come by one.
+    """
+    if isinstance(given, Program):
+        return given
+    remedy = ""
+    if isinstance(given, str | os.PathLike):
+        remedy = "; deploy.load_program(path) reads one"
+    elif hasattr(given, "named_modules"):
+        remedy = "; deploy.lower(model, sample) makes one"
+    elif isinstance(getattr(given, "program", None), Program):
+        remedy = "; pass its .program"
+    raise InputTypeError(f"{what} needs a program, got {type(given).__name__}{remedy}")
 
 
 def count(what: str, given: Any, most: int = 2**31 - 1) -> int:

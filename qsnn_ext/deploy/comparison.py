@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
+from qsnn_ext.batches import check_batches
+from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.model import DeployedModel
 from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.reference import ReferenceSession
-from qsnn_ext.errors import InputError, StateError
+from qsnn_ext.errors import InputError, InputTypeError, StateError
 from qsnn_ext.plotting import figure, name_bars
 from qsnn_ext.progress import tracking
 from qsnn_ext.text import columns
-from qsnn_ext.wrapping import unwrap
+from qsnn_ext.trace import check_model
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,14 @@ def compare(
 
     Raises:
         StateError: If there are no batches.
-        InputError: If the model and its program give answers of different shapes.
+        InputError: If the model and its program give answers of different shapes, or the labels
+            are not one a sample.
+        InputTypeError: If ``model`` is not a module, ``program`` none, ``batches`` a tensor, or an
+            input none.
     """
-    model = unwrap(model)
-    deployed = DeployedModel(program, "auto")
+    model = check_model(model, "compare")
+    deployed = DeployedModel(checks.program(program, "compare"), "auto")
+    check_batches(batches)
     names = {n.name for n in program.neurons}
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -204,6 +210,11 @@ def compare(
         with tracking(batches, "compare") as shown_batches:
             for batch in shown_batches:
                 x, y = batch if isinstance(batch, tuple | list) else (batch, None)
+                if not isinstance(x, Tensor):
+                    raise InputTypeError(
+                        f"compare: the input of a batch is a {type(x).__name__}; give tensors, or "
+                        "pairs of a tensor and labels"
+                    )
                 codes = deployed.codes(x)
                 clipped += int(np.isin(codes, program.input_range).sum())
                 values += codes.size
@@ -237,6 +248,11 @@ def compare(
                 if y is not None:
                     labelled = True
                     labels = np.asarray(y)
+                    if labels.shape != a.shape:
+                        raise InputError(
+                            f"labels of shape {labels.shape} for {len(a)} samples; give the index "
+                            "of the right class for each"
+                        )
                     right_model += int((a == labels).sum())
                     right_program += int((b == labels).sum())
     finally:

@@ -47,7 +47,9 @@ def resident_size(
     Raises:
         FormatError: If the program is not valid or needs more memory than the limit.
         ConfigError: If ``optimize`` is neither.
+        InputTypeError: If ``program`` is none.
     """
+    checks.program(program, "resident_size")
     return size_of(program, _image(program, optimize, memory_limit))
 
 
@@ -109,11 +111,13 @@ def export_c(
         The memory it takes.
 
     Raises:
-        ConfigError: If a name or option is unknown, or the compiler fails.
+        ConfigError: If a name or option is unknown, the folder cannot be written, or the compiler
+            fails.
         FormatError: If the program is not valid or needs more memory than the limit.
         InputError: If samples, mean or std do not fit the program.
-        InputTypeError: If ``pixels`` is not a table for this program.
+        InputTypeError: If ``program`` is none, or ``pixels`` is not a table for it.
     """
+    checks.program(program, "export_c")
     _check_names(target, name)
     image = _image(program, optimize, memory_limit)
     if mean is not None or std is not None:
@@ -128,8 +132,13 @@ def export_c(
     sources = []
     for path, text in files.items():
         path = re.sub(r"\bmodel\.", f"{name}.", path.replace("lib/model/", f"lib/{name}/"))
-        (base / path).parent.mkdir(parents=True, exist_ok=True)
-        (base / path).write_text(_named(text, name), encoding="ascii", newline="\n")
+        try:
+            (base / path).parent.mkdir(parents=True, exist_ok=True)
+            (base / path).write_text(_named(text, name), encoding="ascii", newline="\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{base} could not be written: {error}. Make room or name another folder."
+            ) from error
         if path.endswith(("qsnn.c", f"{name}.c")):
             sources.append(path)
     code = stack = 0

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.program import OP_TYPES, IntArray, Neuron, Op, Program, Value
-from qsnn_ext.errors import FormatError
-from qsnn_ext.files import write_atomically
+from qsnn_ext.errors import FormatError, InputTypeError
+from qsnn_ext.files import ZIP, write_atomically
 
 FORMAT_VERSION = 2
 #: Versions that are read. Version 1 had no Gather, Concat, Matmul and Delay.
@@ -47,8 +48,9 @@ def dump_program(program: Program) -> bytes:
 
     Raises:
         FormatError: If the program is not valid.
+        InputTypeError: If ``program`` is none.
     """
-    program.validate()
+    checks.program(program, "a .qsnn file").validate()
     return _encode(program)
 
 
@@ -108,6 +110,7 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> int:
 
     Raises:
         FormatError: If the program is not valid, or the file cannot be written.
+        InputTypeError: If ``program`` is none.
     """
     content = dump_program(program)
     write_atomically(Path(path), lambda file: file.write(content), FormatError)
@@ -122,15 +125,21 @@ def load_program(path: str | os.PathLike[str]) -> Program:
 
     Raises:
         FormatError: If the file is damaged, hostile, of an unknown version, or cannot be read.
+        InputTypeError: If ``path`` is none.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(
+            f"a .qsnn file needs a path, got {type(path).__name__}; parse_program(content) reads "
+            "bytes, DeployedModel(program) runs a program"
+        )
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE:
                 raise FormatError(f"{path}: {size} bytes is more than any .qsnn file has")
             content = file.read(size + 1)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # a name may hold what no file system takes
+        raise FormatError(f"{path!r} cannot be read: {error}") from error
     return parse_program(content, str(path))
 
 
@@ -188,6 +197,8 @@ def _json(text: str | bytes, what: str) -> dict[str, Any]:
 def _parse(content: bytes) -> Program:
     if len(content) < 8:
         raise FormatError("it is too short to be a .qsnn file")
+    if content[:4] == ZIP:
+        raise FormatError("it is a zip archive, which torch.save writes, and no .qsnn file")
     length = int.from_bytes(content[:8], "little")
     if length > MAX_HEADER or length > len(content) - 8:
         raise FormatError(

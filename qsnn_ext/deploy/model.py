@@ -53,6 +53,7 @@ class DeployedModel:
     Raises:
         ConfigError: If the backend is not available here, or a number is none.
         FormatError: If the program is not valid or needs more memory than the limit.
+        InputTypeError: If ``program`` is none.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class DeployedModel:
         threads: int = 1,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
-        program.validate()
+        checks.program(program, "DeployedModel").validate()
         self.program = program
         self.backend: Any = choose(backend)
         self.threads = checks.count("threads", threads, MAX_THREADS)
@@ -152,7 +153,10 @@ class DeployedModel:
                 x = np.rint(x / self.program.input_scale)
             self._say_clipped(x)
         elif not np.issubdtype(x.dtype, np.integer):
-            raise InputTypeError(f"input of type {x.dtype}; it must be real numbers or integers")
+            raise InputTypeError(
+                f"input of type {x.dtype}; it must be real numbers or integer codes: "
+                'x.astype("float32") makes real numbers'
+            )
         clipped = np.clip(x, lo, hi).astype(np.int32)
         codes: npt.NDArray[np.int32] = clipped.reshape(
             *x.shape[: x.ndim - rank], *self.program.values[0].shape
@@ -277,5 +281,6 @@ def load(
         FormatError: If the file is damaged, hostile, of an unknown version, or needs more memory
             than the limit.
         ConfigError: If the backend is not available here.
+        InputTypeError: If ``path`` is none.
     """
     return DeployedModel(load_program(path), backend, threads, memory_limit)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.fileformat import dump_program, parse_program
 from qsnn_ext.deploy.program import Add, Affine, Conv, Logic, Neuron, Pool, Program, sources_of
 from qsnn_ext.deploy.reference import unpack_weight
@@ -52,10 +53,11 @@ def to_nir(program: Program) -> Any:
 
     Raises:
         LoweringError: If an operation has no NIR node; names it.
+        InputTypeError: If ``program`` is none.
         MissingDependencyError: If ``nir`` is not installed.
     """
     nir = _nir()
-    program.validate()
+    checks.program(program, "to_nir").validate()
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
     unsaid: dict[int, str] = {}  # outputs that are potentials of firing neurons -> the neuron

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.program import Program
 from qsnn_ext.errors import InputError
 
@@ -29,8 +30,9 @@ def pixel_table(
     Raises:
         InputError: If mean or std have as many entries as neither 1 nor C, or are not finite, or a
             std is not positive.
+        InputTypeError: If ``program`` is none.
     """
-    channels = program.values[0].shape[0]
+    channels = checks.program(program, "pixel_table").values[0].shape[0]
     constants = []
     for what, numbers in (("mean", mean), ("std", std)):
         array = np.atleast_1d(np.asarray(numbers, np.float32))

@@ -12,7 +12,8 @@ from qsnn_ext.calibration import input_seen
 from qsnn_ext.deploy.fileformat import save_program
 from qsnn_ext.deploy.lowering import lower
 from qsnn_ext.deploy.program import Program
-from qsnn_ext.errors import LoweringError
+from qsnn_ext.errors import InputTypeError, LoweringError
+from qsnn_ext.trace import check_model
 from qsnn_ext.wrapping import unwrap
 
 
@@ -37,7 +38,13 @@ def save(
 
     Raises:
         LoweringError: If the model has no exact integer form, or no sample is known.
+        InputTypeError: If ``model`` is neither, or ``path`` is none.
+        FormatError: If the file cannot be written.
     """
+    if not isinstance(model, Program):
+        check_model(model, "deploy.save")
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(f"save(model, path, sample): a {type(path).__name__} is no path")
     if isinstance(model, Program):
         program = model
     else:

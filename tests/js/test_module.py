@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -175,3 +177,36 @@ def test_the_package_is_complete(built):
         assert (JS / name).exists(), name
     for name, limit in (("qsnn.wasm", 60_000), ("qsnn-simd.wasm", 60_000)):
         assert 10_000 < (JS / "dist" / name).stat().st_size < limit
+
+
+def test_mistakes_are_answered(built):
+    """A name in place of a file's bytes, bytes of no file, a layer that is not there."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed: apt-get install nodejs")
+    script = """
+        import { readFile } from "node:fs/promises";
+        import { load } from "./index.js";
+        const said = async (call) => {
+          try { await call(); } catch (error) { return `${error.name}: ${error.message}`; }
+        };
+        const file = await readFile(process.argv[1]);
+        const session = (await load(file)).session();
+        console.log(JSON.stringify([
+          await said(() => load("net.qsnn")), await said(() => load(undefined)),
+          await said(() => load(new ArrayBuffer(3))), await said(() => session.spikes(99)),
+          await said(() => session.membranes(-1)),
+          (await load(new Uint8Array(file).buffer)).timesteps,
+        ]));
+    """
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script, str(MODELS / "digits.qsnn")],
+        cwd=built, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    name, nothing, short, spikes, membranes, steps = json.loads(done.stdout)
+    for answer in (name, nothing):
+        assert answer.startswith("QSNNError: load takes the bytes of a file")
+    assert short == "QSNNError: it is too short to be a .qsnn file"
+    assert spikes == "QSNNError: there is no layer 99; model.layers has 8"
+    assert membranes == "QSNNError: there is no layer -1; model.layers has 8"
+    assert steps == 4
