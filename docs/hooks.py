@@ -16,6 +16,8 @@ from latex2mathml.converter import convert
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+#: Where the demo page, which is built without a site too, has its link to the site.
+_PLACE = re.compile("<!-- in the site: a link to the documentation -->")
 #: On a phone a table scrolls; the theme would break the names of classes in it anywhere.
 _STYLE = ".md-typeset td code { word-break: normal; }"
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>(~?)([\w.]+)</code>")
@@ -54,12 +56,16 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
 
 
 def on_post_build(config: Any, **_: object) -> None:
-    """``llms.txt``: the pages with a sentence each, for programs that read."""
+    """``llms.txt``: the pages with a sentence each, for programs that read; the demo's way back."""
     lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
     for page in _pages:
         text = Path(page.file.abs_src_path).read_text(encoding="utf-8")
         lines.append(f"- [{page.title}]({page.file.dest_uri}): {first_sentence(text)}")
-    (Path(config["site_dir"]) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    site = Path(config["site_dir"])
+    (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    demo = site / "demo" / "index.html"
+    text = demo.read_text(encoding="utf-8")
+    demo.write_text(_PLACE.sub('<a href="../index.html">Documentation</a>', text), encoding="utf-8")
 
 
 def first_sentence(markdown: str) -> str:

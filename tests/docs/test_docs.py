@@ -239,6 +239,9 @@ def test_site_builds_strictly(site: Path) -> None:
     assert "arithmatex" not in neuron
     assert "qsnn_ext.conversion.quantize_" in (site / "api/conversion.html").read_text()
     assert not list(site.rglob("__pycache__"))
+    link = 'href="../index.html"'  # of the demo page; beside docs/demo there is no such page
+    assert link in (site / "demo" / "index.html").read_text(encoding="utf-8")
+    assert link not in (DOCS / "demo" / "index.html").read_text(encoding="utf-8")
 
 
 def test_list_of_pages_says_what_each_holds(site: Path) -> None:
