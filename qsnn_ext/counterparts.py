@@ -28,24 +28,25 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
-def kind_of(cls: Any, known: tuple[type, ...]) -> Any:
+def kind_of(cls: Any, known: tuple[type, ...], besides: tuple[str, ...] = ()) -> Any:
     """Which of ``known`` a class computes as: itself, or what it extends and does not override.
 
     Args:
         cls: class of a module.
         known: classes whose computation is known.
+        besides: what it may override all the same.
     """
-    return _kind_of(cls, known)
+    return _kind_of(cls, known, besides)
 
 
 @functools.lru_cache(maxsize=4096)
-def _kind_of(cls: type, known: tuple[type, ...]) -> type | None:
+def _kind_of(cls: type, known: tuple[type, ...], besides: tuple[str, ...]) -> type | None:
     lineage = [c for c in cls.__mro__ if not issubclass(c, QuantizedNeuron)]
     for at, base in enumerate(lineage):
         if base in known:
             return base
         inherited = {name for b in lineage[at + 1 :] for name in vars(b)}
-        if base is nn.Module or (vars(base).keys() - _HARMLESS) & inherited:
+        if base is nn.Module or (vars(base).keys() - _HARMLESS - {*besides}) & inherited:
             return None
     return None
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsnn_ext import trace
+from qsnn_ext import hosts, trace
 from qsnn_ext.conversion.change import replace_module
 from qsnn_ext.errors import ConversionError, InputTypeError, StateError
 from qsnn_ext.layers import (
@@ -229,7 +229,7 @@ def _traced(model: nn.Module, norms: dict[int, Any], names: dict[int, str], samp
         else:
             layers[id(layer)] = layer
             fed[id(norm)].add(id(layer))
-            multi_step = getattr(norm, "step_mode", "s") == "m"
+            multi_step = hosts.over_time(norm)
             if isinstance(layer, nn.Linear) and x.dim() != (3 if multi_step else 2):
                 odd.add(id(norm))
         watch.in_norm = True

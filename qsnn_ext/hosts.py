@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from qsnn_ext.errors import ConfigError, MissingDependencyError
-from qsnn_ext.neuron import NeuronModel
+from qsnn_ext.neuron import Link, NeuronModel
 
 
 class Adapter(abc.ABC):
     """The questions a host's module answers, and what it may add to the answers given here."""
+
+    #: Modules of the host whose code only calls what it is given: no line of a model is in there.
+    helpers: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def describe(self, module: nn.Module) -> NeuronModel | None:
@@ -66,6 +69,14 @@ class Adapter(abc.ABC):
     def is_neuron(self, module: nn.Module) -> bool:
         """Whether the module is a neuron of this host, of any kind, spiking or not."""
         return self.describe(module) is not None
+
+    def over_time(self, module: nn.Module) -> bool:
+        """Whether a layer or neuron takes whole sequences ``[T, N, ...]``, as it is set now."""
+        return False
+
+    def link(self, module: nn.Module) -> Link | None:
+        """What ties steps together in a module of the host that is no neuron, if it does."""
+        return None
 
     def encodes(self, module: nn.Module) -> bool:
         """Whether the module turns input values into spikes: it fires and is no neuron."""
@@ -129,6 +140,21 @@ def describe(module: nn.Module) -> NeuronModel | None:
 def belongs(kind: type[Any]) -> bool:
     """Whether a class is a host's own, and neither a user's nor one of this package."""
     return kind.__module__.partition(".")[0] in HOSTS
+
+
+def over_time(module: nn.Module) -> bool:
+    """Whether ``module`` is a host's and takes whole sequences ``[T, N, ...]``, as it is set."""
+    return any(host.over_time(module) for host in adapters())
+
+
+def link(module: nn.Module) -> Link | None:
+    """What ties steps together in a module that is no neuron of any host, if it does."""
+    return next((found for host in adapters() if (found := host.link(module)) is not None), None)
+
+
+def helpers() -> tuple[str, ...]:
+    """Modules of the hosts whose code only calls what it is given, and what is in them."""
+    return tuple(name for host in adapters() for name in host.helpers)
 
 
 def encodes(module: nn.Module) -> bool:

@@ -44,7 +44,7 @@ class Membrane:
         spikes = hosts.spikes(output)
         if not isinstance(spikes, Tensor):
             return
-        multi_step = getattr(module, "step_mode", "s") == "m"
+        multi_step = hosts.over_time(module)
         shape = tuple(spikes.shape[1:] if multi_step else spikes.shape)
         if math.prod(shape) >= math.prod(self.shape) or not self.calls:
             self.shape, self.itemsize = shape, spikes.element_size()

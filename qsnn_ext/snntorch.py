@@ -5,6 +5,7 @@ The only file that imports snnTorch.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from types import FunctionType
 from typing import Any
@@ -16,7 +17,7 @@ from qsnn_ext import functional as F
 from qsnn_ext import hosts, kernels
 from qsnn_ext.counterparts import QuantizedNeuron, held, kind_of, rounder
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
-from qsnn_ext.neuron import Charge, NeuronModel, State
+from qsnn_ext.neuron import Charge, Drive, Feedback, Filter, Link, NeuronModel, State
 from qsnn_ext.quantizers import MembraneQuantizer
 
 try:
@@ -343,6 +344,8 @@ _STATES = ("syn", "syn_exc", "syn_inh", "mem")
 class _SnnTorch(hosts.Adapter):
     """See :class:`qsnn_ext.hosts.Adapter`."""
 
+    helpers = ("snntorch._neurons",)
+
     def describe(self, module: Any) -> NeuronModel | None:
         """A neuron of snnTorch, spiking or not."""
         cls = type(module)
@@ -354,19 +357,23 @@ class _SnnTorch(hosts.Adapter):
         spiking = isinstance(module, snn.SpikingNeuron)
         difference = isinstance(module, snn.DeltaLeaky)  # fires on it, and is never reset
         reset = _RESETS["none" if difference else getattr(module, "reset_mechanism", "none")]
+        delayed, recurrent = getattr(module, "reset_delay", True), hasattr(module, "recurrent")
         return NeuronModel(
             kind=(kind_of(cls, _KNOWN) or cls).__name__,
             states=states,
             potential="mem",
+            passed=(*["spk"] * recurrent, *(s.name for s in states)),
             charge=_charge(module),
+            own_drive=functools.partial(_drive, module),
             spiking=spiking,
             threshold=getattr(module, "threshold", None),
             fire=getattr(module, "spike_grad", None),
             reset=reset,
-            delayed=getattr(module, "reset_delay", True),
+            delayed=delayed,
+            resets_again=not delayed and getattr(module, "membrane", None) is None,
             order=getattr(module, "order", "fire_first"),
             graded=getattr(module, "graded_spikes_factor", 1.0),
-            recurrent=hasattr(module, "recurrent"),
+            recurrent=recurrent,
             stateless="it computes all time steps at once, and carries no potential",
             readout=reset == "none" and isinstance(module, snn.LIF) and not difference,
             obstacle=(
@@ -375,12 +382,16 @@ class _SnnTorch(hosts.Adapter):
                 if getattr(module, "state_quant", False)
                 else None
             ),
-            no_integers=(
-                "inhibition lets neurons of a layer interact; turn it off"
-                if getattr(module, "inhibition", False)
-                else None
-            ),
+            no_integers=_no_integers(module),
         )
+
+    def link(self, module: nn.Module) -> Link | None:
+        """:class:`OverTime`, which runs the neuron it holds."""
+        return Link(neuron="neuron") if type(module) is OverTime else None
+
+    def over_time(self, module: nn.Module) -> bool:
+        """:class:`OverTime` alone."""
+        return type(module) is OverTime
 
     def counterpart(self, float_type: type[nn.Module]) -> type[Any] | None:
         """Any spiking neuron of the host."""
@@ -438,6 +449,51 @@ def _charge(module: Any) -> Charge | None:
         return None
     leak = module.time_step / (module.R * module.C)
     return Charge(1 - leak, module.R * leak)
+
+
+#: Neurons whose current is more than the input: those with a synaptic current, with feedback.
+_FILTERED = (snn.Synaptic, snn.RSynaptic, snn.Alpha)
+_FED_BACK = (snn.RLeaky, snn.RSynaptic)
+
+
+def _drive(module: Any) -> Drive | None:
+    """The drive of a neuron, in the host's own ``forward``."""
+    kind = kind_of(type(module), (*_FILTERED, *_FED_BACK), besides=("forward",))
+    if kind is None:
+        return None
+    beta = module.beta.clamp(0, 1)
+    filters: tuple[Filter, ...] = ()
+    if kind in _FILTERED:
+        alpha = module.alpha.clamp(0, 1)
+        filters = (Filter("syn", alpha),)
+    if kind is snn.Alpha:
+        slow, fast = alpha.double().log(), beta.double().log()
+        filters = (Filter("syn_exc", alpha), Filter("syn_inh", beta, -1.0))
+        return Drive(Charge(0.0), filters, gain=slow / (fast - slow) + 1)
+    if kind not in _FED_BACK:
+        return Drive(Charge(beta), filters)
+    back = getattr(module.recurrent, "V", module.recurrent)
+    return Drive(Charge(beta), filters, feedback=Feedback("add", back, "recurrent"))
+
+
+def _no_integers(module: Any) -> str | None:
+    if getattr(module, "inhibition", False):
+        return (
+            "inhibition lets neurons of a layer interact; turn it off, or run the model in its own "
+            "framework"
+        )
+    if isinstance(module, snn.Alpha) and module.reset_mechanism != "none":
+        return (
+            "a spike of an Alpha resets two currents that do not fire themselves, which no integer "
+            "operation does; use reset_mechanism='none' (a read-out), or Synaptic"
+        )
+    own = isinstance(module, (*_FILTERED, *_FED_BACK))
+    if own and module.reset_mechanism == "zero" and module.reset_delay:
+        return (
+            "its delayed reset to zero drops the current of the step after a spike; use "
+            "reset_mechanism='subtract' or reset_delay=False"
+        )
+    return None
 
 
 def _state_names(module: nn.Module) -> tuple[str, ...]:

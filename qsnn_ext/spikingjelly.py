@@ -29,7 +29,7 @@ from qsnn_ext.layers import (
     fold_,
     normalization_affine,
 )
-from qsnn_ext.neuron import Charge, NeuronModel, State
+from qsnn_ext.neuron import Charge, Drive, Feedback, Link, NeuronModel, Output, State, Step
 from qsnn_ext.quantizers import MembraneQuantizer
 
 try:
@@ -477,8 +477,70 @@ def _describe_cell(module: Any) -> NeuronModel:
     )
 
 
+def _alone(module: Any, potential: str) -> Step:
+    """The step of a copy of a node, as it is without quantizers."""
+    one = copy.copy(module)
+    one.__dict__.update({k: copy.deepcopy(t) for k, t in vars(module).items() if k != "_memories"})
+    one.__dict__["_memories"] = dict(module._memories)
+    one.__class__ = _float_type(module)
+    one.double().eval()
+
+    def step(v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        setattr(one, potential, v)
+        return one.single_step_forward(x), getattr(one, potential)
+
+    return step
+
+
+#: What read-outs give of the potentials of a sequence.
+_DECODED: dict[str | None, Output] = {
+    "last_mem": "last",
+    "mean-mem": "mean",
+    "max-mem": "max",
+    None: "each",
+}
+
+
+def _drive(module: Any) -> Drive | None:
+    """The drive of a read-out, whose current is its input."""
+    known = (neuron.NonSpikingIFNode, neuron.NonSpikingLIFNode)
+    kind = kind_of(type(module), known, besides=("forward",))
+    if kind is neuron.NonSpikingIFNode:
+        return Drive(Charge(1.0))
+    if kind is None:
+        return None
+    # In double precision: what a leak rounds away adds up over the steps.
+    return Drive(_leak(torch.tensor(1.0 / module.tau, dtype=torch.float64), True, None))
+
+
+def _no_integers(module: Any) -> str | None:
+    if isinstance(module, layer.SynapseFilter):
+        return (
+            "a SynapseFilter leaks only where there is no spike, which no integer operation does; "
+            "use a NonSpikingLIFNode, or snnTorch's Synaptic, whose current leaks at every step"
+        )
+    if not isinstance(module, neuron.NonSpikingBaseNode):
+        return None
+    if getattr(module, "membrane", None) is not None:
+        return (
+            "its potential is quantized between steps and given out unquantized; leave this "
+            "read-out in floating point"
+        )
+    if module.decode not in _DECODED:
+        return (
+            f"decode={module.decode!r} has no integer form; use 'last_mem', 'mean-mem', 'max-mem' "
+            "or None"
+        )
+    return None
+
+
+_LINKS = (layer.Delay, layer.LinearRecurrentContainer, layer.ElementWiseRecurrentContainer)
+
+
 class _SpikingJelly(hosts.Adapter):
     """See :class:`qsnn_ext.hosts.Adapter`."""
+
+    helpers = tuple(m.__name__ for m in (base, functional, layer, neuron))
 
     def describe(self, module: Any) -> NeuronModel | None:
         """A node or cell of SpikingJelly, or a user's module with a memory called ``v``."""
@@ -501,15 +563,20 @@ class _SpikingJelly(hosts.Adapter):
         )
         v_reset = getattr(module, "v_reset", 0.0)
         silent = (neuron.NonSpikingBaseNode, neuron.NoisyNonSpikingBaseNode)
+        decodes = isinstance(module, neuron.NonSpikingBaseNode)
         threshold = getattr(module, "v_threshold", None)
         return NeuronModel(
             kind=(kind_of(cls, tuple(NEURONS)) or cls).__name__,
             states=tuple(s for s in states if s.why_float is None),
             potential=potential,
+            potential_seq="v_seq",
             charge=_charge(module),
+            own_drive=functools.partial(_drive, module),
+            alone=functools.partial(_alone, module, potential or ""),
             spiking=not isinstance(module, (*silent, layer.SynapseFilter)),
             threshold=threshold,
             readout=isinstance(module, silent) or _is_infinite(threshold),
+            output=_DECODED.get(module.decode, "each") if decodes else "spikes",
             fire=getattr(module, "surrogate_function", None),
             reset="soft" if v_reset is None else "hard",
             v_reset=v_reset or 0.0 if isinstance(v_reset, (float, type(None))) else 0.0,
@@ -517,6 +584,7 @@ class _SpikingJelly(hosts.Adapter):
             order=getattr(module, "order", "fire_first"),
             stateless=_without_state(module),
             obstacle=self._obstacle(module),
+            no_integers=_no_integers(module),
         )
 
     def _obstacle(self, module: Any) -> str | None:
@@ -524,8 +592,7 @@ class _SpikingJelly(hosts.Adapter):
         if isinstance(module, noisy):
             return "it keeps its states inside its own forward pass"
         if isinstance(module, base.MemoryModule) and not isinstance(module, neuron.GatedLIFNode):
-            cls: Any = type(module)
-            cls = cls.float_type() if issubclass(cls, QuantizedNeuron) else cls
+            cls = _float_type(module)
             stock: Any = base.MemoryModule.single_step_forward
             if cls.single_step_forward is stock and not _is_functional(cls):
                 return "it runs whole sequences and has no step of its own"
@@ -543,6 +610,22 @@ class _SpikingJelly(hosts.Adapter):
             return QuantizedLoop.over(float_type)
         if issubclass(float_type, tuple(cell for cell, states in _CELLS.items() if states)):
             return QuantizedCell.over(float_type)
+        return None
+
+    def over_time(self, module: nn.Module) -> bool:
+        """What is in step mode ``"m"``, and read-outs, which have no other."""
+        is_readout = isinstance(module, neuron.NonSpikingBaseNode)
+        return is_readout or getattr(module, "step_mode", "s") == "m"
+
+    def link(self, module: Any) -> Link | None:
+        """The recurrent containers, and ``Delay``."""
+        kind = kind_of(type(module), _LINKS)
+        if kind is layer.Delay:
+            return Link(delay=module.delay_steps)
+        if kind is layer.LinearRecurrentContainer:
+            return Link("sub_module", Feedback("join", module.rc, "rc"))
+        if kind is layer.ElementWiseRecurrentContainer:
+            return Link("sub_module", Feedback("call", module.element_wise_function, ""))
         return None
 
     def encodes(self, module: nn.Module) -> bool:
@@ -578,6 +661,11 @@ class _SpikingJelly(hosts.Adapter):
     def paper_neuron(self, bits: int | None, preset: str = "paper", **options: Any) -> nn.Module:
         """See :func:`paper_neuron`."""
         return paper_neuron(bits, preset, **options)
+
+
+def _float_type(module: nn.Module) -> Any:
+    """The class of a node, without ours over it."""
+    return module.float_type() if isinstance(module, QuantizedNeuron) else type(module)
 
 
 def _is_infinite(threshold: object) -> bool:

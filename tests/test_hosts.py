@@ -1,12 +1,18 @@
 """What both hosts' quantized neurons owe to the rest of PyTorch and to the hosts' tools."""
 
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, op_counter
 from torch import nn
 
 import qsnn_ext
-from qsnn_ext import kernels, quantize_
+from qsnn_ext import hosts, kernels, quantize_
 from qsnn_ext.snntorch import QLeaky
 from qsnn_ext.snntorch import Triangle as Strict
 from qsnn_ext.spikingjelly import QuantIFNode, QuantLIFNode, QuantParametricLIFNode, Triangle
@@ -274,3 +280,72 @@ def test_the_official_preset_is_strict_on_spikingjelly():
         decay_input=False, preset="official", surrogate_function=Triangle(strict=False)
     )
     assert lenient(x).tolist() == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------ who knows a host
+
+#: Files whose business hosts are, beside the host's own.
+_ABOUT_HOSTS = {"__init__.py", "hosts.py", "models.py"}
+#: Where a host is named for another reason.
+_NAMED = {
+    ("conversion/plan.py", "no neuron of SpikingJelly or snnTorch was found"): (
+        "the text of an error, put together before it is raised"
+    ),
+}
+_LIBRARIES = (
+    *(f"spikingjelly.activation_based.{name}"
+      for name in ("base", "encoding", "layer", "neuron", "rnn", "surrogate")),
+    "snntorch", "sinabs.layers", "sinabs.activation",
+    "qsnn_ext.spikingjelly", "qsnn_ext.snntorch", "qsnn_ext.sinabs",
+)  # fmt: skip
+
+
+def _class_names():
+    """Of all hosts that are installed, and of their files here; not those that torch has too."""
+    found = set()
+    for name in _LIBRARIES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        root = name if name.startswith("qsnn_ext") else name.partition(".")[0]
+        found |= {
+            word
+            for word, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__.startswith(root)
+        }
+    ours = set(vars(qsnn_ext.layers))
+    return {word for word in found if word[0].isupper() and not hasattr(nn, word)} - ours
+
+
+def _code(node):
+    """Strings and imported modules of a program, without docstrings and the texts of errors."""
+    if isinstance(node, ast.Raise):
+        return
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name.endswith("Error") or name in ("fail", "_fail", "error_at", "warn"):
+            return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield getattr(node, "module", None) or ""
+        yield from (a.name for a in node.names if a.name.islower())
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+            yield from _code(child)
+
+
+def test_the_core_knows_no_host_by_name():
+    """What is particular to a host stands in its adapter; the rest reads descriptions."""
+    root, classes, found = Path(qsnn_ext.__file__).parent, _class_names(), set()
+    assert {"LIFNode", "RLeaky", "LinearRecurrentContainer", "OverTime"} <= classes
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root).as_posix()
+        if place in _ABOUT_HOSTS or path.stem in hosts.HOSTS:
+            continue
+        for text in _code(ast.parse(path.read_text(encoding="utf-8"))):
+            words = re.findall(r"\w+", text)
+            if any(word in classes or word.lower() in hosts.HOSTS for word in words):
+                found.add((place, text))
+    assert found == _NAMED.keys()

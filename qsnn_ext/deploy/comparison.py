@@ -336,10 +336,12 @@ def _membranes(
     """Difference of the last membrane potentials, where both sides keep k-bit codes of them."""
     modules = dict(model.named_modules())
     for n in program.neurons:
-        module: Any = modules.get(n.name)
-        quantizer = getattr(module, "membrane", None)
-        potential = getattr(module, "v", None)
-        if quantizer is None or not isinstance(potential, Tensor) or n.order != "fire_first":
+        described = hosts.describe(modules[n.name]) if n.name in modules else None
+        if described is None or described.passed or n.order != "fire_first":
+            continue  # a potential that calls hand on need not be what the neuron keeps
+        quantizer = described.quantizer
+        potential = getattr(modules[n.name], described.potential or "", None)
+        if quantizer is None or not isinstance(potential, Tensor):
             continue
         word = states[n.name].astype(np.int64) & (2**n.bits - 1)
         code = np.where(word >= 2 ** (n.bits - 1), word - 2**n.bits, word)

@@ -107,7 +107,7 @@ def test_a_neuron_that_answers_with_its_potential(read):
 def test_what_a_step_shows():
     kinds = (Reader, Slower, Squared, Bounded, Tiring, neuron.SimpleLIFNode)
     made = {kind: kind(tau=4.0, decay_input=True) for kind in kinds}
-    found = {kind: probe(one, hosts.describe(one)) for kind, one in made.items()}
+    found = {kind: probe(hosts.describe(one)) for kind, one in made.items()}
     for kind in (Squared, Bounded, Tiring):
         assert found[kind] is None, kind
     assert found[Reader].readout
@@ -199,8 +199,18 @@ class MultiStep(nn.Module):
         return self.out(self.body(x))
 
 
+class Doubled(neuron.NonSpikingLIFNode):
+    def forward(self, x_seq):
+        return super().forward(x_seq * 2)
+
+
+class Thrice(neuron.NonSpikingLIFNode):
+    def neuronal_charge(self, x):
+        self.v = self.v * 0.5 + 3 * x
+
+
 @pytest.mark.parametrize("decode", ["max-mem", "mean-mem", "last_mem", None])
-@pytest.mark.parametrize("kind", [neuron.NonSpikingLIFNode, neuron.NonSpikingIFNode])
+@pytest.mark.parametrize("kind", [neuron.NonSpikingLIFNode, neuron.NonSpikingIFNode, Doubled])
 def test_read_outs_of_the_host(kind, decode):
     torch.manual_seed(1)
     x = torch.rand(6, 3, 6)
@@ -218,6 +228,17 @@ def test_read_outs_of_the_host(kind, decode):
     if decode is None:
         expected, got = torch.stack(expected), np.stack(got)
     np.testing.assert_allclose(got, expected.numpy(), atol=2e-3)
+
+
+def test_a_read_out_that_charges_in_its_own_way_is_refused_by_name():
+    torch.manual_seed(1)
+    net, x = MultiStep(Thrice(decode="last_mem")), torch.rand(6, 3, 6)
+    quantize_(net, "1w-2u", sample=x)
+    net.eval()
+    functional.reset_net(net)
+    calibrate(net, [x])
+    with pytest.raises(LoweringError, match=r"^out: a Thrice has no integer form"):
+        lower(net, x)
 
 
 def test_a_filter_that_spikes_switch_off_is_refused_by_name():

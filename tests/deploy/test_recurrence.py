@@ -92,6 +92,19 @@ def test_neurons_of_snntorch(name, style):
     assert len(program.delays) == ("R" in name)
 
 
+@pytest.mark.parametrize("style", ["explicit", "hidden"])
+def test_a_forward_around_the_hosts(style):
+    class Louder(snn.RLeaky):
+        def forward(self, x, *states):
+            return super().forward(x * 2, *states)
+
+    torch.manual_seed(0)
+    net = (Explicit if style == "explicit" else Hidden)(
+        recurrent(Louder, init_hidden=style == "hidden")
+    )
+    answers_alike(net, grid(6, 3, 6))
+
+
 def test_convolutional_feedback():
     class Conv(nn.Module):
         def __init__(self):
@@ -198,9 +211,11 @@ def test_streaming_goes_on_from_a_saved_state():
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("style", ["explicit", "hidden"])
+@pytest.mark.parametrize("style", ["explicit", "hidden", "by name", "rates of their own"])
 def test_alpha_read_outs(style, bits):
     """Two filtered currents; the potential is their difference and may be the answer."""
+    names = ("syn_exc", "syn_inh", "mem")
+    rates = torch.tensor([0.9, 0.8, 0.95, 0.85]) if style == "rates of their own" else 0.9
 
     class Read(nn.Module):
         def __init__(self):
@@ -213,14 +228,21 @@ def test_alpha_read_outs(style, bits):
             )
             self.lif = snn.Leaky(beta=0.7, init_hidden=True)
             self.out = snn.Alpha(
-                alpha=0.9, beta=0.7, reset_mechanism="none", init_hidden=hidden, output=hidden
+                alpha=rates,
+                beta=rates - 0.2,
+                reset_mechanism="none",
+                init_hidden=hidden,
+                output=hidden,
             )
 
         def forward(self, x):
             states, potentials, answers = (), [], []
             for step in x:
                 current = self.fc2(self.lif(self.fc1(step)))
-                spk, *states = self.out(current, *(() if style == "hidden" else states))
+                if style == "by name":
+                    spk, *states = self.out(current, **dict(zip(names, states, strict=False)))
+                else:
+                    spk, *states = self.out(current, *(() if style == "hidden" else states))
                 potentials.append(states[-1])
                 answers.append(self.fc3(spk))
             return torch.stack(potentials), torch.stack(answers)
@@ -306,6 +328,18 @@ class TestRefusals:
     )  # fmt: skip
     def test_by_name(self, lif, match):
         with pytest.raises(LoweringError, match=match):
+            lower(make_dyadic(Hidden(lif)), grid(4, 3, 6))
+
+    def test_a_step_of_its_own(self):
+        """What a subclass overrides is not what the host's class computes."""
+
+        class Thrice(snn.Synaptic):
+            def _base_state_function(self, x):
+                syn = self.alpha * self.syn + 3 * x
+                return syn, self.beta * self.mem + syn
+
+        lif = Thrice(alpha=0.5, beta=0.5, init_hidden=True)
+        with pytest.raises(LoweringError, match=r"^lif: a Thrice has no integer form"):
             lower(make_dyadic(Hidden(lif)), grid(4, 3, 6))
 
     def test_spikes_of_another_neuron(self):

@@ -31,14 +31,14 @@ from qsnn_ext import trace as runs
 from qsnn_ext.calibration import InputSeen, input_seen
 from qsnn_ext.convert import conversion_report
 from qsnn_ext.deploy.lowering.axes import sample_axes
-from qsnn_ext.deploy.lowering.calls import inner_forward, kept_states
+from qsnn_ext.deploy.lowering.calls import has_state, inner_forward, kept_states
 from qsnn_ext.deploy.lowering.draft import Array, Draft
 from qsnn_ext.deploy.lowering.finish import finish
 from qsnn_ext.deploy.lowering.functions import InputArithmeticError
 from qsnn_ext.deploy.lowering.input_codes import requested_code
 from qsnn_ext.deploy.lowering.neurons import Real
 from qsnn_ext.deploy.lowering.tracing import Event, ModelFailedError, Tape, trace
-from qsnn_ext.deploy.lowering.walk import has_state, is_leaf, walk
+from qsnn_ext.deploy.lowering.walk import is_leaf, walk
 from qsnn_ext.deploy.program import Program
 from qsnn_ext.errors import InputError, LoweringError
 

@@ -8,6 +8,7 @@ potential; all of that is checked here.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -27,20 +28,27 @@ from qsnn_ext.deploy.lowering.axes import (
 )
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft, Membrane, NeuronUse
 from qsnn_ext.deploy.lowering.layers import affine
-from qsnn_ext.deploy.lowering.neurons import Constants, fits_unit, read_neuron
+from qsnn_ext.deploy.lowering.neurons import Constants, fits_unit
 from qsnn_ext.deploy.lowering.pooling import once_per_step
 from qsnn_ext.deploy.lowering.settle import NEURON_BITS, READOUT_BITS, rescaled, settle
 from qsnn_ext.deploy.program import WIDE_LIMIT
 
 
-def runs_over_time(module: nn.Module) -> bool:
-    """Whether a module is snnTorch's neuron wrapped to take whole sequences."""
-    return type(module).__name__ == "OverTime"
+def has_state(module: nn.Module) -> bool:
+    """Whether a module is a neuron, or else carries anything from one time step to the next."""
+    model = hosts.describe(module)
+    if model is None:
+        return hosts.link(module) is not None
+    return model.spiking or model.output != "spikes"
 
 
 def kept_states(module: nn.Module) -> dict[str, Tensor]:
     """The membrane potentials that a neuron keeps, which a model may read: attribute -> tensor."""
-    found = {name: getattr(module, name, None) for name in _STATES} if is_neuron(module) else {}
+    model = hosts.describe(module)
+    if model is None or not model.spiking:
+        return {}
+    names = (model.potential or "", model.potential_seq or "")
+    found = {name: getattr(module, name, None) for name in names}
     return {name: state for name, state in found.items() if isinstance(state, Tensor)}
 
 
@@ -51,23 +59,14 @@ def inner_forward(module: nn.Module) -> type[nn.Module] | None:
         if "forward" not in vars(kind) or kind.__module__.startswith("qsnn_ext."):
             continue
         if hosts.belongs(kind) or kind.__module__.startswith("torch."):
-            return kind if own and is_neuron(module) else None
+            return kind if own and has_state(module) else None
         own = True
     return None
 
 
-#: Attributes in which the hosts' neurons keep their membrane potential.
-_STATES = ("v", "v_seq", "mem")
-
-
-def is_neuron(module: nn.Module) -> bool:
-    """Whether a module is a neuron of a host, or one wrapped to run over time."""
-    return hosts.adapter_of(module) is not None or runs_over_time(module)
-
-
 def takes_sequences(draft: Draft, module: Any, x: Array) -> bool:
     """Whether a module runs over the first axis of ``x`` as time; checks that it is."""
-    over_time = runs_over_time(module) or getattr(module, "step_mode", "s") == "m"
+    over_time = hosts.over_time(module)
     once_per_step(draft, x)
     if over_time and x.axes and labels(x.axes[0]) & set("CHW"):
         raise draft.fail(
@@ -89,29 +88,9 @@ def takes_sequences(draft: Draft, module: Any, x: Array) -> bool:
     return over_time
 
 
-def lower_neuron(
-    draft: Draft, module: nn.Module, x: Array, membrane: Any
-) -> tuple[Array, Membrane]:
-    """One call of a neuron.
-
-    Args:
-        draft: The program so far.
-        module: The neuron.
-        x: Its current.
-        membrane: What the call passes as the membrane potential, or None.
-
-    Returns:
-        Spikes and the membrane potential after the call.
-    """
-    inner: Any = module.neuron if runs_over_time(module) else module
-    constants = read_neuron(draft.where, inner)
-    over_time = takes_sequences(draft, module, x)
-    return fire(draft, inner, constants, x, membrane, over_time)
-
-
 def fire(
     draft: Draft,
-    module: Any,
+    owner: Hashable,
     model: Constants,
     x: Array,
     membrane: Any,
@@ -122,7 +101,7 @@ def fire(
 
     Args:
         draft: The program so far.
-        module: The neuron, which tells its calls from others'.
+        owner: Tells its calls from others'.
         model: What it computes.
         x: Its current.
         membrane: What the call passes as the membrane potential, or None.
@@ -139,9 +118,9 @@ def fire(
     x = whole(draft, settle(draft, x, bits, model.largest / model.gain, fast=model.bits != 2))
     if draft.largest[x.index] >= WIDE_LIMIT:  # a membrane potential as current
         x = rescaled(draft, x, NEURON_BITS)
-    _per_channel(draft, model, module, x)
-    key = (id(module), x.index)
-    if membrane is None and any(k[0] == id(module) and k != key for k in draft.neurons):
+    _per_channel(draft, model, x)
+    key = (owner, x.index)
+    if membrane is None and any(k[0] == owner and k != key for k in draft.neurons):
         raise draft.fail(
             "it is used in two places of the network, which would share a state",
             "give each place a neuron of its own",
@@ -182,20 +161,18 @@ def _readout_bits(model: Constants) -> int:
     return min(max(29 - math.ceil(math.log2(1 / (1 - leak))), READOUT_BITS), 26)
 
 
-def _per_channel(draft: Draft, model: Constants, module: Any, x: Array) -> None:
+def _per_channel(draft: Draft, model: Constants, x: Array) -> None:
     """Leak and threshold that are tensors, in the order of the value's channels."""
     for what, name in (("leak", "decay"), ("threshold", "theta")):
-        host = getattr(module, {"decay": "beta", "theta": "threshold"}[name], None)
-        if isinstance(host, Tensor) and host.numel() > 1:
-            values = getattr(model, name).reshape(host.shape)
-            try:
-                setattr(model, name, along(draft, x, values, f"{what}s"))
-            except ValueError:
-                raise draft.fail(
-                    f"its {what} has {host.numel()} entries of shape {tuple(host.shape)}, which do "
-                    f"not broadcast to {sizes(x)}",
-                    "give it 1, or one per channel",
-                ) from None
+        values = getattr(model, name)
+        try:
+            setattr(model, name, along(draft, x, values, f"{what}s"))
+        except ValueError:
+            raise draft.fail(
+                f"its {what} has {values.size} entries of shape {values.shape}, which do not "
+                f"broadcast to {sizes(x)}",
+                "give it 1, or one per channel",
+            ) from None
 
 
 def read_membrane(draft: Draft, m: Membrane) -> Array:
@@ -216,7 +193,7 @@ def read_membrane(draft: Draft, m: Membrane) -> Array:
     return Array(use.membrane, m.axes, draft.values[use.membrane].scale, steps=steps)
 
 
-def _check_membrane(draft: Draft, key: tuple[int, int], step: int, membrane: Any) -> None:
+def _check_membrane(draft: Draft, key: tuple[Hashable, int], step: int, membrane: Any) -> None:
     """A call may start from zero, then only from what the neuron itself returned last."""
     if membrane is None:
         return

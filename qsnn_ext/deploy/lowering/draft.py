@@ -7,7 +7,7 @@ time steps the model sees it with. Values and operations are collected in a :cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -115,7 +115,7 @@ class Membrane:
     ``whole``: those after all steps, with time among the axes.
     """
 
-    neuron: tuple[int, int]
+    neuron: tuple[Hashable, int]
     step: int
     axes: Axes
     whole: bool = False
@@ -181,7 +181,7 @@ class Draft:
         largest: Largest absolute integer of each value.
         ops: Operations in execution order; neurons get their integers last, when it is known
             whether their membrane potentials are read.
-        neurons: Neuron and current -> its calls. Keys are ``(id of the module, value)``.
+        neurons: Neuron and current -> its calls. Keys are ``(what tells the neuron, value)``.
         convolutions: Layer and input -> the convolution.
         where: Path of what is being lowered, for names and errors.
         line: Where that stands in the model's code.
@@ -200,7 +200,7 @@ class Draft:
         self.values: list[Value] = []
         self.largest: list[int] = []
         self.ops: list[Op | NeuronUse] = []
-        self.neurons: dict[tuple[int, int], NeuronUse] = {}
+        self.neurons: dict[tuple[Hashable, int], NeuronUse] = {}
         self.convolutions: dict[tuple[Any, ...], PendingConv] = {}
         self.rank = rank
         self.steps = 1

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qsnn_ext import hosts
 from qsnn_ext.deploy.lowering.axes import (
     along,
     arrange,
@@ -211,10 +212,9 @@ def lower_linear(draft: Draft, weights: Weights, x: Array) -> Array:
 
 def lower_norm(draft: Draft, module: Any, x: Array) -> Array:
     """A batch norm with running statistics: a factor and an offset per channel."""
-    multi_step = getattr(module, "step_mode", "s") == "m"
     return lower_batch_norm(
         draft, x, module.running_mean, module.running_var, module.weight, module.bias, module.eps,
-        dim=2 if multi_step else 1,
+        dim=2 if hosts.over_time(module) else 1,
     )  # fmt: skip
 
 

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qsnn_ext import hosts
 from qsnn_ext.deploy.lowering.probing import probe
 from qsnn_ext.deploy.program import INT32_MAX, WIDE_LIMIT, Neuron
 from qsnn_ext.errors import LoweringError
-from qsnn_ext.neuron import Charge
+from qsnn_ext.neuron import Drive, NeuronModel, Output
 from qsnn_ext.quantizers import MembraneQuantizer
 
 Real = npt.NDArray[np.float64]
@@ -31,7 +30,7 @@ class Constants:
     """One step of a neuron in numbers: charge ``h = decay*carried + gain*x + offset``, fire, reset.
 
     Args:
-        decay, theta: Arrays of 1 or C entries.
+        decay, theta: Arrays of 1 or C entries, as the host shapes them until a current is known.
         gain, offset: Numbers.
         reset: ``"hard"``, ``"soft"`` or ``"none"``.
         v_reset: Target of the hard reset, and the initial membrane potential ``v_initial``.
@@ -42,7 +41,8 @@ class Constants:
         squash: Whether tanh precedes the quantizer.
         order: Order of quantizing and firing.
         silent: Whether its threshold is infinite: it only integrates.
-        readout: Whether it answers with its potential.
+        output: What it answers with: spikes, or its potential, see
+            :class:`~qsnn_ext.neuron.NeuronModel`.
     """
 
     decay: Real
@@ -59,7 +59,7 @@ class Constants:
     squash: bool
     order: Literal["fire_first", "quantize_first"]
     silent: bool = False
-    readout: bool = False
+    output: Output = "spikes"
 
     @property
     def largest(self) -> float:
@@ -73,30 +73,25 @@ class Constants:
 
 def _array(value: Any) -> Real:
     tensor = torch.as_tensor(value).detach().to(torch.float64).cpu()
-    return np.atleast_1d(np.asarray(tensor.numpy(), np.float64).reshape(-1))
+    return np.atleast_1d(np.asarray(tensor.numpy(), np.float64))
 
 
-def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> Constants:
-    """The constants of a neuron of any host.
+def read_neuron(name: str, module: nn.Module, model: NeuronModel) -> tuple[Constants, Drive]:
+    """The constants of a neuron of any host, and how its current comes about.
 
     Args:
         name: Module path, for messages.
         module: The neuron.
-        charge: How it charges, where its description leaves that open because more than its own
-            potential and the current go into it.
+        model: Its description.
 
     Raises:
         LoweringError: For neurons with no integer equivalent; says why.
     """
-    model = hosts.describe(module)
-    if model is not None and model.no_integers is not None:
-        raise LoweringError(f"{name}: {model.no_integers}; or run it in its own framework")
-    if model is not None and charge is None:
-        charge = model.charge
-    found = probe(module, model) if model is not None and charge is None else None
-    if found is not None:
-        charge = found.charge
-    if model is None or charge is None or model.fire is None or model.threshold is None:
+    drive, output = model.drive, model.output
+    if drive is None and (found := probe(model)) is not None:
+        drive, output = Drive(found.charge), "potential" if found.readout else output
+    fires = model.fire is not None and model.threshold is not None
+    if drive is None or (output == "spikes" and not fires):
         raise LoweringError(
             f"{name}: a {type(module).__name__} has no integer form; neurons that "
             "can be lowered are LIFNode, IFNode, ParametricLIFNode, Leaky, RLeaky, Synaptic and "
@@ -110,29 +105,34 @@ def read_neuron(name: str, module: nn.Module, charge: Charge | None = None) -> C
             f"{name}: graded spikes are not single bits; set graded_spikes_factor=1"
         )
     bits, alpha, squash = membrane_of(name, model.quantizer)
-    if bits == 32 and model.reset == "soft" and _resets_twice(module):
+    if bits == 32 and model.reset == "soft" and model.resets_again:
         raise LoweringError(
             f"{name}: a float membrane potential with reset_delay=False and subtraction can "
             "be reset twice; use reset_delay=True"
         )
     constants = Constants(
-        decay=_array(charge.decay), theta=_array(model.threshold), gain=_number(charge.gain),
-        offset=_number(charge.offset), reset=model.reset, v_reset=model.v_reset,
-        v_initial=model.v_reset, strict=_strict(model.fire), delayed=model.delayed, bits=bits,
-        alpha=alpha, squash=squash, order=model.order,
+        decay=_array(drive.charge.decay), theta=_array(model.threshold if fires else math.inf),
+        gain=_number(drive.charge.gain), offset=_number(drive.charge.offset), reset=model.reset,
+        v_reset=model.v_reset, v_initial=model.v_reset,
+        strict=model.fire is None or _strict(model.fire), delayed=model.delayed, bits=bits,
+        alpha=alpha, squash=squash, order=model.order, output=output,
     )  # fmt: skip
-    constants.readout = found is not None and found.readout
-    if constants.readout or bool(np.isposinf(constants.theta).all()):
+    if output != "spikes" or bool(np.isposinf(constants.theta).all()):
         constants.silent, constants.reset, constants.theta = True, "none", np.ones(1)
         constants.delayed, constants.order = False, "fire_first"
     if not (constants.theta > 0).all() or not np.isfinite(constants.theta).all():
         raise LoweringError(f"{name}: its threshold is not a positive number; set one above 0")
-    return constants
+    return constants, drive
 
 
-def _resets_twice(module: Any) -> bool:
-    """Whether the float neuron resets in its step and, above the threshold still, in the next."""
-    return not getattr(module, "reset_delay", True)
+def integrator(name: str, decay: Any, quantizer: MembraneQuantizer | None) -> Constants:
+    """The constants of what leaks and never fires."""
+    bits, alpha, squash = membrane_of(name, quantizer)
+    return Constants(
+        decay=_array(decay), theta=np.ones(1), gain=1.0, offset=0.0, reset="none", v_reset=0.0,
+        v_initial=0.0, strict=True, delayed=False, bits=bits, alpha=alpha, squash=squash,
+        order="fire_first", silent=True,
+    )  # fmt: skip
 
 
 def _number(value: Any) -> float:
@@ -167,7 +167,7 @@ def fits_unit(m: Constants, unit: float) -> bool:
             return False
     else:
         n = 2 ** (m.bits - 1) - 1
-        constants.append((m.decay[:, None] * np.arange(-n, n + 1) * m.alpha / n).reshape(-1))
+        constants.append((m.decay.reshape(-1, 1) * np.arange(-n, n + 1) * m.alpha / n).reshape(-1))
         if m.delayed:
             constants += [m.decay * m.theta, m.theta]
     units = np.concatenate([np.asarray(c, np.float64).reshape(-1) for c in constants]) / one

@@ -7,14 +7,12 @@ neuron is an ordinary one. Where it shows anything else, it is none.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qsnn_ext.neuron import Charge, NeuronModel
+from qsnn_ext.neuron import Charge, NeuronModel, Step
 
 SAMPLES = 512
 ROUNDING = 1e-9
@@ -33,20 +31,15 @@ class Probed:
     readout: bool
 
 
-def probe(module: nn.Module, model: NeuronModel) -> Probed | None:
-    """Run the step of a neuron whose only state is its potential; None if it is no ordinary one.
-
-    Args:
-        module: The neuron, quantized or not.
-        model: Its description.
-    """
-    own: Any = type(module)
+def probe(model: NeuronModel) -> Probed | None:
+    """Run the step of a neuron whose only state is its potential; None if it is no ordinary one."""
     theta = model.threshold
     if [s.name for s in model.states] != [model.potential] or not isinstance(theta, int | float):
         return None
-    kind = own.float_type() if hasattr(own, "float_type") else own
+    if model.alone is None:
+        return None
     try:
-        found = _steps(module, kind, str(model.potential))
+        found = _steps(model.alone())
     except Exception:  # whatever a user's step may raise on another shape than its own
         return None
     v, x, out, after = found[0]
@@ -83,32 +76,23 @@ def _plain(value: float) -> float:
     return short if abs(short - value) < ROUNDING else value
 
 
-def _steps(
-    module: nn.Module, kind: type[nn.Module], potential: str
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _steps(step: Step) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Potential, current, answer and potential after each of some steps, all float64.
 
     Their magnitudes go from hundredths to thousands, so that a bound shows, and the second step
     goes on from the first, so that what counts steps shows.
     """
     g = torch.Generator().manual_seed(0)
-    one: Any = copy.copy(module)
-    one.__dict__.update({k: copy.deepcopy(t) for k, t in vars(module).items() if k != "_memories"})
-    memories = vars(module).get("_memories")
-    if memories is not None:
-        one.__dict__["_memories"] = dict(memories)
-    one.__class__ = kind
-    one.double().eval()
-    setattr(one, potential, _numbers(g))
-    found = []
+    v, found = _numbers(g), []
     for _ in range(3):
-        v, x = getattr(one, potential).clone(), _numbers(g)
+        x = _numbers(g)
         with torch.no_grad():
-            out = one.single_step_forward(x.clone())
-        after = getattr(one, potential).clone()
+            out, after = step(v.clone(), x.clone())
         assert isinstance(out, Tensor)
         assert out.shape == after.shape == v.shape
-        found.append((v, x, out.double(), after.double()))
+        after = after.double().clone()
+        found.append((v, x, out.double(), after))
+        v = after
     return found
 
 

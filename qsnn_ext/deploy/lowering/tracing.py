@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qsnn_ext import kernels
+from qsnn_ext import hosts, kernels
 from qsnn_ext.errors import LoweringError
 
 
@@ -224,7 +224,7 @@ class _Recorder(TorchFunctionMode):
         # Tensor -> its number, and how often its storage had been written into by then.
         self.tracked: Any = WeakIdKeyDictionary()
         self.writes: dict[int, int] = {}
-        # Neuron -> name, value and version of the potential that its last call left.
+        # Neuron -> value and version of the potential that its last call left.
         self.left: dict[int, Any] = {}
         self.held: list[Tensor] = []  # storages written into: their addresses stay taken
 
@@ -436,16 +436,16 @@ class _Recorder(TorchFunctionMode):
     def _check_state(self, path: str, module: nn.Module) -> None:
         """A neuron begins at rest and goes on from what it left itself."""
         held = _potential(module)
+        if held is None:
+            return
+        value, version, rest = held
         if id(module) in self.left:
-            name, before, version = self.left[id(module)]
-            if held is None or (held[1] is before and held[2] == version) or name != held[0]:
+            before = self.left[id(module)]
+            if value is before[0] and version == before[1]:
                 return
             why = "its membrane potential was set or reset between two of its steps"
         else:
-            rest = getattr(module, "v_reset", None) or 0.0
-            if held is None or held[1] is None:
-                return
-            value = torch.as_tensor(held[1])
+            value = torch.as_tensor(value)
             if not bool(((value != 0) & (value != rest)).any()):
                 return
             why = "its membrane potential is set before its first step"
@@ -454,20 +454,20 @@ class _Recorder(TorchFunctionMode):
         )
 
 
-def _potential(module: nn.Module) -> tuple[str, Any, int] | None:
-    """Name and value of the membrane potential that a neuron keeps, and how often it was written.
+def _potential(module: nn.Module) -> tuple[Any, int, float] | None:
+    """The membrane potential that a neuron keeps, how often it was written, where it rests.
 
     What is kept during one call only is none.
     """
-    inner: Any = getattr(module, "neuron", module)
-    if any(kind.__name__ == "NonSpikingBaseNode" for kind in type(inner).__mro__):
+    link = hosts.link(module)
+    inner: Any = module if link is None else getattr(module, link.neuron or "", None)
+    model = hosts.describe(inner)
+    if model is None or model.output != "spikes":
         return None
-    for name in ("v", "mem"):
-        value = getattr(inner, name, None)
-        if isinstance(value, int | float | Tensor):
-            version = value._version if isinstance(value, Tensor) else 0
-            return name, value, version
-    return None
+    value = getattr(inner, model.potential or "", None)
+    if not isinstance(value, int | float | Tensor):
+        return None
+    return value, value._version if isinstance(value, Tensor) else 0, model.v_reset
 
 
 class ModelFailedError(Exception):
@@ -489,22 +489,16 @@ _LIBRARIES = tuple(
     if (m := sys.modules.get(name)) is not None and m.__file__
 )
 _STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
-#: Parts of the hosts that only call what they are given.
-_HELPERS = (
-    os.path.join("spikingjelly", "activation_based", "layer"),
-    os.path.join("spikingjelly", "activation_based", "base"),
-    os.path.join("spikingjelly", "activation_based", "functional"),
-    os.path.join("spikingjelly", "activation_based", "neuron"),
-    os.path.join("snntorch", "_neurons"),
-)
 
 
 def own_line() -> str:
     """The innermost line of the model's own code that is being executed: ``file:line: text``."""
     frame: Any = sys._getframe(1)
+    helpers = hosts.helpers()
     while frame is not None:
         path = frame.f_code.co_filename
-        library = path.startswith(_LIBRARIES) or any(part in path for part in _HELPERS)
+        helper = frame.f_globals.get("__name__", "").startswith(helpers)
+        library = path.startswith(_LIBRARIES) or helper
         standard = path.startswith(_STANDARD) and "site-packages" not in path
         if not library and not standard and not path.startswith("<frozen"):
             text = linecache.getline(path, frame.f_lineno).strip()

@@ -7,14 +7,13 @@ time collapses here, since equal operations on equal inputs are written once
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from qsnn_ext import hosts
 from qsnn_ext.deploy.lowering.axes import labels, sizes
-from qsnn_ext.deploy.lowering.calls import inner_forward, is_neuron, lower_neuron
+from qsnn_ext.deploy.lowering.calls import has_state, inner_forward
 from qsnn_ext.deploy.lowering.draft import Array, Constant, Draft
 from qsnn_ext.deploy.lowering.functions import FUNCTIONS, Call
 from qsnn_ext.deploy.lowering.layers import (
@@ -25,14 +24,9 @@ from qsnn_ext.deploy.lowering.layers import (
     lower_norm,
     lower_transposed_conv,
 )
-from qsnn_ext.deploy.lowering.neurons import read_neuron
 from qsnn_ext.deploy.lowering.operands import as_array
 from qsnn_ext.deploy.lowering.pooling import lower_pool
-from qsnn_ext.deploy.lowering.recurrence import (
-    is_recurrent,
-    lower_readout,
-    lower_recurrent,
-)
+from qsnn_ext.deploy.lowering.recurrence import lower_neuron
 from qsnn_ext.deploy.lowering.tracing import Event, Ref, Tape
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,11 +46,11 @@ def is_leaf(module: nn.Module) -> bool:
     model = hosts.describe(module)
     if model is not None and model.no_integers is not None:
         return True  # which the walk then says
-    return (is_neuron(module) or is_recurrent(module)) and inner_forward(module) is None
+    return has_state(module) and inner_forward(module) is None
 
 
 def _computes_its_own_way(module: nn.Module) -> bool:
-    """Whether a layer's forward is neither torch's nor the same over time, as SpikingJelly's.
+    """Whether a layer's forward is neither torch's nor the same over time, as a host's is.
 
     What such a forward does is then recorded function by function.
     """
@@ -69,15 +63,9 @@ def _computes_its_own_way(module: nn.Module) -> bool:
             continue
         if kind.__module__.startswith("torch.nn."):
             return False
-        wrapped = kind.__module__.startswith("spikingjelly.activation_based.layer")
-        if not (wrapped and getattr(nn, kind.__name__, None) in kind.__mro__):
+        if not (hosts.belongs(kind) and getattr(nn, kind.__name__, None) in kind.__mro__):
             return True
     return False
-
-
-def has_state(module: nn.Module) -> bool:
-    """Whether a module carries anything from one time step to the next."""
-    return is_neuron(module) or is_recurrent(module)
 
 
 def walk(draft: Draft, tape: Tape, events: list[Event], sample: Array) -> Any:
@@ -166,28 +154,11 @@ def _module(
         "remove it, or feed it from the model's input, by position",
     )  # fmt: skip
     draft.check_input(x)
-    if is_recurrent(module):
-        names = [kwargs[k] for k in ("spk", "syn", "mem") if k in kwargs]
-        results = lower_recurrent(draft, module, x, [*args[1:], *names])
+    if not isinstance(module, _KINDS):
+        outputs, states = lower_neuron(draft, module, x, args[1:], kwargs)
         for name, index in event.states.items():
-            if name == "mem":
-                known[index] = results[-1]
-        return results
-    if is_neuron(module):
-        inner: Any = getattr(module, "neuron", module)
-        model = read_neuron(draft.where, inner)
-        if model.readout:
-            answer, membrane = lower_readout(draft, inner, model, x)
-            for name, index in event.states.items():
-                sequence = replace(membrane, axes=x.axes, whole=True)
-                known[index] = sequence if name == "v_seq" else membrane
-            return (answer,)
-        given = args[1] if len(args) > 1 else kwargs.get("mem")
-        spikes, membrane = lower_neuron(draft, module, x, given)
-        for name, index in event.states.items():
-            sequence = replace(membrane, axes=spikes.axes, whole=True)
-            known[index] = sequence if name == "v_seq" else membrane
-        return (spikes, membrane) if isinstance(event.output, tuple | list) else (spikes,)
+            known[index] = states[name]
+        return outputs
     if isinstance(module, (*_NORMS, *_CONVS, *_TRANSPOSED)):
         _check_steps(draft, module, x)
     if isinstance(module, _CONVS):
@@ -204,8 +175,8 @@ def _module(
 
 
 def _check_steps(draft: Draft, module: Any, x: Array) -> None:
-    """SpikingJelly's multi-step layers take time as their first axis."""
-    if getattr(module, "step_mode", "s") == "m" and not (x.axes and labels(x.axes[0]) == {"T"}):
+    """A host's layers may take time as their first axis."""
+    if hosts.over_time(module) and not (x.axes and labels(x.axes[0]) == {"T"}):
         raise draft.fail(
             "it runs over its first axis, which is not time here",
             "put time in front, [T, N, ...], or say where it is with time_first=",
