@@ -11,7 +11,14 @@ COMPILED := qsnn_ext/deploy/_qsnn.so qsnn_ext/kernels/_kernels.so
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-web test lint format types docs clean
+# Debian's packages for the tests that `make test` skips where these are missing.
+TOOLS := gcc g++ clang lld tcc gcc-$(shell gcc -dumpversion)-multilib gcc-mingw-w64-x86-64 qemu-user qemu-system-arm \
+	qemu-system-misc gcc-arm-none-eabi libnewlib-arm-none-eabi gcc-riscv64-unknown-elf \
+	gcc-arm-linux-gnueabihf gcc-mips-linux-gnu gcc-powerpc-linux-gnu gcc-s390x-linux-gnu \
+	nodejs chromium
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: help demo demo-web test test-all lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -38,6 +45,10 @@ demo-web: $(READY) ## build the demo page of the documentation and open it, or p
 
 test: $(READY) $(COMPILED) ## run the test suite
 	$(PYTEST) -n auto -q
+
+test-all: $(READY) $(COMPILED) ## install compilers and emulators with apt-get, then run every test, those of hours too
+	$(AS_ROOT) apt-get install -y --no-install-recommends $(TOOLS)
+	$(PYTEST) -n auto -q -m "sweep or not sweep"
 
 lint: $(READY) ## ruff: lint and formatting
 	$(BIN)/ruff check .

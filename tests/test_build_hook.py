@@ -93,7 +93,7 @@ def test_the_next_compiler_is_tried(tmp_path, monkeypatch):
     assert supports(target)[0] == 1
 
 
-@pytest.mark.skipif(shutil.which("tcc") is None, reason="tcc is not installed")
+@pytest.mark.skipif(shutil.which("tcc") is None, reason="tcc is not installed: apt-get install tcc")
 def test_tcc(tmp_path, monkeypatch):
     """It takes every flag and knows no builtin; what it makes answers, or there is no engine."""
     target = tmp_path / "_qsnn.so"

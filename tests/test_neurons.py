@@ -1,6 +1,7 @@
 """Every neuron of both hosts, and of nobody's: what it carries is rounded, nothing else changes."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -74,11 +75,11 @@ def run(node, x):
     return torch.stack(outputs), states(node)
 
 
-@pytest.mark.parametrize("mode", ["s", "m"])
-@pytest.mark.parametrize("name", [*SPIKINGJELLY, *SINGLE])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*itertools.product(SPIKINGJELLY, "sm"), *itertools.product(SINGLE, "s")],
+)
 def test_32_bits_are_the_hosts_own(name, mode):
-    if name in SINGLE and mode == "m":
-        pytest.skip("runs in step mode 's' only")
     make = {**SPIKINGJELLY, **SINGLE}[name]
     x = torch.randn(4, 3, 6) * 2
     torch.manual_seed(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,24 +26,35 @@ NATIVE = ["-march=native"]
 
 @dataclass(frozen=True)
 class Target:
-    """A compiler, its flags, and what runs the result."""
+    """A compiler, its flags, Debian's packages that have it, and what runs the result."""
 
     command: tuple[str, ...]
+    packages: str
     runner: tuple[str, ...] = ()
     order: str = "<"
 
 
+def big_endian(name: str, emulated: str = "", flags: Sequence[str] = ()) -> Target:
+    """Debian's cross compiler for a processor, and qemu."""
+    return Target(
+        (f"{name}-linux-gnu-gcc", "-static", *flags),
+        f"gcc-{name}-linux-gnu qemu-user",
+        (f"qemu-{emulated or name}",),
+        ">",
+    )
+
+
 TARGETS = {
-    "gcc": Target(("gcc", *UNDEFINED)),
-    "gcc native": Target(("gcc", *UNDEFINED, *NATIVE)),
-    "gcc plain": Target(("gcc", *UNDEFINED, *PLAIN)),
-    "clang integer": Target(("clang", *INTEGER)),
-    "clang integer native": Target(("clang", *INTEGER, *NATIVE)),
-    "clang integer plain": Target(("clang", *INTEGER, *PLAIN)),
-    "mips": Target(("mips-linux-gnu-gcc", "-static"), ("qemu-mips",), ">"),
-    "ppc": Target(("powerpc-linux-gnu-gcc", "-static"), ("qemu-ppc",), ">"),
-    "s390x": Target(("s390x-linux-gnu-gcc", "-static"), ("qemu-s390x",), ">"),
-    "s390x plain": Target(("s390x-linux-gnu-gcc", "-static", *PLAIN), ("qemu-s390x",), ">"),
+    "gcc": Target(("gcc", *UNDEFINED), "gcc"),
+    "gcc native": Target(("gcc", *UNDEFINED, *NATIVE), "gcc"),
+    "gcc plain": Target(("gcc", *UNDEFINED, *PLAIN), "gcc"),
+    "clang integer": Target(("clang", *INTEGER), "clang"),
+    "clang integer native": Target(("clang", *INTEGER, *NATIVE), "clang"),
+    "clang integer plain": Target(("clang", *INTEGER, *PLAIN), "clang"),
+    "mips": big_endian("mips"),
+    "ppc": big_endian("powerpc", "ppc"),
+    "s390x": big_endian("s390x"),
+    "s390x plain": big_endian("s390x", flags=PLAIN),
 }
 
 
@@ -51,7 +63,7 @@ def compiled(name: str, folder: Path) -> list[str]:
     target = TARGETS[name]
     for tool in (target.command[0], *target.runner[:1]):
         if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
+            pytest.skip(f"{tool} is not installed: apt-get install {target.packages}")
     probe = folder / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     binary = folder / "harness"
@@ -59,7 +71,7 @@ def compiled(name: str, folder: Path) -> list[str]:
         [*target.command, str(probe), "-o", str(binary)], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"{name}: {(done.stderr.strip() or 'does not link').splitlines()[0]}")
+        pytest.skip(f"{name} does not link: apt-get install {target.packages}")
     sources = [str(Path(__file__).with_name("harness.c")), str(RUNTIME / "qsnn.c")]
     command = [*target.command, *STRICT, "-I", str(RUNTIME), *sources, "-o", str(binary)]
     subprocess.run(command, check=True)

@@ -155,7 +155,7 @@ COMPILERS = {
 def test_no_warning(compiler, plain, tmp_path):
     command = COMPILERS[compiler]
     if command[0] is None:
-        pytest.skip(f"{compiler} is not installed")
+        pytest.skip(f"{compiler} is not installed: apt-get install clang g++")
     program, _, _ = samples("digits")
     export_c(program, tmp_path, mean=0.3, std=0.3, verbose=False)
     for source in sorted(tmp_path.glob("*.c")):

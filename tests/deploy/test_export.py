@@ -39,6 +39,7 @@ TARGETS = {
     ],
     "sanitized": [GCC, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"],
 }
+PACKAGES = {"32 bit": "gcc-multilib", "arm": "gcc-arm-linux-gnueabihf qemu-user"}
 
 
 def raw(program, codes) -> bytes:
@@ -52,16 +53,16 @@ PROBE = '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n'
 
 def compiler(target, folder) -> list[str]:
     """Compile command of a target; skips where the machine cannot build for it."""
-    command = TARGETS[target]
+    command, packages = TARGETS[target], PACKAGES.get(target, "gcc")
     if command[0] is None or shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0] or 'a C compiler'} is not installed")
+        pytest.skip(f"{command[0] or 'gcc'} is not installed: apt-get install {packages}")
     probe = folder / "probe.c"
     probe.write_text(PROBE)
     done = subprocess.run(
         [*command, str(probe), "-o", str(folder / "probe")], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"no libraries for {target}: {done.stderr.strip().splitlines()[0]}")
+        pytest.skip(f"no libraries for {target}: apt-get install {packages}")
     return command
 
 
@@ -81,7 +82,7 @@ def test_same_bits_as_python(target, tmp_path):
     if target == "arm":
         qemu = shutil.which("qemu-arm") or shutil.which("qemu-arm-static")
         if qemu is None:
-            pytest.skip("qemu-arm is not installed")
+            pytest.skip(f"qemu-arm is not installed: apt-get install {PACKAGES[target]}")
         runner = [qemu]
     runtime = tmp_path / "qsnn.o"  # of every program the same
     for make, seed in PROGRAMS:
@@ -298,7 +299,7 @@ def test_windows_reads_bytes(tmp_path):
     assert main.index("_setmode(0, _O_BINARY)") < main.index("fread(")
     compiler = shutil.which("x86_64-w64-mingw32-gcc")
     if compiler is None:
-        pytest.skip("x86_64-w64-mingw32-gcc is not installed")
+        pytest.skip("no compiler for Windows: apt-get install gcc-mingw-w64-x86-64")
     sources = sorted(str(p) for p in tmp_path.glob("*.c"))
     subprocess.run([compiler, *FLAGS, *sources, "-o", str(tmp_path / "net.exe")], check=True)
 

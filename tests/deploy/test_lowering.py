@@ -130,14 +130,17 @@ def quantize_models(net: nn.Module, bits, order):
     return net
 
 
-@pytest.mark.parametrize("order", ["fire_first", "quantize_first"])
-@pytest.mark.parametrize("bits", [2, 4, None], ids=["2u", "4u", "32u"])
-@pytest.mark.parametrize("name", NETWORKS)
+SETTINGS = [  # a float membrane is not quantized, so that it has no order
+    (2, "fire_first"), (2, "quantize_first"), (4, "fire_first"), (4, "quantize_first"),
+    (None, "fire_first"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "order"),
+    [(n, *s) for n in NETWORKS for s in (SETTINGS[:1] if n in LARGE else SETTINGS)],
+)
 def test_exact_arithmetic_gives_equal_spikes(name, bits, order):
-    if bits is None and order == "quantize_first":
-        pytest.skip("a float membrane is not quantized, so there is no order")
-    if name in LARGE and (bits, order) != (2, "fire_first"):
-        pytest.skip("a large network is tried in one setting")
     torch.manual_seed(0)
     net, x = NETWORKS[name]()
     # A 2-bit charge exceeds snnTorch's threshold only if its one level lies above it.

@@ -363,7 +363,9 @@ def test_an_unwritable_cache_is_reported(tmp_path):
         datasets("dvsgesture", tmp_path, facts=facts, cache=tmp_path / "file" / "cache")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="run the tests as another user than root, who may write anywhere"
+)
 def test_a_read_only_data_directory_is_reported(tmp_path):
     facts = archives.make("dvsgesture", tmp_path)
     tmp_path.chmod(0o500)

@@ -47,6 +47,6 @@ def test_a_cards_number_is_found_again(path):
     card = json.loads(path.read_text())
     folder = os.environ.get("QSNN_DATA")
     if folder is None and card["data"] != "digits":
-        pytest.skip("QSNN_DATA names no data directory")
+        pytest.skip("QSNN_DATA=DIR tests it: the directory that holds the data sets")
     found = evaluate.main(path.with_suffix(".qsnn"), card["data"], Path(folder or "data"))
     assert found == pytest.approx(card["accuracy_program"], abs=1e-9)
