@@ -133,12 +133,14 @@ def test_deployed_networks_run_without_torch():
         net = deploy.load("recipes/results/devices/digits.qsnn")
         assert net(np.zeros((2, *net.input_shape), np.float32)).shape[-1] == 10
         net.session().step(net.codes(np.zeros((1, *net.input_shape), np.float32)))
-        try:
-            qsnn_ext.quantize_
-        except qsnn_ext.errors.MissingDependencyError as error:
-            assert "pip install torch" in str(error), error
-        else:
-            raise AssertionError("quantize_ without torch")
+        for holder, name in ((qsnn_ext, "quantize_"), (deploy, "lower"), (deploy, "save")):
+            try:
+                getattr(holder, name)
+            except qsnn_ext.errors.MissingDependencyError as error:
+                assert f"{name} needs torch" in str(error), error
+                assert "pip install torch" in str(error), error
+            else:
+                raise AssertionError(f"{name} without torch")
         """
     )
     assert done.returncode == 0, done.stderr
