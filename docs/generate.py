@@ -311,14 +311,14 @@ def models() -> str:
     """The networks in ``recipes/results/models``, from their cards."""
     rows = [[
         "model", "data", "parameters", "file (bytes)", "firing rate",
-        "simulation (%)", "integer program (%)",
+        "test samples", "simulation (%)", "integer program (%)",
     ]]  # fmt: skip
     for path in sorted((ROOT / "recipes" / "results" / "models").glob("*.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
         rows.append([
             f"`{path.stem}`", card["data"], f"{card['parameters']:,}", f"{card['file_bytes']:,}",
-            f"{card['firing_rate']:.3f}", f"{card['accuracy_simulation']:.2f}",
-            f"{card['accuracy_program']:.2f}",
+            f"{card['firing_rate']:.3f}", f"{card['test_samples']:,}",
+            f"{card['accuracy_simulation']:.2f}", f"{card['accuracy_program']:.2f}",
         ])  # fmt: skip
     return table(rows)
 

@@ -29,6 +29,7 @@ from recipes.evaluate import (
     configuration,
     first_samples,
     spec_of,
+    test_set,
 )
 
 FOLDER = Path(__file__).parent / "results" / "models"
@@ -116,6 +117,7 @@ def describe(
         "accuracy_in_training": result["last_accuracy"],
         "accuracy_simulation": accuracy_of_simulation(model, config),
         "accuracy_program": accuracy_of_program(program, config),
+        "test_samples": len(test_set(config)),  # type: ignore[arg-type]
         "epochs": config.epochs,
         "command": portable(result["command"]),
         "git": git_commit(),
@@ -147,6 +149,7 @@ def page(name: str, card: dict[str, Any]) -> str:
         "parameters": f"{card['parameters']:,} in {card['weight_bytes']:,} bytes",
         "file": f"{card['file_bytes']:,} bytes",
         "mean firing rate": f"{card['firing_rate']:.3f} on {64} training samples",
+        "test samples": f"{card['test_samples']:,}",
         "test accuracy, as trained": f"{card['accuracy_in_training']:.2f} %",
         "test accuracy, frozen scales": f"{card['accuracy_simulation']:.2f} %",
         "test accuracy, integer program": f"{card['accuracy_program']:.2f} %",

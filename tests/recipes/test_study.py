@@ -33,6 +33,7 @@ def test_a_card_says_what_evaluation_finds(run, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(card["config"])
     text = (tmp_path / "small.md").read_text()
     assert f"| test accuracy, integer program | {card['accuracy_program']:.2f} % |" in text
+    assert f"| test samples | {card['test_samples']} |" in text
     deploy.load(tmp_path / "small.qsnn")
     for name, key in (
         ("small.qsnn", "accuracy_program"),
