@@ -227,7 +227,8 @@ def real_protocol(data: str) -> str:
         content[k] for k in ("config", "learning_rate_runs", "improvement_runs")
     )
     batches = tuning["batches_per_epoch"]
-    how = f"chosen on the held-out samples, in runs of {tuning['epochs']} epochs"
+    epochs = "one epoch" if tuning["epochs"] == 1 else f"{tuning['epochs']} epochs"
+    how = f"chosen on the held-out samples, in runs of {epochs}"
     if batches:
         how += f" of {batches} batches"
     rows = [
