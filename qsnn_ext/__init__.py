@@ -18,6 +18,7 @@ __version__ = "0.2.0"
 from qsnn_ext import errors
 from qsnn_ext.errors import QSNNError
 
+_MODULES = ["deploy"]
 # A machine that only runs deployed networks may lack torch; there is `deploy` then, and no more.
 if importlib.util.find_spec("torch") is not None:
     from qsnn_ext import (
@@ -72,6 +73,8 @@ if importlib.util.find_spec("torch") is not None:
     from qsnn_ext.report import Summary, summarize
     from qsnn_ext.scaling import calibrate_scales
 
+    _MODULES += hosts.HOSTS
+
 if TYPE_CHECKING:
     from qsnn_ext import deploy as deploy
     from qsnn_ext import sinabs as sinabs
@@ -108,7 +111,6 @@ _LATER = {
         "snntorch",
     ),
 }
-_MODULES = ("deploy", "sinabs", "snntorch", "spikingjelly")
 
 __all__ = [
     "PRESETS",

@@ -29,7 +29,7 @@ from qsnn_ext.conversion.change import (
 )
 from qsnn_ext.conversion.report import REPORT_ATTRIBUTE, ConversionReport, conversion_report
 from qsnn_ext.errors import CheckpointError, InputTypeError, MissingDependencyError
-from qsnn_ext.files import ZIP, write_atomically
+from qsnn_ext.files import ZIP, check_path, write_atomically
 from qsnn_ext.folding import FoldedNorm
 from qsnn_ext.layers import QuantizedWeight
 from qsnn_ext.quantizers import KINDS, MembraneQuantizer, Quantizer
@@ -61,7 +61,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"save_checkpoint needs a module, got {type(model).__name__}.")
-    path = _path(path, "save_checkpoint")
+    check_path(path, "save_checkpoint")
     model = unwrap(model)
     states = _states(model)
     tensors, tied = _distinct({k: v for k, v in _named(model).items() if k not in states})
@@ -71,7 +71,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         content = _safetensors().torch.save(tensors, {_KEY: text, "sha256": _digest(text, tensors)})
     except Exception as error:
         raise CheckpointError(f"the model's tensors cannot be stored: {error}") from error
-    write_atomically(path, lambda file: file.write(content), CheckpointError)
+    write_atomically(Path(path), lambda file: file.write(content), CheckpointError)
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
@@ -129,28 +129,20 @@ def load_checkpoint(path: str | Path, model: nn.Module | Callable[[], nn.Module]
         InputTypeError: ``model`` is, or builds, no module, or ``path`` is none.
         MissingDependencyError: safetensors is not installed.
     """
-    path = _path(path, "load_checkpoint")
+    check_path(path, "load_checkpoint")
+    path = Path(path)
     header, tensors = _read(path)
     built = model if isinstance(model, nn.Module) else model() if callable(model) else model
     if not isinstance(built, nn.Module):
-        given = (
-            f"the function returned {type(built).__name__}"
-            if callable(model)
-            else "got " + (type(model).__name__)
-        )
+        given = "the function returned" if callable(model) else "got"
         raise InputTypeError(
-            f"load_checkpoint needs a model or a function that builds one; {given}."
+            "load_checkpoint needs a model or a function that builds one; "
+            f"{given} {type(built).__name__}."
         )
     # Its digest is right, so whoever wrote it wrote it so: another version, or ill will.
     remedy = "; write it anew with qsnn_ext.save_checkpoint"
     _fit(unwrap(built), header, tensors, repr(str(path)), remedy)
     return built
-
-
-def _path(given: Any, what: str) -> Path:
-    if not isinstance(given, str | os.PathLike):
-        raise InputTypeError(f"{what} needs a path, got {type(given).__name__}.")
-    return Path(given)
 
 
 # --------------------------------------------------------------------------- writing

@@ -9,10 +9,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qsnn_ext.errors import QSNNError
+from qsnn_ext.errors import InputTypeError, QSNNError
 
 #: How a zip archive begins, and so what ``torch.save`` writes.
 ZIP = b"PK\x03\x04"
+
+
+def check_path(given: object, what: str, remedy: str = "") -> None:
+    """Refuse what names no file.
+
+    Args:
+        given: What somebody passed.
+        what: Who needs a path, for the message.
+        remedy: What to do instead, behind a semicolon.
+
+    Raises:
+        InputTypeError: It is no path.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise InputTypeError(f"{what} needs a path, got {type(given).__name__}{remedy}.")
 
 
 def write_atomically(

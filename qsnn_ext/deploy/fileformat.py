@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.program import OP_TYPES, IntArray, Neuron, Op, Program, Value
-from qsnn_ext.errors import FormatError, InputTypeError
-from qsnn_ext.files import ZIP, write_atomically
+from qsnn_ext.errors import FormatError
+from qsnn_ext.files import ZIP, check_path, write_atomically
 
 FORMAT_VERSION = 2
 #: Versions that are read. Version 1 had no Gather, Concat, Matmul and Delay.
@@ -127,11 +127,8 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         FormatError: If the file is damaged, hostile, of an unknown version, or cannot be read.
         InputTypeError: If ``path`` is none.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputTypeError(
-            f"a .qsnn file needs a path, got {type(path).__name__}; parse_program(content) reads "
-            "bytes, DeployedModel(program) runs a program"
-        )
+    remedy = "; parse_program(content) reads bytes, DeployedModel(program) runs a program"
+    check_path(path, "a .qsnn file", remedy)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -230,26 +230,28 @@ def test_read_outs_of_the_host(kind, decode):
     np.testing.assert_allclose(got, expected.numpy(), atol=2e-3)
 
 
-def test_a_read_out_that_charges_in_its_own_way_is_refused_by_name():
+def calibrated(net):
+    """Quantize a network and fix its scales; the input it was shown."""
     torch.manual_seed(1)
-    net, x = MultiStep(Thrice(decode="last_mem")), torch.rand(6, 3, 6)
+    x = torch.rand(6, 3, 6)
     quantize_(net, "1w-2u", sample=x)
     net.eval()
     functional.reset_net(net)
     calibrate(net, [x])
+    return x
+
+
+def test_a_read_out_that_charges_in_its_own_way_is_refused_by_name():
+    net = MultiStep(Thrice(decode="last_mem"))
+    x = calibrated(net)
     with pytest.raises(LoweringError, match=r"^out: a Thrice has no integer form"):
         lower(net, x)
 
 
 def test_a_filter_that_spikes_switch_off_is_refused_by_name():
-    torch.manual_seed(1)
-    x = torch.rand(6, 3, 6)
     net = MultiStep(nn.Identity())
     net.body.insert(4, layer.SynapseFilter(tau=4.0, step_mode="m"))
-    quantize_(net, "1w-2u", sample=x)
-    net.eval()
-    functional.reset_net(net)
-    calibrate(net, [x])
+    x = calibrated(net)
     with pytest.raises(LoweringError, match=r"^body\.4: a SynapseFilter leaks only.*use a"):
         lower(net, x)
 
