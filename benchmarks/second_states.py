@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from qsnn_ext import calibrate_scales, quantize_
 from recipes import data as datasets
+from recipes.engine import holdout
 
 RESULTS = Path(__file__).parent / "results" / "second_states.json"
 
@@ -143,11 +144,10 @@ def load(config: Config) -> tuple[Arrays, Arrays]:
     return arrays[0], arrays[1]
 
 
-def split(data: Arrays, config: Config) -> tuple[Arrays, Arrays]:
+def divided(data: Arrays, config: Config) -> tuple[Arrays, Arrays]:
     """The training digits without those held out, and these."""
     x, y = data
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.tuning_seed))
-    kept, held = order[config.held_out :], order[: config.held_out]
+    kept, held = holdout.split(y.tolist(), config.held_out)
     return (x[:, kept], y[kept]), (x[:, held], y[held])
 
 
@@ -215,12 +215,12 @@ def main() -> None:
     if args.quick:
         config = Config(epochs=1, seeds=(0,), rates=(5e-3,))
     data = load(config)
+    tuned_on = divided(data[0], config)
     rows, tuning = [], []
     for name in [args.network] if args.network else NETWORKS:
         for bits in (None, config.bits):
             tried = [
-                run(name, bits, rate, config.tuning_seed, split(data[0], config), config)
-                for rate in config.rates
+                run(name, bits, rate, config.tuning_seed, tuned_on, config) for rate in config.rates
             ]
             tuning += tried
             best = max(tried, key=lambda row: row["accuracy"])["rate"]
