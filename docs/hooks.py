@@ -18,8 +18,6 @@ _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 #: Where the demo page, which is built without a site too, has its link to the site.
 _PLACE = re.compile("<!-- in the site: a link to the documentation -->")
-#: On a phone a table scrolls; the theme would break the names of classes in it anywhere.
-_STYLE = ".md-typeset td code { word-break: normal; }"
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>(~?)([\w.]+)</code>")
 
 
@@ -81,13 +79,10 @@ def first_sentence(markdown: str) -> str:
 
 def on_page_content(content: str, **_: object) -> str:
     """Replace what ``pymdownx.arithmatex`` marked as equations, and ``:class:`` and its like."""
-    # On a phone a long equation scrolls, not the page.
-    content = _BLOCK.sub(
-        lambda m: f'<div style="overflow-x: auto">{_mathml(m[1], "block")}</div>', content
-    )
+    content = _BLOCK.sub(lambda m: f'<div class="equation">{_mathml(m[1], "block")}</div>', content)
     content = _INLINE.sub(lambda m: _mathml(m[1], "inline"), content)
     content = content.replace("::</p>", ":</p>")  # before a block of code in a docstring
-    return f"<style>{_STYLE}</style>\n" + _ROLE.sub(_link, content)
+    return _ROLE.sub(_link, content)
 
 
 def _mathml(latex: str, display: str) -> str:
