@@ -12,13 +12,14 @@ COMPILED := qsnn_ext/deploy/_qsnn.so qsnn_ext/kernels/_kernels.so
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # Debian's packages for the tests that `make test` skips where these are missing (gcc-multilib
-# without the number excludes the cross compilers).
-TOOLS := gcc g++ clang lld tcc gcc-$(shell gcc -dumpversion)-multilib gcc-mingw-w64-x86-64 qemu-user qemu-system-arm \
+# without the number excludes the cross compilers). Asked for only where it is used: not everybody
+# has gcc.
+TOOLS = gcc g++ clang lld tcc gcc-$(shell gcc -dumpversion)-multilib gcc-mingw-w64-x86-64 qemu-user qemu-system-arm \
 	qemu-system-misc gcc-arm-none-eabi libnewlib-arm-none-eabi gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf \
 	nodejs chromium libc6-dev-i386 \
 	$(foreach arch,mips powerpc s390x,gcc-$(arch)-linux-gnu libc6-dev-$(arch)-cross) \
 	gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help demo demo-web test test-all lint format types docs clean
 .DEFAULT_GOAL := help
