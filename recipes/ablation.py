@@ -62,7 +62,7 @@ def main(
     width: float | None = None,
     size: int | None = None,
     steps: int | None = None,
-    kernels: Literal["auto", "compiled", "function", "eager"] = "auto",
+    kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto",
     limit_batches: int | None = None,
     processes: int | None = None,
     runs: Path | None = None,
@@ -81,7 +81,7 @@ def main(
         width: Multiplier of the network's channels; none takes the recipe's.
         size: Side of the input in pixels; none takes the recipe's.
         steps: Time steps T; none takes the recipe's.
-        kernels: How the neurons run. Many runs share a process, so compiling pays here.
+        kernels: How the neurons run.
         limit_batches: Only this many batches per epoch, to try the study out.
         processes: Runs at a time; none takes one per CPU core.
         runs: Folder of the single runs; none takes runs/ablation-DATA.

@@ -150,7 +150,8 @@ class Config:
     sync_batchnorm: bool = True
     """With several processes, take batch statistics over all of them."""
     kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto"
-    """How the neurons' fused kernels run; auto compiles them where that is likely to pay."""
+    """How the neurons' fused kernels run; auto takes the native ones on a CPU, and compiled ones
+    where there are none and that is likely to pay."""
     compile: bool = False
     """Compile the network with torch.compile."""
 

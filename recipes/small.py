@@ -33,5 +33,4 @@ def on_digits(full: Config, data: str) -> Config:
         workers=0,
         precision="32-true",
         memory_format="contiguous",
-        kernels="function",  # compiling takes longer than it saves in so short a run
     )
