@@ -709,7 +709,7 @@ def draw_notebook() -> None:
     notebooks = DOCS / "notebooks"
     sys.path.insert(0, str(notebooks))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        runpy.run_path(str(notebooks / "spikingjelly.py"))
+        runpy.run_path(str(notebooks / "spikingjelly_notebook.py"))
         for made, name in (("summary.png", "report.png"), ("comparison.png", "comparison.png")):
             shutil.copy(os.path.join(folder, made), DOCS / "img" / name)
 

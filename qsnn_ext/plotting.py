@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
@@ -30,17 +32,32 @@ def figure(
         MissingDependencyError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        made = _kind()(figsize=size, layout="constrained")
     except ImportError as error:
         raise MissingDependencyError(
             f"{what} needs matplotlib, which could not be imported ({error}); "
             "install it with: pip install matplotlib."
         ) from error
-    made = Figure(figsize=size, layout="constrained")
     draw(made.subplots(*grid))
     if path is not None:
         made.savefig(path, dpi=150)
     return made
+
+
+@functools.cache
+def _kind() -> Any:
+    """The class of figures, once matplotlib is needed."""
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        """Shown by notebooks, which else show figures of pyplot only."""
+
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
+    return Picture
 
 
 def name_bars(axis: Any, names: Sequence[str]) -> None:

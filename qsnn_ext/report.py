@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -31,7 +32,7 @@ from qsnn_ext.membranes import Membrane
 from qsnn_ext.plotting import figure, name_bars
 from qsnn_ext.progress import working
 from qsnn_ext.quantizers import BinaryWeight, MembraneQuantizer
-from qsnn_ext.text import columns, printable
+from qsnn_ext.text import columns, html_table, printable
 from qsnn_ext.trace import call, check_model, untouched, watching
 
 
@@ -137,13 +138,22 @@ class Summary:
 
     def __str__(self) -> str:
         """The table, with the costs used beneath it."""
-        rows = [_row(layer) for layer in (*self.layers, self.total)]
+        return "\n".join([columns(list(_COLUMNS), self._rows()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook, whose lines would wrap the table."""
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes())
+        return f"{html_table(list(_COLUMNS), self._rows())}<ul>{notes}</ul>"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_row(layer) for layer in (*self.layers, self.total)]
+
+    def _notes(self) -> list[str]:
         counts = [
             f"{_short(count)} {kind} ({getattr(self.energy, kind)} pJ)"
             for kind, count in self.total.operations.items()
         ]
         lines = [
-            columns(list(_COLUMNS), rows),
             "bytes: now = latent weights, buffers and membrane potentials as held in training; "
             "logical = at their bits; packed = with padding and scale factors",
             "p_s firing rate, p_w share of positive weights, H their entropy in nats; "
@@ -164,7 +174,7 @@ class Summary:
             lines.append(
                 f"operations are not counted in: {', '.join(map(printable, self.uncounted))}"
             )
-        return "\n".join(lines)
+        return lines
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Rates, membrane shares, bytes and energy of every layer.

@@ -1,15 +1,17 @@
 """summarize: what it counts, on both hosts, and that it leaves no trace."""
 
 import csv
+import html
 import io
 import json
 import math
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -121,7 +123,6 @@ def test_dense_counts_are_the_products_computed(module, shape):
     assert summarize(module, torch.rand(shape)).total.operations == {"mac": products}
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     widths=st.lists(st.integers(1, 7), min_size=2, max_size=4),
     kinds=st.lists(st.sampled_from([None, 1, 8]), min_size=3, max_size=3),
@@ -606,8 +607,18 @@ def test_plot(tmp_path, bits):
     figure = summary.plot(tmp_path / "s.png")
     assert len(figure.axes) == 4
     assert (tmp_path / "s.png").stat().st_size > 10_000
+    assert figure._repr_png_()[:4] == b"\x89PNG"  # as notebooks show it
     bars = sum(bar.get_height() for group in figure.axes[3].containers for bar in group)
     assert bars == pytest.approx(summary.total.picojoules / 1e3)
+
+
+def test_a_notebook_shows_what_is_printed():
+    net = nn.Sequential(OrderedDict({"<b>": nn.Linear(3, 2)}))
+    summary = summarize(net, torch.rand(4, 3))
+    shown = summary._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in shown
+    for line in str(summary).splitlines()[-4:]:
+        assert line in html.unescape(shown)
 
 
 def test_plot_of_nothing():

@@ -2,12 +2,14 @@
 
     python docs/notebooks/build.py
 
-The scripts are what is edited and tested; notebooks are for those who open one.
+The scripts are what is edited and tested; notebooks are for those who open one. They are not named
+like the notebooks, that is, like the hosts: a notebook would import them in place of these.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def notebook(script: str) -> str:
             lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
         else:
             cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
-            lines = [line.replace("  # noqa: E402", "") for line in lines]
+            lines = [re.sub("  # noqa: .*", "", line) for line in lines]
         cell["source"] = [f"{line}\n" for line in lines[:-1]] + lines[-1:]
         cells.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -43,7 +45,7 @@ def notebook(script: str) -> str:
 def main() -> None:
     """Write them all."""
     for name in NAMES:
-        script = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        script = (FOLDER / f"{name}_notebook.py").read_text(encoding="utf-8")
         (FOLDER / f"{name}.ipynb").write_text(notebook(script), encoding="utf-8")
 
 

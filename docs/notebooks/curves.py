@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +54,17 @@ class Curve:
         display = _display()
         if display is None:
             return
+        content = io.BytesIO()
+        self.figure().savefig(content, format="png")
+        picture = display.Image(data=content.getvalue())
         if self._shown is None:
-            self._shown = display.display(self.figure(), display_id=True)
+            self._shown = display.display(picture, display_id=True)
         else:
-            self._shown.update(self.figure())
+            self._shown.update(picture)
 
 
-def show_page(page: str, height: int = 700) -> None:
-    """A page of ``docs`` inside a notebook; outside, its path.
+def show_page(page: str, height: int = 900) -> None:
+    """A page of ``docs`` inside a notebook; outside, or where the page is not built, its path.
 
     Args:
         page: path below ``docs``.
@@ -68,5 +74,28 @@ def show_page(page: str, height: int = 700) -> None:
     display = _display()
     if display is None:
         print(path.relative_to(path.parents[2]))
-    else:
-        display.display(display.IFrame(str(path), "100%", height))
+        return
+    try:
+        text = html.escape(in_one_file(path))
+    except FileNotFoundError as error:
+        print(f"{path}: {Path(error.filename).name} is not there; run python docs/demo/build.py")
+        return
+    # A notebook's server gives no files by their paths, so the frame holds the page itself. The
+    # div keeps IPython from advising its IFrame, which takes addresses only.
+    style = f"width: 100%; height: {height}px; border: 0"
+    display.display(display.HTML(f'<div><iframe srcdoc="{text}" style="{style}"></iframe></div>'))
+
+
+def in_one_file(page: Path) -> str:
+    """The page with the scripts and style sheets beside it written into it."""
+
+    def style(match: re.Match[str]) -> str:
+        return f"<style>{(page.parent / match[1]).read_text(encoding='utf-8')}</style>"
+
+    def script(match: re.Match[str]) -> str:
+        code = (page.parent / match[1]).read_text(encoding="utf-8")
+        return "<script>" + code.replace("</script", r"<\/script") + "</script>"
+
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r'<link rel="stylesheet" href="([\w.-]+)">', style, text)
+    return re.sub(r'<script src="([\w.-]+)"></script>', script, text)

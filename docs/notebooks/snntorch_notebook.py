@@ -52,7 +52,7 @@ net = Net()
 # In place: every module stays the object it was and only its class changes.
 
 # %%
-print(quantize_(net, "1w-4u", sample=x[:8]))
+quantize_(net, "1w-4u", sample=x[:8])
 
 # %% [markdown]
 # ## Training, with a live curve
@@ -81,7 +81,9 @@ curve.show()
 # %%
 net.eval()
 summary = summarize(net, x_test[:32])
-print(summary)
+summary  # noqa: B018
+
+# %%
 summary.plot("summary.png")
 
 # %% [markdown]
@@ -96,6 +98,8 @@ accuracy = float((spikes.sum(0).argmax(1) == y_test.numpy()).mean())
 print(f"accuracy of the integer program: {accuracy:.1%}")
 comparison = deploy.compare(net, program, [(x_test, y_test)])
 print(comparison)
+
+# %%
 comparison.plot("comparison.png")
 
 # %% [markdown]

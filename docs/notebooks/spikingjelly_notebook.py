@@ -40,8 +40,7 @@ functional.set_step_mode(model, "m")
 # In place: every module stays the object it was and only its class changes.
 
 # %%
-report = quantize_(model, "1w-2u", sample=x[:, :16])
-print(report)
+quantize_(model, "1w-2u", sample=x[:, :16])
 
 # %% [markdown]
 # ## Training, with a live curve
@@ -70,7 +69,9 @@ curve.show()
 # %%
 model.eval()
 summary = summarize(model, x_test[:, :16])
-print(summary)
+summary  # noqa: B018
+
+# %%
 summary.plot("summary.png")
 
 # %% [markdown]
@@ -87,6 +88,8 @@ accuracy = float((answers == labels[1500:]).mean())
 print(f"accuracy of the integer program: {accuracy:.1%}")
 comparison = deploy.compare(model, program, [(x_test[:, :24], y_test[:24])])
 print(comparison)
+
+# %%
 comparison.plot("comparison.png")
 
 # %% [markdown]
