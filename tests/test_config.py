@@ -1,9 +1,10 @@
 """The configuration: shorthands, round trips, errors that help."""
 
 import dataclasses
+import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,9 +31,13 @@ MEMBRANES = st.builds(
     sync_scale=st.booleans(),
     order=st.sampled_from(["fire_first", "quantize_first"]),
 )
+#: What file formats treat in a way of their own, and any other character: hypothesis would need ten
+#: seconds to list those of a category.
+SPECIAL = " !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~0aNé\u00a0\u2028\ufeff\U0001f600"
+OTHERS = st.integers(0xA0, 0x10FFFF).map(chr).filter(lambda c: unicodedata.category(c) != "Cs")
 RULES = st.builds(
     Rule,
-    name=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
+    name=st.text(st.sampled_from(SPECIAL) | OTHERS, min_size=1),
     weight=WEIGHTS | st.just("keep"),
     membrane=st.none() | MEMBRANES | st.just("keep"),
 )
@@ -49,7 +54,6 @@ CONFIGS = st.builds(
 
 
 @given(config=CONFIGS)
-@settings(max_examples=40)
 def test_dictionaries_and_files_hold_a_configuration_exactly(config, tmp_path_factory):
     assert QuantConfig.from_dict(config.to_dict()) == config
     folder = tmp_path_factory.mktemp("config")

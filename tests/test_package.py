@@ -10,14 +10,9 @@ import pytest
 
 import qsnn_ext
 from qsnn_ext import hosts
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
-
-
-def _run(code):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
-    )
 
 
 ABSENT = {
@@ -41,7 +36,7 @@ PRESENT = {
 @pytest.mark.parametrize("host", ABSENT)
 def test_missing_host_names_the_extra_and_the_other_works(host):
     """A finder that refuses one library stands in for an environment without it."""
-    done = _run(
+    done = fresh.run(
         f"""
         import sys
 
@@ -79,7 +74,7 @@ def test_public_names_resolve():
 
 def test_modules_are_attributes_without_an_import_of_their_own():
     """Those of the hosts load when they are asked for."""
-    done = _run(
+    done = fresh.run(
         """
         import sys, qsnn_ext
         for name in ("kernels", "config", "layers", "hosts", "neuron", "counterparts", "deploy"):
@@ -121,7 +116,8 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_deployed_networks_run_without_torch():
     """What the pages say: reading and running need NumPy only."""
-    done = _run(
+    # In an interpreter that has never had torch.
+    code = textwrap.dedent(
         """
         import sys
 
@@ -143,4 +139,5 @@ def test_deployed_networks_run_without_torch():
                 raise AssertionError(f"{name} without torch")
         """
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -1,22 +1,16 @@
 """Importing qsnn_ext loads no host and costs next to nothing beyond torch."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from qsnn_ext import hosts
-
-PACKAGE = str(Path(__file__).resolve().parents[2])
+from tests import fresh
 
 
 def run(code: str) -> str:
     """What ``code`` prints in a fresh interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE, capture_output=True, text=True, check=False
-    )
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -8,6 +8,7 @@ import torch
 from qsnn_ext import kernels
 from qsnn_ext.kernels import LIFOptions, Surrogate
 from qsnn_ext.regularizers import WSDRRegularizer
+from tests.pairwise import pairwise
 
 snn = pytest.importorskip("snntorch")
 from qsnn_ext.snntorch import QLeaky, Triangle  # noqa: E402
@@ -36,7 +37,7 @@ def run(node, x, backend):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("learn_beta", [False, True])
 def test_equals_plain_operations(reset, order, bits, learn_beta):
-    options = itertools.product(
+    options = pairwise(
         ("max", "absmax"), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1.0, 0.3)
     )
     for scale, squash, surrogate, graded, theta in options:
@@ -174,7 +175,7 @@ def test_immediate_reset_equals_plain_operations(reset, order, learn, monkeypatc
     monkeypatch.setattr(
         kernels.layer, "lif_multi_step", lambda *a, **k: calls.append(1) or stock(*a, **k)
     )
-    options = itertools.product((2, 8), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1, 0.3))
+    options = pairwise((2, 8), (None, "tanh"), (None, Triangle(0.8)), (1.0, 2.0), (1, 0.3))
     for bits, squash, surrogate, graded, theta in options:
         node = QLeaky(
             0.8, bits=bits, squash=squash, order=order, reset_mechanism=reset, reset_delay=False,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qsnn_ext import functional as F
+from qsnn_ext.hosts import adapter
 from qsnn_ext.kernels.surrogates import DERIVATIVES, recognize
 
 
@@ -27,12 +28,14 @@ def check(function):
 ])  # fmt: skip
 def test_spikingjelly(name, alpha):
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    adapter("spikingjelly")  # knows them
     check(getattr(surrogate, name)(alpha=alpha))
     assert recognize(getattr(surrogate, name)(alpha=alpha, spiking=False)) is None
 
 
 def test_spikingjelly_slopes():
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    adapter("spikingjelly")  # knows them
     check(surrogate.LeakyKReLU(leak=0.2, k=1.5))
     assert recognize(surrogate.NonzeroSignLogAbs()) is None
 
@@ -44,11 +47,13 @@ def test_spikingjelly_slopes():
 ])  # fmt: skip
 def test_snntorch(make):
     surrogate = pytest.importorskip("snntorch.surrogate")
+    adapter("snntorch")
     check(make(surrogate))
 
 
 def test_snntorch_unknown():
     surrogate = pytest.importorskip("snntorch.surrogate")
+    adapter("snntorch")
     assert recognize(surrogate.triangular()) is None
     assert recognize(surrogate.custom_surrogate(lambda x, g, s: g)) is None
     assert recognize(lambda x: x) is None
@@ -56,6 +61,7 @@ def test_snntorch_unknown():
 
 def test_snntorch_sigmoid_far_below_the_threshold_is_zero():
     surrogate = pytest.importorskip("snntorch.surrogate")
+    adapter("snntorch")
     known = recognize(surrogate.sigmoid())
     assert DERIVATIVES[known.kind](torch.tensor(-9.0), known.a, known.b) == 0
 

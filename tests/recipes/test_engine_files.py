@@ -2,13 +2,13 @@
 
 import errno
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 
 from qsnn_ext.errors import TrainingError
 from recipes.engine import files
+from tests.faults.runs import Life
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -64,10 +64,10 @@ def test_a_folder_has_one_owner(tmp_path):
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path):
-    code = (
-        "import os, pathlib, sys, recipes.engine.files as f;"
-        "lock = f.lock(pathlib.Path(sys.argv[1])); os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
-    assert killed.returncode == -9
+    def lock_and_die():
+        lock = files.lock(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        lock.close()
+
+    assert Life(lock_and_die).wait() == -signal.SIGKILL
     files.lock(tmp_path).close()
