@@ -30,6 +30,7 @@ help: ## list the commands
 $(READY): pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test ! -L $(VENV) || { echo "$(VENV) is a link: what it leads to would be emptied; remove the link"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python $(REQUIRED) || { \
@@ -43,8 +44,8 @@ $(COMPILED) &: $(wildcard qsnn_ext/deploy/runtime/* qsnn_ext/kernels/native/*) |
 demo: $(READY) $(COMPILED) ## train full-precision and quantized networks on handwritten digits, under five minutes
 	$(BIN)/python -m recipes.demo
 
-demo-web: $(READY) ## build the demo page of the documentation and open it, or print its address
-	$(BIN)/python docs/demo/build.py --open
+demo-web: $(READY) ## build the demo page and open it, or print its address; DATA_DIR=... adds pictures of the CIFAR-10 there
+	$(BIN)/python docs/demo/build.py --open $(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
 
 test: $(READY) $(COMPILED) ## run the test suite
 	$(PYTEST) -n auto -q

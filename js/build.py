@@ -2,8 +2,8 @@
 
     python js/build.py
 
-needs ``ziglang`` from the package index (an extra of this project: ``pip install -e '.[web]'``), or
-clang with ``wasm-ld`` (Debian: clang, lld). What is there and newer than its sources is kept.
+needs ``ziglang`` from the package index (``pip install --group web`` in the repository), or clang
+with ``wasm-ld`` (Debian: clang, lld). What is there and newer than its sources is kept.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from qsnn_ext import MembraneQuantizer, calibrate, deploy, save_checkpoint, summarize
 from qsnn_ext.errors import ConfigError
 from recipes.config import Config
+from recipes.data.batches import ImageArray
 from recipes.engine import networks, teacher
 from recipes.engine.cli import call
 from recipes.engine.files import write_atomically
@@ -78,7 +80,10 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
         calibrate(model, [samples])
     folder.mkdir(parents=True, exist_ok=True)
     program, checkpoint = folder / f"{name}.qsnn", folder / f"{name}.safetensors"
-    deploy.save_program(deploy.lower(model, samples), program)
+    lowered, tested = deploy.lower(model, samples), test_set(config)
+    if isinstance(tested, ImageArray) and tested.classes:
+        lowered.metadata["classes"] = json.dumps(tested.classes)
+    deploy.save_program(lowered, program)
     save_checkpoint(model, checkpoint)
     if checkpoint.stat().st_size > LARGEST_CHECKPOINT:
         checkpoint.unlink()
@@ -102,6 +107,7 @@ def describe(
         program: The network's `.qsnn` file.
 
     """
+    tested = test_set(config)
     total = summarize(model, samples[..., :64, :, :, :]).total
     return {
         "data": config.data,
@@ -117,13 +123,21 @@ def describe(
         "accuracy_in_training": result["last_accuracy"],
         "accuracy_simulation": accuracy_of_simulation(model, config),
         "accuracy_program": accuracy_of_program(program, config),
-        "test_samples": len(test_set(config)),  # type: ignore[arg-type]
+        "test_samples": len(tested),  # type: ignore[arg-type]
+        **normalization(tested),
         "epochs": config.epochs,
         "command": portable(result["command"]),
         "git": git_commit(),
         "versions": versions(),
         "config": config.but(out=None, data_dir=Path("data")).to_dict(),
     }
+
+
+def normalization(tested: Dataset[Any]) -> dict[str, list[float]]:
+    """What was taken from the channels of images, and what they were divided by: of [0, 1]."""
+    if not isinstance(tested, ImageArray):
+        return {}
+    return {"mean": list(tested.transform.mean), "std": list(tested.transform.std)}
 
 
 def portable(command: str) -> str:

@@ -8,6 +8,22 @@ const STEP_MS = 450; // while playing
 const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+/** What can be looked at: what its samples are called, and what to do with it. */
+const VIEWS = {
+  digits: {
+    tested: "test digits",
+    hint: "With keys: arrows move the pen, <kbd>space</kbd> lowers or lifts it, <kbd>Delete</kbd> clears, <kbd>0</kbd>–<kbd>9</kbd> show an example. In the digits it has learned from, a seven has a bar.",
+  },
+  events: {
+    tested: "test recordings",
+    hint: "A simulated event camera looks at a test digit while its gaze jumps; the answer forms as events come in.",
+  },
+  pictures: {
+    tested: "test pictures",
+    hint: "It knows these ten things alone, and takes whatever a picture shows for one of them.",
+  },
+};
+
 const views = {}; // by name: model, card, frames to run, what to show of them
 let view = null; // the one on show
 let run = null; // what the network did with the present input, step by step
@@ -120,6 +136,14 @@ function execute(frames) {
   return { steps, ms: latency(frames) };
 }
 
+/** The class of a run, looking at nothing else. */
+function classOf(frames) {
+  const total = new Array(view.model.outputs[0].size).fill(0);
+  view.session.reset();
+  for (const codes of frames) view.session.step(codes)[0].forEach((a, i) => (total[i] += a));
+  return largest(total);
+}
+
 /** Milliseconds of a whole run: the shortest of some. */
 function latency(frames) {
   let shortest = Infinity;
@@ -140,9 +164,15 @@ function answerPaper(atEnd = true) {
   view.pixels = pixels;
   paintPixels($("seen").getContext("2d"), pixels);
   if (!pixels) return nothing();
-  const codes = Int32Array.from(pixels, (p) => view.table[p]);
-  run = execute(new Array(view.model.timesteps).fill(codes));
+  run = execute(framesOf(pixels));
   showRun(atEnd);
+}
+
+/** The same codes at every step, of pixels [C, H, W]. */
+function framesOf(pixels) {
+  const { model, tables } = view, size = model.inputSize / tables.length;
+  const codes = Int32Array.from(pixels, (p, i) => tables[Math.floor(i / size)][p]);
+  return new Array(model.timesteps).fill(codes);
 }
 
 function answerEvents(index) {
@@ -154,10 +184,59 @@ function answerEvents(index) {
   showRun(false);
 }
 
+/**
+ * Run on a picture.
+ * @param {Uint8Array} pixels [3, 32, 32].
+ * @param {string} source What it is.
+ * @param {number | null} truth Its class, where that is known.
+ */
+function answerPicture(pixels, source, truth = null) {
+  Object.assign(view, { pixels, source, truth });
+  $("source").textContent = source;
+  paintPicture(pixels);
+  run = execute(framesOf(pixels));
+  showRun(false);
+}
+
+function answerRecord(index) {
+  const { records } = view;
+  view.index = Math.min(Math.max(index, 0), records.labels.length - 1);
+  $("record").value = view.index + 1;
+  $("previous").disabled = view.index === 0;
+  $("next").disabled = view.index === records.labels.length - 1;
+  answerPicture(records.pixels(view.index), records.name, records.labels[view.index]);
+  records.said[view.index] = largest(run.steps.at(-1).total);
+  tally();
+}
+
+/** Whether a picture of the records is on show, and none that was opened by itself. */
+const onRecord = () => Boolean(view.records) && view.source === view.records.name;
+
+/** How many of the records' pictures, of those looked at, were named right. */
+function tally() {
+  let seen = 0, right = 0;
+  if (onRecord())
+    view.records.said.forEach((said, i) => {
+      seen += said >= 0;
+      right += said === view.records.labels[i];
+    });
+  view.tally = seen ? [right, seen] : null;
+  $("tally").textContent = seen
+    ? `${grouped(right)} of ${grouped(seen)} right (${((100 * right) / seen).toFixed(1)} %)` : "";
+}
+
+/** Pictures with their classes, to be gone through. */
+function takeRecords(records) {
+  views.pictures.records = { ...records, said: new Int8Array(records.labels.length).fill(-1) };
+  $("records").hidden = view !== views.pictures;
+  $("count").textContent = grouped(records.labels.length);
+  $("record").max = records.labels.length;
+}
+
 function nothing() {
   run = null;
   $("answer").textContent = "–";
-  $("sure").textContent = "draw a digit from 0 to 9";
+  $("sure").textContent = view === views.digits ? "draw a digit from 0 to 9" : "open a picture";
   show();
 }
 
@@ -177,6 +256,7 @@ function show() {
   $("step").disabled = $("play").disabled = !run;
   $("step-name").textContent = step ? `${shown + 1} of ${run.steps.length}` : "–";
   bars(step);
+  truth(step);
   if (view === views.events && step) paintEvents(step);
   view.model.layers.forEach((layer, k) => paintLayer(layer, k, step));
   paintTrace();
@@ -194,11 +274,32 @@ function bars(step) {
   }
   $("bars").replaceChildren(...given.map((value, i) => {
     const bar = document.createElement("div"), filled = document.createElement("i");
-    filled.style.height = step ? `${Math.max(0, ((value - low) / (high - low)) * 78)}%` : "0";
+    const name = document.createElement("span");
+    filled.style.setProperty("--share", step ? Math.max(0, (value - low) / (high - low)) : 0);
     if (step && i === best) bar.className = "best";
-    bar.append(filled, view.classes[i]);
+    name.textContent = view.classes[i];
+    bar.append(filled, name);
     return bar;
   }));
+}
+
+/** What the sample really is, and at the last step whether the answer says so. */
+function truth(step) {
+  const name = step && view.truth !== null && view.truth !== undefined ? view.classes[view.truth] : null;
+  const last = run && shown === run.steps.length - 1;
+  const right = last ? (largest(step?.total ?? []) === view.truth ? ": right" : ": wrong") : "";
+  $("truth").textContent = name ? `labeled ${name}${right}` : "";
+}
+
+/** A picture [3, 32, 32], every pixel as it is. */
+function paintPicture(pixels) {
+  const context = $("picture").getContext("2d"), size = PICTURE_SIDE * PICTURE_SIDE;
+  const image = context.createImageData(PICTURE_SIDE, PICTURE_SIDE);
+  for (let i = 0; pixels && i < size; i++)
+    image.data.set([pixels[i], pixels[size + i], pixels[2 * size + i], 255], 4 * i);
+  context.putImageData(image, 0, 0);
+  $("picture").setAttribute("aria-label",
+    `What the network sees: ${pixels ? "the picture in 32 by 32 pixels" : "no picture yet"}`);
 }
 
 function paintEvents({ codes }) {
@@ -359,7 +460,7 @@ function counts() {
     "membrane potentials": `${text(neurons)} × 2 bits = ${text(bits / 8)} bytes`,
     "spikes for this answer": `${text(spikes)} of ${text(neurons * run.steps.length)}`,
     "time for this answer": `${run.ms.toFixed(1)} ms (${run.steps.length} steps)`,
-    "right on test digits": `${card.accuracy_program.toFixed(1)} % of ${card.test_samples}`,
+    [`right on ${VIEWS[view.name].tested}`]: `${card.accuracy_program.toFixed(1)} % of ${text(card.test_samples)}`,
   };
   document.querySelector("#counts dl").replaceChildren(...Object.entries(rows).map(([name, value]) => {
     const row = document.createElement("div");
@@ -390,29 +491,114 @@ function play(on) {
 
 function switchTo(name) {
   view = views[name];
-  const drawing = name === "digits";
-  $("draw").hidden = !drawing;
-  $("camera").hidden = drawing;
-  $("hint").innerHTML = drawing
-    ? "With keys: arrows move the pen, <kbd>space</kbd> lowers or lifts it, <kbd>Delete</kbd> clears, <kbd>0</kbd>–<kbd>9</kbd> show an example. In the digits it has learned from, a seven has a bar."
-    : "A simulated event camera looks at a test digit while its gaze jumps; the answer forms as events come in.";
-  for (const [id, selected] of [["tab-draw", drawing], ["tab-events", !drawing]]) {
-    $(id).setAttribute("aria-selected", String(selected));
-    $(id).tabIndex = selected ? 0 : -1;
+  for (const other of Object.keys(VIEWS)) {
+    $(`panel-${other}`).hidden = other !== name;
+    $(`tab-${other}`).setAttribute("aria-selected", String(other === name));
+    $(`tab-${other}`).tabIndex = other === name ? 0 : -1;
   }
-  $("input").setAttribute("aria-labelledby", drawing ? "tab-draw" : "tab-events");
+  $("input").setAttribute("aria-labelledby", `tab-${name}`);
+  $("hint").innerHTML = VIEWS[name].hint;
+  $("records").hidden = name !== "pictures" || !view.records;
+  $("refused").hidden = true;
+  document.querySelector("main").className = view.model.layers.length > 12 ? "deep" : "";
+  const words = view.classes.some((c) => c.length > 2);
+  $("bars").className = words ? "words" : "";
+  $("answer").className = words ? "word" : "";
+  $("tally").textContent = "";
+  testAll(false);
+  buildExamples();
   buildLayers();
-  if (drawing) answerPaper();
-  else answerEvents(view.index ?? 3);
+  chosen = { layer: Math.min(chosen.layer, view.model.layers.length - 1), neuron: 0 };
+  if (name === "digits") answerPaper();
+  else if (name === "events") answerEvents(view.index ?? 3);
+  else if (onRecord()) answerRecord(view.index);
+  else if (view.pixels) answerPicture(view.pixels, view.source);
+  else if (view.records) answerRecord(0);
+  else nothing();
   if (run) choose(chosen.layer, liveliest(chosen.layer));
 }
 
+function buildExamples() {
+  const { thumbnails } = view.records ?? {};
+  const labels = view === views.pictures ? (thumbnails ? view.records.labels : []) : view.card.labels;
+  document.querySelector(".examples").replaceChildren(...labels.map((label, i) => {
+    const button = document.createElement("button"), name = view.classes[label];
+    button.type = "button";
+    button.setAttribute("aria-label", `Example of ${name}`);
+    button.addEventListener("click", () => useExample(i));
+    if (thumbnails) {
+      const image = new Image(PICTURE_SIDE, PICTURE_SIDE);
+      image.src = `data:image/png;base64,${thumbnails[i]}`;
+      image.alt = "";
+      button.append(image);
+    } else button.textContent = name;
+    return button;
+  }));
+}
+
 function useExample(index) {
-  if (view === views.digits) {
+  if (view === views.pictures) {
+    if (!view.records?.thumbnails) return;
+    answerRecord(index);
+  } else if (view === views.digits) {
     showExample(bytesOf(view.card.samples[index]));
     answerPaper(false);
   } else answerEvents(index);
   choose(chosen.layer, liveliest(chosen.layer));
+}
+
+let opened = 0; // files so far: what comes late of an earlier one is not shown
+let opening = false;
+
+/** Take a picture, or a file of records. */
+async function open(file) {
+  const mine = ++opened;
+  opening = true;
+  if (view !== views.pictures) switchTo("pictures");
+  testAll(false);
+  $("refused").hidden = true;
+  try {
+    if (!file) throw new Refused("There was no file in it: open, drop or paste a picture.");
+    const records = /\.bin$/i.test(file.name) ? await readRecords(file) : null;
+    const pixels = records ? null : await pixelsOfPicture(file);
+    if (mine !== opened || view !== views.pictures) return;
+    if (records) {
+      takeRecords(records);
+      buildExamples();
+      answerRecord(0);
+    } else {
+      answerPicture(pixels, file.name);
+      tally();
+    }
+    choose(chosen.layer, liveliest(chosen.layer));
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (mine !== opened) return;
+    $("refused").textContent = error.message;
+    $("refused").hidden = false;
+  } finally {
+    if (mine === opened) opening = false;
+  }
+}
+
+let testing = false;
+
+/** Name all pictures of the file that were not looked at yet, a screen's time at once. */
+async function testAll(on) {
+  if (testing === on) return;
+  testing = on;
+  $("all").textContent = on ? "Stop" : "Test all";
+  $("all").setAttribute("aria-pressed", String(on));
+  if (!on) return;
+  const { records } = view;
+  let at = 0;
+  while (testing && at < records.said.length) {
+    for (const end = performance.now() + 50; at < records.said.length && performance.now() < end; at++)
+      if (records.said[at] < 0) records.said[at] = classOf(framesOf(records.pixels(at)));
+    tally();
+    await new Promise((done) => setTimeout(done));
+  }
+  if (testing) testAll(false);
 }
 
 function onPaperKey(event) {
@@ -477,17 +663,20 @@ function listen() {
     shown = Number($("step").value) - 1;
     show();
   });
-  for (const id of ["tab-draw", "tab-events"]) {
-    $(id).addEventListener("click", () => switchTo(id === "tab-draw" ? "digits" : "events"));
-    $(id).addEventListener("keydown", (event) => {
-      if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-      const other = $(id === "tab-draw" ? "tab-events" : "tab-draw");
+  const names = Object.keys(VIEWS);
+  names.forEach((name, k) => {
+    $(`tab-${name}`).addEventListener("click", () => switchTo(name));
+    $(`tab-${name}`).addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: names.length - 1, ArrowRight: 1 }[event.key];
+      if (!by) return;
+      const other = $(`tab-${names[(k + by) % names.length]}`);
       other.click();
       other.focus();
     });
-  }
+  });
+  listenForFiles();
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target === $("record")) return;
     if (/^[0-9]$/.test(event.key)) useExample(Number(event.key));
     if (event.key === "n") choose(chosen.layer, chosen.neuron + 1);
     if (event.key === "p") choose(chosen.layer, chosen.neuron - 1);
@@ -505,6 +694,27 @@ function listen() {
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolor);
   addEventListener("resize", paintTrace);
+}
+
+function listenForFiles() {
+  $("open").addEventListener("click", () => $("file").click());
+  $("file").addEventListener("change", () => {
+    if ($("file").files.length) open($("file").files[0]);
+    $("file").value = ""; // the same file may be opened again
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault(); // the browser would leave the page for the file
+    open(event.dataTransfer.files[0]);
+  });
+  addEventListener("paste", (event) => {
+    const [file] = event.clipboardData.files;
+    if (file || view === views.pictures) open(file);
+  });
+  $("previous").addEventListener("click", () => answerRecord(view.index - 1));
+  $("next").addEventListener("click", () => answerRecord(view.index + 1));
+  $("record").addEventListener("change", () => answerRecord(Math.round($("record").value || 1) - 1));
+  $("all").addEventListener("click", () => testAll(!testing));
 }
 
 /** Paint anew what lies on canvases. */
@@ -527,17 +737,14 @@ async function start() {
   for (const [name, card] of Object.entries(demoData.networks)) {
     const file = bytesOf(card.file), model = qsnn.load(file, engine);
     const classes = model.classes ?? model.outputs[0].shape.map((_, i) => String(i));
-    views[name] = { model, card, file, classes, runtime, session: model.session() };
-    if (card.mean !== undefined) views[name].table = model.pixelTable(card.mean, card.std);
+    views[name] = { name, model, card, file, classes, runtime, session: model.session() };
+    if (card.mean === undefined) continue;
+    const [means, stds] = [[card.mean].flat(), [card.std].flat()];
+    views[name].tables = means.map((mean, channel) => model.pixelTable(mean, stds[channel], channel));
   }
-  document.querySelector(".examples").replaceChildren(...views.digits.card.labels.map((label, i) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = label;
-    button.setAttribute("aria-label", `Example of a ${label}`);
-    button.addEventListener("click", () => useExample(i));
-    return button;
-  }));
+  if (demoPictures) takeRecords(await recordsOfPictures(demoPictures));
+  else
+    VIEWS.pictures.hint += " CIFAR-10's pictures may not be passed on with this page: open <code>test_batch.bin</code> of its binary version (www.cs.toronto.edu/~kriz/cifar.html), or build the page with <code>make demo-web DATA_DIR=…</code>.";
   listen();
   play(playing);
   switchTo("digits");
@@ -545,12 +752,13 @@ async function start() {
   /** For tests: what is on show, in integers. */
   window.demo = {
     state: () => ({
-      view: view === views.digits ? "digits" : "events", shown,
+      view: view.name, shown,
       answer: run ? view.classes[largest(run.steps.at(-1).total)] : null, said: $("answer").textContent,
       pixels: view.pixels ? [...view.pixels] : null, index: view.index ?? null,
       answers: run ? run.steps.map((s) => s.answer) : null,
       spikes: run ? run.steps.map((s) => s.spikes.map((l) => l.reduce((a, b) => a + b))) : null,
       membranes: run ? run.steps.map((s) => s.membranes[chosen.layer][chosen.neuron]) : null,
+      truth: view.truth ?? null, tally: view.tally ?? null, testing, opened, opening, source: view.source ?? null,
       chosen, playing, ms: run ? run.ms : null, simd: engine.simd,
     }),
   };
@@ -561,6 +769,6 @@ function fail(message) {
   $("failure").textContent = message;
 }
 
-if (typeof demoData === "undefined" || typeof qsnn === "undefined")
+if (typeof demoData === "undefined" || typeof qsnn === "undefined" || typeof demoPictures === "undefined")
   fail("bundle.js is missing: run `make demo-web`, which builds it.");
 else start().catch((error) => fail(`The network could not be started: ${error.message}`));

@@ -149,6 +149,7 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
         labels: One per image.
         transform: Applied to every batch.
         found: In words, what was found where.
+        classes: Names of the classes, if they are known.
 
     """
 
@@ -158,8 +159,10 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
         labels: Sequence[int] | NDArray[Any],
         transform: BatchTransform,
         found: str = "",
+        classes: Sequence[str] = (),
     ) -> None:
         self.images, self.transform, self.found = images, transform, found
+        self.classes = tuple(classes)
         self.labels = [int(label) for label in labels]
         self._targets = torch.tensor(self.labels, dtype=torch.int64)
 

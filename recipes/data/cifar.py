@@ -32,16 +32,23 @@ _SIZE = (32, 32)
 
 @dataclass(frozen=True)
 class _Format:
-    """What the format fixes: torchvision's class and the statistics of pixels in [0, 1]."""
+    """What the format fixes: torchvision's class, statistics of pixels in [0, 1], class names."""
 
     loader: type[datasets.CIFAR10]
     classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    names: tuple[str, ...] = ()
 
 
+_TEN = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 _FORMATS = {
-    "cifar10": _Format(datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10": _Format(
+        datasets.CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _TEN
+    ),
     "cifar100": _Format(datasets.CIFAR100, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
@@ -88,13 +95,13 @@ def load(
     expected = Expected(facts.title, counts, form.classes, mean, balanced=not verified)
     told = arrays.check(found, expected, source)
     plain = BatchTransform(form.mean, form.std)
-    augmented = plain
+    augmented, names = plain, found.classes or form.names
     if augment:
         hole = 16 if strong else 0
         augmented = BatchTransform(form.mean, form.std, 4, flip=True, policy=strong, hole=hole)
     return (
-        ImageArray(found.images["train"], found.labels["train"], augmented, told),
-        ImageArray(found.images["test"], found.labels["test"], plain, told),
+        ImageArray(found.images["train"], found.labels["train"], augmented, told, names),
+        ImageArray(found.images["test"], found.labels["test"], plain, told, names),
     )
 
 

@@ -114,7 +114,7 @@ class Browser:
 
     def key(self, key: str) -> None:
         """Press and release a key."""
-        text = key if len(key) == 1 else ""
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key,
                       text=text if kind == "keyDown" else "")  # fmt: skip

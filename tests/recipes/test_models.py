@@ -9,6 +9,7 @@ import pytest
 
 from qsnn_ext import deploy, load_checkpoint
 from recipes import cards, evaluate
+from recipes.data import cifar
 from recipes.engine import networks
 
 CARDS = sorted(cards.FOLDER.glob("*.json"))
@@ -32,6 +33,10 @@ def test_a_model_loads_runs_and_is_what_its_card_says(path):
     assert (card["bits"], card["variant"]) == (config.bits, config.variant)
     for kind in ("accuracy_simulation", "accuracy_program", "accuracy_in_training"):
         assert 0 < card[kind] <= 100
+    form = cifar._FORMATS.get(card["data"])
+    if form is not None:
+        assert (tuple(card["mean"]), tuple(card["std"])) == (form.mean, form.std)
+        assert json.loads(program.program.metadata["classes"]) == list(form.names)
     model = networks.build(config, spec)
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
     checkpoint = path.with_suffix(".safetensors")
