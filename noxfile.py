@@ -197,10 +197,14 @@ def table(records: list[dict[str, object]]) -> str:
 @nox.session(python="3.11")
 def targets(session: nox.Session) -> None:
     """Exported programs on every target that zig compiles for and qemu runs, and on the boards."""
-    session.install("--group", "web", ".", "pytest", "pytest-xdist", "hypothesis", *pinned())
+    session.install(
+        "--group", "web", ".", "pytest", "pytest-xdist", "hypothesis",
+        "platformio", "scons", *pinned(),
+    )  # fmt: skip
     session.run(
         "python", "-m", "pytest", "-q", "-rs", "-m", "sweep or not sweep",
         "tests/deploy/test_targets.py", "tests/deploy/test_boards.py",
+        "tests/deploy/test_platformio.py",
         *(session.posargs or ["-n", "auto"]), env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     shutil.rmtree(session.virtualenv.location, ignore_errors=True)
