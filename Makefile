@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 REQUIRED := -c constraints.txt -e '.[spikingjelly,snntorch,deploy]' --group dev
 # Built when the package is installed, and again here when its sources have changed.
 COMPILED := qsnn_ext/deploy/_qsnn.so qsnn_ext/kernels/_kernels.so
-# One thread per test process: the processes are the parallelism.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread per test process: the processes are the parallelism. A file of tests is one process's,
+# so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # Debian's packages for the tests that `make test` skips where these are missing (gcc-multilib
 # without the number excludes the cross compilers). Asked for only where it is used: not everybody
@@ -21,7 +22,7 @@ TOOLS = gcc g++ clang lld tcc gcc-$(shell gcc -dumpversion)-multilib gcc-mingw-w
 	gcc-arm-linux-gnueabihf libc6-dev-armhf-cross
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo demo-web test test-all lint format types docs clean
+.PHONY: help demo demo-web test test-slow test-all lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -47,12 +48,15 @@ demo: $(READY) $(COMPILED) ## train full-precision and quantized networks on han
 demo-web: $(READY) ## build the demo page and open it, or print its address; DATA_DIR=... adds pictures of the CIFAR-10 there
 	$(BIN)/python docs/demo/build.py --open $(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
 
-test: $(READY) $(COMPILED) ## run the test suite
-	$(PYTEST) -n auto -q
+test: $(READY) $(COMPILED) ## run the test suite without the tests that take longest
+	$(PYTEST) -m "not slow and not sweep"
+
+test-slow: $(READY) $(COMPILED) ## run those: trainings, compilations, several processes
+	$(PYTEST) -m "slow and not sweep"
 
 test-all: $(READY) $(COMPILED) ## install compilers and emulators with apt-get, then run every test, those of hours too
 	$(AS_ROOT) apt-get install -y --no-install-recommends $(TOOLS)
-	$(PYTEST) -n auto -q -m "sweep or not sweep"
+	$(PYTEST) -m "sweep or not sweep" --hypothesis-profile=thorough
 
 lint: $(READY) ## ruff: lint and formatting
 	$(BIN)/ruff check .

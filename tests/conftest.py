@@ -9,8 +9,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A test that shares its machine must not fail for being slow, and must repeat exactly.
-settings.register_profile("qsnn_ext", deadline=None, derandomize=True, print_blob=True)
+# A test that shares its machine must not fail for being slow, and must repeat exactly. `make
+# test-all` asks for the thorough profile.
+settings.register_profile(
+    "qsnn_ext", deadline=None, derandomize=True, print_blob=True, max_examples=25
+)
+settings.register_profile("thorough", settings.get_profile("qsnn_ext"), max_examples=400)
 settings.load_profile("qsnn_ext")
 
 torch.set_num_threads(1)

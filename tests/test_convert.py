@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import snntorch as snn
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron
@@ -725,7 +725,6 @@ def small_models(draw):
 
 
 @given(case=small_models())
-@settings(max_examples=40)
 def test_properties_of_conversion(case, tmp_path_factory):
     """Shapes and keys stay; idempotent; deterministic; a checkpoint gives the same outputs."""
     build, x, config = case

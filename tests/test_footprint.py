@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -110,7 +110,6 @@ def test_groups_are_packed_apart():
     assert row.weights == 4 * 4
 
 
-@settings(deadline=None, max_examples=20)
 @given(
     width=st.integers(1, 40),
     bits=st.sampled_from(["32w-32u", "1w-2u", "1w-8u", "8w-3u"]),

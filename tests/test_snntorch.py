@@ -672,8 +672,11 @@ def test_unknown_options_are_refused(options):
         QLeaky(0.5, **options)
 
 
-@orders
-@delays
+@pytest.mark.parametrize(
+    ("order", "delay"),
+    [("fire_first", True), ("quantize_first", False)],
+    ids=["delayed", "immediate"],
+)
 def test_neuron_compiles_without_a_graph_break(order, delay):
     class Small(torch.nn.Module):
         def __init__(self):

@@ -20,6 +20,7 @@ from qsnn_ext.errors import ConfigError, InputError, InputTypeError
 from tests.deploy.random_programs import random_block, random_input, random_program
 
 COMPILED = [b for b in backends() if b != "numpy"]
+EXAMPLES = settings().max_examples  # of the profile; a random program says little, and is quick
 METHODS = CODES["method"]  # how active inputs are counted
 needs_engine = pytest.mark.skipif(not COMPILED, reason="the C engine is not built")
 
@@ -32,7 +33,7 @@ def run_reference(program, x):
 
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4 * EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     steps=st.sampled_from([1, 2, 3, 5, 16]),
@@ -45,7 +46,7 @@ def test_random_programs(backend, seed, steps, batch, method):
 
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2 * EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     steps=st.sampled_from([1, 2, 5]),

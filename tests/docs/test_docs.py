@@ -41,6 +41,9 @@ NEEDS = {
     "recipes": ["sklearn", "torchvision", "tonic"],
 }
 
+#: Pages whose code trains several networks.
+LONG = ("docs/start/snntorch.md",)
+
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\s*\n)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
     re.M | re.S,
@@ -62,7 +65,11 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 
 def with_blocks(language: str) -> list[object]:
-    return [pytest.param(page, id=name(page)) for page in PAGES if blocks(page, language)]
+    return [
+        pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (name(page) in LONG))
+        for page in PAGES
+        if blocks(page, language)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -289,6 +296,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert (ROOT / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "host", "steps"),
     [("zoo_spikingjelly", "spikingjelly", 20), ("tutorial_snntorch", "snntorch", 150)],

@@ -18,6 +18,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["spikingjelly", "snntorch"])
 def test_runs(host, tmp_path, monkeypatch):
     for package in (host, "sklearn", "matplotlib"):

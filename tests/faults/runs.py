@@ -16,7 +16,7 @@ from recipes.config import Config
 from recipes.engine import checkpoints
 from recipes.engine.run import train
 
-EPOCHS = 8
+EPOCHS = 5
 OWN_ERROR = 3  # exit status of a life that ended with an error of our own
 
 

@@ -91,7 +91,7 @@ def attack(command: list[str], target: str, count: int, seed: int, limit: int = 
 
 def test_mutated_programs(tmp_path):
     command = compiled("gcc native", tmp_path)
-    in_limited_memory(lambda: attack(command, "gcc native", 800, seed=0), REFERENCE * 2**24)
+    in_limited_memory(lambda: attack(command, "gcc native", 400, seed=0), REFERENCE * 2**24)
 
 
 @pytest.mark.sweep

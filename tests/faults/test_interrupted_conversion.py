@@ -8,6 +8,7 @@ The points are lines of code: an exception is raised at one line after the other
 """
 
 import gc
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from torch import nn
 import qsnn_ext
 from qsnn_ext import hosts, quantize_
 from qsnn_ext.errors import ConversionError
+from tests.pairwise import THOROUGH
 
 PACKAGE = str(Path(qsnn_ext.__file__).parent)
-POINTS = 100  # spread over the first half; three times as many over the second
+#: Spread over the first half; three times as many over the second.
+POINTS = 100 if THOROUGH else 50
 CONFIG = {"weight": 1, "membrane": 2, "rules": [{"type": "IFNode", "membrane": "keep"}]}
 
 
@@ -56,6 +59,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(snn.SpikingNeuron, "instances", [])
 
 
+ERRORS = (Interruption("x"), KeyboardInterrupt())
 MODELS = {"spikingjelly": spikingjelly_model, "snntorch": snntorch_model}
 SAMPLE = torch.rand(2, 1, 8, 8)
 
@@ -118,22 +122,22 @@ def run_with(at, error, call):
     return count
 
 
-@pytest.mark.parametrize("error", [Interruption("x"), KeyboardInterrupt()], ids=["error", "^C"])
 @pytest.mark.parametrize("host", MODELS)
-def test_interrupted_anywhere(host, error):
+def test_interrupted_anywhere(host):
+    """By an error and by ^C in turns."""
     reference = MODELS[host]()
     quantize_(reference, CONFIG if host == "spikingjelly" else "1w-2u", SAMPLE)
     goal = [type(m) for m in reference.modules()]
     config = CONFIG if host == "spikingjelly" else "1w-2u"
 
     reference_too = MODELS[host]()
-    total = run_with(0, error, lambda: quantize_(reference_too, config, SAMPLE))
+    total = run_with(0, None, lambda: quantize_(reference_too, config, SAMPLE))
     assert total > 1000
     points = {1 + k * total // (2 * POINTS) for k in range(POINTS)}
     points |= {total - k * total // (6 * POINTS) for k in range(3 * POINTS)}
     model = MODELS[host]()
     before, left, complete = snapshot(model), 0, 0
-    for at in sorted(points):
+    for at, error in zip(sorted(points), itertools.cycle(ERRORS), strict=False):
         with pytest.raises((Interruption, KeyboardInterrupt, ConversionError)):
             run_with(at, error, lambda m=model: quantize_(m, config, SAMPLE))
         if untouched(before, snapshot(model)):

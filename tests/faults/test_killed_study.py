@@ -59,14 +59,15 @@ def test_a_killed_training_process_is_told(tmp_path):
     killer.join()
 
 
-def test_a_run_that_diverged_has_no_result(tmp_path):
-    config = tiny(tmp_path / "run", bits="32w-32u", lr=1e38, limit_batches=4)
-    assert list(run_all([config], processes=1)) == [(config, None)]
-    assert "loss became" in (config.folder / "log.txt").read_text()
-
-
-def test_a_run_that_could_not_be_trained_ends_the_study(tmp_path):
-    config = tiny(tmp_path / "run")
-    config.folder.mkdir()
-    with files.lock(config.folder), pytest.raises(TrainingError, match="Another run is using"):
-        list(run_all([config], processes=1))
+def test_a_run_that_diverged_has_no_result_and_one_that_could_not_be_trained_ends_the_study(
+    tmp_path,
+):
+    diverging = tiny(tmp_path / "diverging", bits="32w-32u", lr=1e38, limit_batches=4)
+    taken = tiny(tmp_path / "taken")
+    taken.folder.mkdir()
+    with files.lock(taken.folder):
+        study = run_all([diverging, taken], processes=1)
+        assert next(study) == (diverging, None)
+        with pytest.raises(TrainingError, match="Another run is using"):
+            next(study)
+    assert "loss became" in (diverging.folder / "log.txt").read_text()

@@ -2,7 +2,8 @@
 last checkpoint. What carries a checkpoint's name is whole, ``--resume`` goes on from the newest,
 and the run ends with the very bits (weights, optimizer, history) of a run that nobody interrupted.
 
-Twenty kills: at random moments, at random file operations, and in the middle of writing.
+Twenty kills, or a few in the quick suite: at random moments, at random file operations, and in the
+middle of writing.
 """
 
 import json
@@ -12,13 +13,15 @@ import signal
 import sys
 import time
 
+import pytest
 import torch
 
 from recipes.engine import checkpoints
 
 from .runs import assert_same, assert_same_end, live, tiny
 
-KILLS = {"moment": 9, "file operation": 8, "middle of writing": 3}
+FEW = {"moment": 2, "file operation": 2, "middle of writing": 1}
+TWENTY = {"moment": 9, "file operation": 8, "middle of writing": 3}
 
 
 def die():
@@ -65,16 +68,19 @@ def progress(folder):
     return int(checkpoints.NAME.search(found[0].name)[1]) if found else 0
 
 
-def test_twenty_kills(tmp_path, unbroken):
+@pytest.mark.parametrize(
+    "kills", [FEW, pytest.param(TWENTY, marks=pytest.mark.slow)], ids=["few", "twenty"]
+)
+def test_kills(kills, tmp_path, unbroken):
     rng = random.Random(0)
     started = time.monotonic()
     whole = live(tiny(tmp_path / "timed", stop_after=3))
     assert whole.wait() == 0, whole.said()
     reach = time.monotonic() - started  # a life dies before it has done three epochs
 
-    kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+    kinds = [kind for kind, count in kills.items() for _ in range(count)]
     rng.shuffle(kinds)
-    landed = dict.fromkeys(KILLS, 0)
+    landed = dict.fromkeys(kills, 0)
     finished, folder = 0, tmp_path / "run-0"
     while kinds or not (folder / "result.json").exists():
         done = progress(folder)
@@ -105,7 +111,7 @@ def test_twenty_kills(tmp_path, unbroken):
             finished += 1
             folder = tmp_path / f"run-{finished}"
     check_end(folder, unbroken)
-    assert landed == KILLS
+    assert landed == kills
 
 
 def check_end(folder, unbroken):

@@ -12,6 +12,7 @@ from qsnn_ext import kernels
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import LIFOptions, Surrogate, lif_multi_step
 from qsnn_ext.kernels import backend as kernel_backend
+from tests.pairwise import pairwise
 
 SIGMOID = Surrogate("sigmoid", 4.0, 0.0, False)
 
@@ -68,7 +69,7 @@ ORDERS = ("fire_first", "quantize_first")
 @pytest.mark.parametrize("reset", RESETS)
 def test_every_option(bits, scale, order, reset):
     x, v = torch.randn(3, 5, 7) * 1.5, torch.randn(5, 7)
-    for mode, squash, detach, state, v_reset in itertools.product(
+    for mode, squash, detach, state, v_reset in pairwise(
         ALPHAS if bits else ("dynamic",), (None, "tanh"), (False, True), (None, v), (0.0, -0.3)
     ):
         options = LIFOptions(SIGMOID, bits, scale, mode, 0.1, squash, order, reset, v_reset, detach)
@@ -298,11 +299,14 @@ def test_no_compiler_is_no_error(caplog, monkeypatch):
     assert torch.equal(first.spikes, expected.spikes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     LIFOptions(SIGMOID, 2),
-    LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash="tanh"),
-    LIFOptions(Surrogate("triangle", 1.0, 0.0, False), 8, order="quantize_first", reset="soft"),
+    pytest.param(
+        LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash="tanh"),
+        marks=pytest.mark.slow),
+    pytest.param(
+        LIFOptions(Surrogate("triangle", 1.0, 0.0, False), 8, order="quantize_first", reset="soft"),
+        marks=pytest.mark.slow),
 ], ids=["2", "4-running-tanh", "8-algorithm1-soft"])  # fmt: skip
 def test_compiled(options):
     """One compilation serves all sizes; odd ones included."""

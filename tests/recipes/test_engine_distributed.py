@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from qsnn_ext import WSDRRegularizer
@@ -17,6 +16,8 @@ from recipes import data as datasets
 from recipes.engine import checkpoints, networks, processes
 from recipes.engine.cli import parse
 from recipes.engine.loading import EpochSampler
+from recipes.engine.run import train
+from tests.processes import two_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON_LINE = (
@@ -27,17 +28,23 @@ COMMON = COMMON_LINE.split()
 
 
 def run(out, *options):
+    """A run from the command line."""
     command = [sys.executable, "-m", "recipes.cifar10_resnet19", *COMMON, *options]
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "result.json").read_text())
 
 
+def run_here(out, *options):
+    """The same in this process."""
+    return train(parse(cifar10_resnet19.config, [*COMMON, *options, "--out", str(out)]))
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """2 x 8 samples train what 1 x 16 do, scales, batch statistics and rates included."""
     common = ("--membrane-mode", "frozen", "--strength", "0", "--limit-batches", "3")
-    one = run(tmp_path / "one", "--batch", "16", *common)
+    one = run_here(tmp_path / "one", "--batch", "16", *common)
     two = run(tmp_path / "two", "--batch", "8", "--devices", "2", *common)
     states = [
         checkpoints.read(tmp_path / name / "epoch-0001.ckpt")["state_dict"]
@@ -93,10 +100,8 @@ def test_cpu_batch_norm_over_processes_equals_that_of_the_whole_batch(tmp_path):
     torch.manual_seed(0)
     whole = torch.randn(7, 3, 2, 2, dtype=torch.float64) * 3 + 1
     shares = [whole[:4], whole[4:]]  # unequal on purpose
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_synced, (tmp_path, shares, results), nprocs=2)
-        first, second = results[0], results[1]
+    results = two_processes(_synced, tmp_path, shares)
+    first, second = results[0], results[1]
     norm = nn.BatchNorm2d(3).double()
     x = whole.clone().requires_grad_()
     y = norm(x)

@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from recipes.engine import checkpoints, networks
 from recipes.engine.module import Training, decay_groups, first_nonfinite
 from recipes.engine.record import Record
 from recipes.engine.run import train
+from tests.faults.runs import Life
 
 # Numbers of an epoch that no two runs share.
 MEASURED = ("throughput", "cpu_seconds")
@@ -213,19 +211,14 @@ def test_a_finished_run_resumes_to_its_result(unbroken):
 
 
 def test_a_killed_run_resumes(tmp_path, unbroken):
-    code = (
-        "import sys, pathlib; from tests.recipes.test_engine_training import tiny, train;"
-        "train(tiny(pathlib.Path(sys.argv[1])))"
-    )
     folder = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.DEVNULL)
+    life = Life(lambda: train(tiny(folder)))
     deadline = time.monotonic() + 240
     while not (folder / "epoch-0001.ckpt").exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert life.poll() is None, life.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    life.kill()
     train(tiny(folder, resume=True))
     assert_equal_runs(unbroken[0], folder, 3)
 
@@ -318,9 +311,13 @@ def test_gradients_are_accumulated(tmp_path, monkeypatch):
     assert moved
 
 
+@pytest.mark.slow
 def test_compiling_the_network_changes_nothing(tmp_path, monkeypatch):
-    """Captured as for ``--compile``; inductor's own code generation would take minutes here."""
-    compiled, plain = nn.Module.compile, {"epochs": 1}
+    """Captured as for ``--compile``; inductor's own code generation would take minutes here.
+
+    The 450 test samples are in batches of 15 too: another size is another compilation.
+    """
+    compiled, plain = nn.Module.compile, {"epochs": 1, "batch": 15, "limit_batches": 1, "steps": 1}
     seen = []
 
     def without_inductor(module, **options):

@@ -7,6 +7,7 @@ import pytest
 
 from qsnn_ext import deploy
 from qsnn_ext.errors import ConfigError
+from qsnn_ext.kernels import _native
 from recipes import cards, evaluate, study
 from recipes.config import Config
 from recipes.engine import study_figure
@@ -19,11 +20,13 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = Config(
         data="digits", size=8, width=1 / 32, batch=64, epochs=2, lr=0.5, workers=0, steps=2,
-        accelerator="cpu", progress=False, kernels="function", augment=False, out=folder,
+        accelerator="cpu", progress=False, augment=False, out=folder,
+        kernels="native" if _native.library() else "function",
     )  # fmt: skip
     return folder, train(config)
 
 
+@pytest.mark.slow
 def test_a_card_says_what_evaluation_finds(run, tmp_path, capsys):
     folder, result = run
     cards.main(folder, "small", folder=tmp_path)
@@ -53,6 +56,7 @@ def test_a_card_names_no_path_of_the_machine():
     )
 
 
+@pytest.mark.slow
 def test_evaluation_refuses_other_data_and_models_without_a_card(run, tmp_path):
     folder, _ = run
     with pytest.raises(ConfigError, match="was trained on digits, not on cifar10"):
