@@ -1,4 +1,4 @@
-"""Two processes of one run, forked: they share the imports of this one, which take longest."""
+"""Two processes of one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-LIMIT = 300  # seconds after which a process that waits for the other is ended
+LIMIT = 1200  # seconds after which a process that waits for the other is ended
 
 
 def two_processes(work: Callable[..., None], *args: Any) -> dict[Any, Any]:
@@ -24,9 +24,8 @@ def two_processes(work: Callable[..., None], *args: Any) -> dict[Any, Any]:
     with mp.Manager() as manager:
         results = manager.dict()
         started = time.monotonic()
-        both = mp.start_processes(
-            work, (*args, results), nprocs=2, join=False, start_method="fork"
-        )  # fmt: skip
+        # Fresh ones: forked from a torch that has been used, they may wait for threads they lack.
+        both = mp.spawn(work, (*args, results), nprocs=2, join=False)
         while not both.join(timeout=5):
             if time.monotonic() - started > LIMIT:
                 for process in both.processes:

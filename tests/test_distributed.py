@@ -128,7 +128,7 @@ def train_half(rank, way, mode):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What each process has after each way, by rank, way and mode: forked once for all."""
+    """What each process has after each way, by rank, way and mode: started once for all."""
     return two_processes(work, tmp_path_factory.mktemp("store"))
 
 

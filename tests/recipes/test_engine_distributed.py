@@ -96,6 +96,7 @@ def _synced(rank, folder, share, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_cpu_batch_norm_over_processes_equals_that_of_the_whole_batch(tmp_path):
     torch.manual_seed(0)
     whole = torch.randn(7, 3, 2, 2, dtype=torch.float64) * 3 + 1
