@@ -213,7 +213,7 @@ def targets(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, install the wheel in an empty environment, run the README there."""
-    dist = Path(session.create_tmp()) / "dist"
+    dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     # uv builds the wheel from the sdist it has just built, so both are tested.
     session.run("uv", "build", "--quiet", "--out-dir", str(dist), str(ROOT), external=True)
@@ -266,10 +266,10 @@ def aarch64(session: nox.Session) -> None:
     """
     if not shutil.which("qemu-aarch64") or not shutil.which("apt-get"):
         session.skip("needs Debian and its qemu-user")
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder, ignore_errors=True)
     session.install("ziglang")
-    python = Path(session.bin) / "python"
+    python = Path(session.bin).resolve() / "python"
     session.run(
         "uv", "build", "--quiet", "--out-dir", str(folder / "dist"), str(ROOT), external=True,
         env={
