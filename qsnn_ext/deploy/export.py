@@ -31,6 +31,17 @@ WITH_SAMPLES = ("arduino", "platformio", *BOARDS)
 
 RUNTIME = Path(__file__).with_name("runtime")
 SOURCES = ("qsnn.c", *sorted(p.name for p in RUNTIME.glob("*.h")))
+#: Headers of the C library that a model's own header of that name would hide from the compiler.
+_STANDARD = (
+    "assert complex ctype errno features fenv float immintrin inttypes iso646 limits locale math "
+    "setjmp signal stdalign stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string "
+    "tgmath threads time uchar wchar wctype"
+)
+#: Names of files that stand beside the model's in one project or another, and of headers.
+_TAKEN = {
+    "arduino", "samples", *_STANDARD.split(),
+    *(Path(p).stem for p in SOURCES), *(p.stem for p in (TARGETS / "bare").glob("*.[ch]")),
+}  # fmt: skip
 #: What the runtime exports; every copy of it gets names of its own.
 SYMBOLS = ("qsnn_reset", "qsnn_run", "qsnn_run_part", "qsnn_run_step", "qsnn_layout")
 
@@ -157,10 +168,13 @@ def _check_names(target: str, name: str) -> None:
     known = ("library", "stdio", *WITH_SAMPLES)
     if target not in known:
         raise ConfigError(f"target={target!r} is unknown; choose one of {', '.join(known)}")
-    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name) or name in ("qsnn", "board", "startup"):
+    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
         raise ConfigError(
-            f"name={name!r} must be a C identifier of small letters, digits and underscores, "
-            "other than the runtime's own names"
+            f"name={name!r} must be a C identifier of small letters, digits and underscores"
+        )
+    if name in _TAKEN:
+        raise ConfigError(
+            f"name={name!r} is that of a file or header beside the model's {name}.h: choose another"
         )
 
 

@@ -214,8 +214,13 @@ def test_code_and_stack_from_the_compiler(tmp_path):
 
 def test_refusals(tmp_path):
     program, codes, _ = samples("digits")
-    for name in ("", "Model", "2nd", "a-b", "qsnn", "x" * 41, "a/../b"):
+    for name in ("", "Model", "2nd", "a-b", "x" * 41, "a/../b"):
         with pytest.raises(ConfigError, match="must be a C identifier"):
+            export_c(program, tmp_path / "no", name=name)
+    # Their files would replace those of the project, or hide the C library's.
+    for name in ("qsnn", "qsnn_line", "main", "samples", "cortex_m", "riscv32", "board", "startup",
+                 "arduino", "string", "stdint"):  # fmt: skip
+        with pytest.raises(ConfigError, match="a file or header beside the model's"):
             export_c(program, tmp_path / "no", name=name)
     with pytest.raises(ConfigError, match="choose one of library, stdio"):
         export_c(program, tmp_path / "no", "esp32")
