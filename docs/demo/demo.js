@@ -591,6 +591,7 @@ async function testAll(on) {
   $("all").setAttribute("aria-pressed", String(on));
   if (!on) return;
   const { records } = view;
+  if (!onRecord()) answerRecord(view.index);
   let at = 0;
   while (testing && at < records.said.length) {
     for (const end = performance.now() + 50; at < records.said.length && performance.now() < end; at++)

@@ -297,8 +297,10 @@ def test_records_of_the_binary_version(demo, tmp_path):
     Image.fromarray(random_pixels(3)).save(tmp_path / "mine.png")
     got = open_file(demo, tmp_path / "mine.png")
     assert (got["truth"], got["tally"]) == (None, None)
-    demo.evaluate("document.getElementById('previous').click()")
+    demo.evaluate("document.getElementById('all').click()")
+    demo.wait("!window.demo.state().testing")
     assert state(demo)["tally"] == [1, 2]
+    assert state(demo)["source"] == "two.bin"
 
 
 RECORD = bytes([3]) + bytes(3072)
