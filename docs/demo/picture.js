@@ -63,8 +63,8 @@ function meansOfBlocks(data, side) {
  * @param {{samples: string[], labels: number[]}} pictures PNG files in base64, and their classes.
  */
 async function recordsOfPictures({ samples, labels }) {
-  const pixels = await Promise.all(samples.map(async (sample) =>
-    pixelsOfPicture(await (await fetch(`data:image/png;base64,${sample}`)).blob())));
+  const pixels = await Promise.all(samples.map((sample) =>
+    pixelsOfPicture(new Blob([bytesOf(sample)], { type: "image/png" }))));
   return { name: "test pictures of CIFAR-10", labels, pixels: (i) => pixels[i], thumbnails: samples };
 }
 
