@@ -1,26 +1,30 @@
-"""The integer engine beside other inference engines, on the float network and its 8-bit form.
+"""The integer engine beside other inference engines, on the float network and its 8-bit forms.
 
-    python -m benchmarks.peers          # prints a table and writes results/peers.json
+    python -m benchmarks.peers          # prints tables and writes results/peers.json
 
-Needs ``onnx`` and ``onnxruntime`` (``pip install onnx onnxruntime``), which nothing else here does.
-All run the ResNet19 of the paper at T = 2 on one image with one thread:
+Needs the dependency group ``peers`` (``onnxruntime``, ``openvino`` and ``nncf``), which nothing
+else here does. All run the ResNet19 of the paper at T = 2 on one image, with one thread and two:
 
-- PyTorch, eager, in float32;
-- ONNX Runtime in float32, all graph optimizations;
-- ONNX Runtime with 8-bit weights per channel and 8-bit activations, quantized statically with
-  calibration on random images, the neurons in float between quantized convolutions, as its tools
-  leave them;
+- PyTorch in float32, eager and compiled with frozen weights;
+- ONNX Runtime and OpenVINO in float32, with all optimizations of the graph;
+- OpenVINO in bfloat16, where it says that the processor has it;
+- either with 8-bit weights per channel and 8-bit activations, quantized statically on random
+  images by its own tools: ONNX Runtime's leave the neurons in float between quantized
+  convolutions, NNCF quantizes for OpenVINO what gains by it;
 - the integer engine, whose network fires at the rate asked for, the whole call ``net(x)``.
 
-Contenders take turns, medians of CPU time of the thread are compared. Nothing is said of accuracy.
+Contenders take turns and medians are compared: CPU time of the process with one thread, wall time
+with two. Nothing is said of accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.inference import build, deployed, medians, processor
+from benchmarks.inference import build, compiled, deployed, processor
 from qsnn_ext import models
+from qsnn_ext.deploy import DeployedModel
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
+CALIBRATION = 8
+"""Random images that 8-bit forms are calibrated on; only times are compared."""
+
+Contenders = dict[str, Callable[[], Any]]
 
 
 class UnrolledLIF(nn.Module):
@@ -65,37 +74,79 @@ def float_network(steps: int) -> nn.Module:
     return net
 
 
-def sessions(net: nn.Module, size: int, folder: Path) -> dict[str, Any]:
-    """ONNX Runtime's sessions of the network: float, and statically quantized."""
+def images(size: int) -> list[np.ndarray]:
+    """What 8-bit forms are calibrated on."""
+    generator = np.random.default_rng(0)
+    return [generator.random((1, 3, size, size), np.float32) for _ in range(CALIBRATION)]
+
+
+def onnx_runtime(path: str, x: np.ndarray, threads: int) -> Contenders:
+    """ONNX Runtime on the network in the file ``path``: float, and statically quantized."""
     import onnxruntime as ort
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path, prepared, small = (str(folder / f"{n}.onnx") for n in ("float", "prepared", "int8"))
-    x = torch.rand(1, 3, size, size)
-    torch.onnx.export(net, (x,), path, opset_version=17, input_names=["x"], dynamo=False)
-    quant_pre_process(path, prepared, skip_symbolic_shape=True)
-
     class Images(q.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.left = 8
+            self.left = iter(images(x.shape[-1]))
 
         def get_next(self) -> dict[str, Any] | None:
-            self.left -= 1
-            return {"x": np.random.rand(1, 3, size, size).astype(np.float32)} if self.left else None
+            image = next(self.left, None)
+            return None if image is None else {"x": image}
 
+    prepared, small = path + ".prepared", path + ".int8"
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)
     q.quantize_static(
         prepared, small, Images(), quant_format=q.QuantFormat.QDQ, per_channel=True,
         activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8,
         op_types_to_quantize=["Conv", "Gemm", "MatMul"],
     )  # fmt: skip
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return {
-        name: ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for name, file in (("ONNX Runtime float", path), ("ONNX Runtime int8", small))
-    }
+    found: Contenders = {}
+    for name, file in (("ONNX Runtime float", path), ("ONNX Runtime int8", small)):
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        found[name] = lambda session=session: session.run(None, {"x": x})[0]
+    return found
+
+
+def openvino(path: str, x: np.ndarray, threads: int) -> Contenders:
+    """OpenVINO on the same file: float, bfloat16 where there is any, quantized by NNCF."""
+    import nncf
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(path)
+    small = nncf.quantize(core.read_model(path), nncf.Dataset(images(x.shape[-1])))
+    forms = {"float": (model, "f32"), "int8": (small, "f32")}
+    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        forms["bf16"] = (model, "bf16")
+    found: Contenders = {}
+    for name, (network, precision) in forms.items():
+        request = core.compile_model(network, "CPU", {
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+        }).create_infer_request()  # fmt: skip
+        found[f"OpenVINO {name}"] = lambda request=request: request.infer({"x": x})[0]
+    return found
+
+
+def medians(contenders: Contenders, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median milliseconds of every contender; all take turns.
+
+    Threads that wait for more work do so in a loop at first, so each is given time to go to sleep.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            time.sleep(0.02)
+            start = clock()
+            call()
+            samples[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(s) for name, s in samples.items()}
 
 
 def main() -> None:
@@ -104,33 +155,50 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
-    torch.set_num_threads(1)
     net = float_network(args.steps)
-    engine, rate = deployed("resnet19", args.steps, args.rate, args.size)
+    integer, rate = deployed("resnet19", args.steps, args.rate, args.size)
     x = torch.rand(1, 3, args.size, args.size)
     shown = x.numpy()
+    runs = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        found = sessions(net, args.size, Path(folder))
+        path = str(Path(folder) / "float.onnx")
+        torch.onnx.export(net, (x,), path, opset_version=17, input_names=["x"], dynamo=False)
         expected = net(x).numpy()
-        exported = found["ONNX Runtime float"].run(None, {"x": shown})[0]
-        assert np.abs(exported - expected).max() < 1e-3, "the export gives another answer"
-        contenders: dict[str, Any] = {"PyTorch eager": lambda: net(x)}
-        for name, session in found.items():
-            contenders[name] = lambda session=session: session.run(None, {"x": shown})
-        contenders[f"qsnn_ext ({engine.backend})"] = lambda: engine(x)
-        result = medians(contenders, args.rounds, time.thread_time)
-    ours = result[f"qsnn_ext ({engine.backend})"]
-    for name, ms in result.items():
-        print(f"{name:<24} {ms:>9.2f} ms {ms / ours:>7.2f} x")
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            torch._dynamo.reset()
+            engine = DeployedModel(integer.program, threads=threads)
+            ours = f"qsnn_ext ({engine.backend})"
+            frozen = compiled(float_network(args.steps), x, freezing=True)
+            contenders: Contenders = {
+                "PyTorch eager": lambda: net(x),
+                "PyTorch compiled": lambda frozen=frozen: frozen(x),
+                **onnx_runtime(path, shown, threads),
+                **openvino(path, shown, threads),
+                ours: lambda engine=engine: engine(x),
+            }
+            for name, call in contenders.items():
+                if not name.startswith("qsnn_ext") and "int8" not in name and "bf16" not in name:
+                    assert np.abs(np.asarray(call()) - expected).max() < 1e-3, f"{name} is wrong"
+            clock = time.process_time if threads == 1 else time.perf_counter
+            result = medians(contenders, args.rounds, clock)
+            print(f"\n{threads} thread(s)")
+            for name, ms in result.items():
+                print(f"{name:<24} {ms:>9.2f} ms {ms / result[ours]:>7.2f} x")
+            runs.append({
+                "threads": threads, "clock": "cpu" if threads == 1 else "wall",
+                "median_ms": {name: round(ms, 3) for name, ms in result.items()},
+                "times_slower": {name: round(ms / result[ours], 2) for name, ms in result.items()},
+            })  # fmt: skip
     commit, digest = build()
+    packages = ("torch", "onnx", "onnxruntime", "openvino", "nncf")
     content = {
-        "commit": commit, "engine": digest, "processor": processor(), "clock": "cpu",
-        "network": "resnet19", "timesteps": args.steps, "batch": 1, "threads": 1,
+        "commit": commit, "engine": digest, "processor": processor(),
+        "network": "resnet19", "timesteps": args.steps, "batch": 1,
         "firing_rate": round(rate, 4), "rounds": args.rounds,
-        "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime")},
-        "median_ms": {name: round(ms, 3) for name, ms in result.items()},
-        "times_slower": {name: round(ms / ours, 2) for name, ms in result.items()},
+        "versions": {name: version(name) for name in packages}, "runs": runs,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
