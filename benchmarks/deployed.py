@@ -34,7 +34,6 @@ from benchmarks import second_states
 from benchmarks.structures import transformers
 from qsnn_ext import calibrate, hosts, quantize_
 from qsnn_ext.deploy import DeployedModel, Program, compare, load, lower, save_program
-from qsnn_ext.kernels import use_backend
 from recipes import data as datasets
 
 RESULTS = Path(__file__).parent / "results" / "deployed.json"
@@ -270,8 +269,7 @@ def main() -> None:
     config = Config(epochs=args.epochs)
     print(HEAD)
     for name in [args.only] if args.only else NETWORKS:
-        with use_backend("function"):
-            row = run(name, config)
+        row = run(name, config)
         print(line(row), flush=True)
         write(row, config)
 

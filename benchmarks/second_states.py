@@ -1,16 +1,18 @@
 """Recurrent and second-order neurons of snnTorch, trained on event digits in float and quantized.
 
     python -m benchmarks.second_states            # all runs: writes results/second_states.json
-    python -m benchmarks.second_states --seeds 1  # fewer of them, written likewise
+    python -m benchmarks.second_states --network RLeaky  # one network, whose runs it replaces
     python -m benchmarks.second_states --quick    # one seed, one epoch: only prints
 
 Two networks of a convolution and a hidden layer, one with ``RLeaky`` (spikes fed back over weights
 of its own), one with ``Synaptic`` (a synaptic current beside the potential), read from a leaky
 integrator, on the recipes' handwritten digits before a simulated event camera. Each is trained in
-floating point and with 1-bit weights and 2-bit states. Every one of the four has the learning rate
-of its own that is best on a fifth of the training digits, held out, from a seed that is not
-counted; then it is trained on all of them from the same seeds, and tested once. The weights of the
-feedback, which no batch norm follows, keep the deviation of their currents (``calibrate_scales``).
+floating point; with 1-bit weights and 2-bit states from scratch; and with these from where the
+float network of the same seed has ended, for as many epochs again, as one does who has a trained
+network. Every one of the six has the learning rate of its own that is best on a fifth of the
+training digits, held out, from a seed that is not counted; then it is trained on all of them from
+the same seeds, and tested once. The weights of the feedback, which no batch norm follows, keep the
+deviation of their currents (``calibrate_scales``).
 """
 
 from __future__ import annotations
@@ -131,6 +133,9 @@ NETWORKS: dict[str, Callable[[Config], nn.Module]] = {
     "Synaptic": SecondOrder,
 }
 
+FORMS = ("float", "from scratch", "on from float")
+"""In floating point; quantized before training; quantized after it and trained as long again."""
+
 Arrays = tuple[Tensor, Tensor]
 
 
@@ -176,20 +181,24 @@ def accuracy(net: nn.Module, data: Arrays) -> float:
 
 def run(
     name: str,
-    bits: str | None,
+    form: str,
     rate: float,
     seed: int,
     data: tuple[Arrays, Arrays],
     config: Config,
-) -> Any:
-    """One network, trained and tested; ``bits`` as ``quantize_`` takes them, ``None`` for float."""
+    start: nn.Module | None,
+) -> tuple[dict[str, Any], nn.Module]:
+    """One network, trained and tested, in one of :data:`FORMS`; ``start`` is the float one."""
     torch.manual_seed(seed)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     (x, _), _ = data
     net = NETWORKS[name](config)
     quantized: dict[str, Any] = {}
-    if bits is not None:
-        report = quantize_(net, bits, sample=x[:, :4])
+    if form == "on from float":
+        assert start is not None
+        net.load_state_dict(start.state_dict())
+    if form != "float":
+        report = quantize_(net, config.bits, sample=x[:, :4])
         # Feedback has no batch norm behind it: as the report says, its currents would grow.
         scales = calibrate_scales(net)
         quantized = {
@@ -198,11 +207,48 @@ def run(
             "scaled": sorted(scales),
         }
     train(net, data[0], config, rate, seed)
-    return {
-        "network": name, "bits": bits or "float", "rate": rate, "seed": seed,
+    row = {
+        "network": name, "form": form, "rate": rate, "seed": seed,
         "accuracy": round(accuracy(net, data[1]), 2),
-        "seconds": round(time.perf_counter() - start, 1), **quantized,
+        "seconds": round(time.perf_counter() - begun, 1), **quantized,
     }  # fmt: skip
+    return row, net
+
+
+def study(
+    name: str, data: tuple[Arrays, Arrays], config: Config
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs that choose the rates of one network's three forms, and those that count."""
+    tuned_on = divided(data[0], config)
+    tuning, rows = [], []
+    # The float networks that training goes on from: of the tuning seed, and of each that counts.
+    floats: dict[int, nn.Module] = {}
+    for form in FORMS:
+        tried = [
+            run(name, form, r, config.tuning_seed, tuned_on, config, floats.get(config.tuning_seed))
+            for r in config.rates
+        ]
+        tuning += [row for row, _ in tried]
+        best, net = max(tried, key=lambda found: found[0]["accuracy"])
+        print(name, form, {row["rate"]: row["accuracy"] for row, _ in tried}, flush=True)
+        if form == "float":
+            floats[config.tuning_seed] = net
+        for seed in config.seeds:
+            row, net = run(name, form, best["rate"], seed, data, config, floats.get(seed))
+            floats.setdefault(seed, net)
+            rows.append(row)
+            print(row["accuracy"], f"{row['seconds']} s", flush=True)
+    return tuning, rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and deviation of the accuracies of each network and form."""
+    lines = []
+    for name, form in dict.fromkeys((row["network"], row["form"]) for row in rows):
+        found = [r["accuracy"] for r in rows if (r["network"], r["form"]) == (name, form)]
+        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        lines.append(f"{name:<10} {form:<14} {statistics.mean(found):.2f}{spread} %")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -215,25 +261,27 @@ def main() -> None:
     if args.quick:
         config = Config(epochs=1, seeds=(0,), rates=(5e-3,))
     data = load(config)
-    tuned_on = divided(data[0], config)
-    rows, tuning = [], []
+    tuning, rows = [], []
     for name in [args.network] if args.network else NETWORKS:
-        for bits in (None, config.bits):
-            tried = [
-                run(name, bits, rate, config.tuning_seed, tuned_on, config) for rate in config.rates
-            ]
-            tuning += tried
-            best = max(tried, key=lambda row: row["accuracy"])["rate"]
-            print({row["rate"]: row["accuracy"] for row in tried}, flush=True)
-            for seed in config.seeds:
-                rows.append(run(name, bits, best, seed, data, config))
-                print(rows[-1], flush=True)
-            mean = statistics.mean(row["accuracy"] for row in rows[-len(config.seeds) :])
-            print(f"{name} {bits or 'float'}: {mean:.2f} %", flush=True)
-    if not args.quick and not args.network:
-        versions = {package: version(package) for package in ("torch", "snntorch")}
-        content = {"config": asdict(config), "versions": versions, "tuning": tuning, "runs": rows}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        more = study(name, data, config)
+        tuning += more[0]
+        rows += more[1]
+    print(table(rows))
+    if not args.quick:
+        _write(config, tuning, rows, args.network)
+
+
+def _write(
+    config: Config, tuning: list[dict[str, Any]], rows: list[dict[str, Any]], network: str | None
+) -> None:
+    """All runs; those of one network take the place of its earlier ones."""
+    versions = {package: version(package) for package in ("torch", "snntorch")}
+    content = {"config": asdict(config), "versions": versions, "tuning": tuning, "runs": rows}
+    if network is not None and RESULTS.exists():
+        old = json.loads(RESULTS.read_text(encoding="utf-8"))
+        for key in ("tuning", "runs"):
+            content[key] = [*(r for r in old[key] if r["network"] != network), *content[key]]
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
