@@ -85,7 +85,7 @@ def error_classes() -> str:
 def results() -> str:
     """Before and after, from the results that are committed; what was not measured has no row."""
     rows = [["", "float", "1w-2u", "", "from"]]
-    rows += [*_sizes(), *_accuracies(), *_inference(), *_neuron()]
+    rows += [*_sizes(), *_accuracies(), *_inference(), *_peers(), *_neuron()]
     return table(rows)
 
 
@@ -144,6 +144,22 @@ def _inference() -> list[list[str]]:
         f"ResNet19, one image, one thread of {processor}, firing rate 0.2",
         f"{before:.1f} ms", f"{after:.1f} ms", f"{before / after:.1f} times faster",
         "`python -m benchmarks.inference`",
+    ]]  # fmt: skip
+
+
+def _peers() -> list[list[str]]:
+    """The integer engine against the fastest 8-bit form of another engine, one thread."""
+    path = ROOT / "benchmarks" / "results" / "peers.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    (times,) = (run["median_ms"] for run in found["runs"] if run["threads"] == 1)
+    (after,) = (ms for name, ms in times.items() if name.startswith("qsnn_ext"))
+    engine, before = min(
+        ((name, ms) for name, ms in times.items() if "int8" in name), key=lambda pair: pair[1]
+    )
+    return [[
+        f"the same, {found['processor']}, beside {engine}",
+        f"{before:.1f} ms", f"{after:.1f} ms", f"{before / after:.1f} times faster",
+        "`python -m benchmarks.peers`",
     ]]  # fmt: skip
 
 
@@ -458,6 +474,26 @@ def neurons(host: str) -> str:
 
 
 @cache
+def second_states() -> str:
+    """Test accuracy of recurrent and second-order networks, float and quantized."""
+    path = ROOT / "benchmarks" / "results" / "second_states.json"
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        found[run["network"], run["form"]].append(run["accuracy"])
+    networks = dict.fromkeys(network for network, _ in found)
+    forms = dict.fromkeys(form for _, form in found)
+    rows = [["network", *forms, "seeds", "on from float, against float (points)"]]
+    for network in networks:
+        cells = [
+            f"{statistics.mean(a):.2f} ± {statistics.stdev(a):.2f}"
+            for a in (found[network, form] for form in forms)
+        ]
+        gap = statistics.mean(found[network, "on from float"])
+        gap -= statistics.mean(found[network, "float"])
+        rows.append([network, *cells, str(len(found[network, "float"])), f"{gap:+.2f}"])
+    return table(rows)
+
+
 def zoo() -> dict[str, Any]:
     """The committed results of ``python -m benchmarks.zoo``."""
     path = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -568,6 +604,7 @@ def _percent(share: float | None, digits: int = 2) -> str:
 TABLES = {
     "neurons-snntorch": partial(neurons, "snntorch"),
     "neurons-spikingjelly": partial(neurons, "spikingjelly"),
+    "second-states": second_states,
     "devices": devices,
     "presets": presets,
     "errors": error_classes,
