@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,15 +57,21 @@ def build() -> None:
             raise SystemExit(
                 "no compiler for WebAssembly: pip install ziglang, or apt-get install clang lld"
             )
-        fresh = DIST / f"{name}.new"
+        # Builds may run side by side; each has files of its own until they are whole.
+        fresh = DIST / f"{name}.{os.getpid()}"
         subprocess.run(
             [*command, *FLAGS, *flags, "-o", str(fresh), str(RUNTIME / "qsnn.c")], check=True
         )
         if fresh.stat().st_size > LIMIT:
             raise SystemExit(f"{name} has {fresh.stat().st_size:,} bytes; {LIMIT:,} are allowed")
         fresh.replace(target)
-    (FOLDER / "src" / "records.js").write_text(records())
-    shutil.copy(ROOT / "LICENSE", FOLDER / "LICENSE")
+    for path, text in (
+        (FOLDER / "src" / "records.js", records()),
+        (FOLDER / "LICENSE", (ROOT / "LICENSE").read_text()),
+    ):
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(text)
+        fresh.replace(path)
 
 
 def records() -> str:

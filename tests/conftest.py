@@ -1,6 +1,7 @@
 """Shared fixtures: every test starts from the same seed and leaves no neuron behind."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,6 +25,14 @@ torch.set_num_threads(1)
 def _seed():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_neuron_left():
+    """snnTorch resets every neuron of the process, those of other files' tests too."""
+    yield
+    if "snntorch" in sys.modules:
+        sys.modules["snntorch"].SpikingNeuron.instances.clear()
 
 
 @pytest.fixture(autouse=True)

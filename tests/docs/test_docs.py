@@ -216,7 +216,9 @@ def test_pages_load_nothing_from_elsewhere() -> None:
     """No script, style, font or picture of the site comes from another server."""
     settings = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in settings
-    assert not re.search(r"extra_(javascript|css)", settings)
+    assert "extra_javascript" not in settings
+    (styles,) = re.findall(r"^extra_css:\n((?:  - .+\n)+)", settings, re.M)
+    assert all((ROOT / "docs" / style).is_file() for style in re.findall("- (.+)", styles))
     for page in PAGES:
         assert not re.search(r"(<script|<link|!\[[^\]]*\]\(https?:)", page.read_text()), page
 
