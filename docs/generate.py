@@ -34,7 +34,7 @@ ROOT = DOCS.parent
 #: Pages with generated tables, seen from here.
 PAGES = (
     "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md", "zoo.md",
-    "models.md", "../README.md",
+    "models.md", "integer-program.md", "../README.md",
 )  # fmt: skip
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
@@ -474,6 +474,26 @@ def neurons(host: str) -> str:
 
 
 @cache
+def deployed() -> str:
+    """Trained networks of several kinds beside their integer programs."""
+    path = ROOT / "benchmarks" / "results" / "deployed.json"
+    rows = [[
+        "network", "epochs", "simulation (%)", "program (%)", "same predictions (%)",
+        "spikes agree (%)", "least layer (%)", "file (bytes)", "engine, eager (ms)",
+    ]]  # fmt: skip
+    for run in json.loads(path.read_text(encoding="utf-8"))["networks"]:
+        found = run["as_it_is"]
+        rows.append([
+            run["network"], str(run["config"]["epochs"]),
+            *(f"{100 * found[key]:.2f}" for key in (
+                "accuracy_simulation", "accuracy_program", "predictions",
+            )),
+            f"{100 * found['spikes']:.4f}", f"{100 * found['least'][1]:.4f}",
+            f"{run['file_bytes']:,}", f"{run['engine_ms']:.2f}, {run['eager_ms']:.1f}",
+        ])  # fmt: skip
+    return table(rows)
+
+
 def second_states() -> str:
     """Test accuracy of recurrent and second-order networks, float and quantized."""
     path = ROOT / "benchmarks" / "results" / "second_states.json"
@@ -605,6 +625,7 @@ TABLES = {
     "neurons-snntorch": partial(neurons, "snntorch"),
     "neurons-spikingjelly": partial(neurons, "spikingjelly"),
     "second-states": second_states,
+    "deployed": deployed,
     "devices": devices,
     "presets": presets,
     "errors": error_classes,
