@@ -129,6 +129,14 @@ def _read(benchmark: str) -> list[dict[str, str]]:
     return [row for row in rows if row["date"] == newest]
 
 
+@cache
+def measured(benchmark: str) -> dict[str, Any]:
+    """The committed results of a benchmark."""
+    path = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def _inference() -> list[list[str]]:
     """The integer engine's fastest path against eager float32, batch 1, one thread."""
     times = {}
@@ -149,8 +157,7 @@ def _inference() -> list[list[str]]:
 
 def _peers() -> list[list[str]]:
     """The integer engine against the fastest 8-bit form of another engine, one thread."""
-    path = ROOT / "benchmarks" / "results" / "peers.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = measured("peers")
     (times,) = (run["median_ms"] for run in found["runs"] if run["threads"] == 1)
     (after,) = (ms for name, ms in times.items() if name.startswith("qsnn_ext"))
     engine, before = min(
@@ -348,7 +355,7 @@ def _spread(row: dict[str, Any]) -> str:
 
 def devices() -> str:
     """What networks take on microcontrollers, as measured under emulators."""
-    found = json.loads((ROOT / "benchmarks" / "results" / "devices.json").read_text())
+    found = measured("devices")
     rows = [["network", "core", "build", "instructions", "flash", "RAM", "stack"]]
     for row in found["rows"]:
         rows.append([
@@ -470,18 +477,13 @@ def neurons(host: str) -> str:
     return table(rows)
 
 
-# --------------------------------------------------------------------------- the zoo
-
-
-@cache
 def deployed() -> str:
     """Trained networks of several kinds beside their integer programs."""
-    path = ROOT / "benchmarks" / "results" / "deployed.json"
     rows = [[
         "network", "epochs", "simulation (%)", "program (%)", "same predictions (%)",
         "spikes agree (%)", "least layer (%)", "file (bytes)", "engine, eager (ms)",
     ]]  # fmt: skip
-    for run in json.loads(path.read_text(encoding="utf-8"))["networks"]:
+    for run in measured("deployed")["networks"]:
         found = run["as_it_is"]
         rows.append([
             run["network"], str(run["config"]["epochs"]),
@@ -496,9 +498,8 @@ def deployed() -> str:
 
 def second_states() -> str:
     """Test accuracy of recurrent and second-order networks, float and quantized."""
-    path = ROOT / "benchmarks" / "results" / "second_states.json"
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+    for run in measured("second_states")["runs"]:
         found[run["network"], run["form"]].append(run["accuracy"])
     networks = dict.fromkeys(network for network, _ in found)
     forms = dict.fromkeys(form for _, form in found)
@@ -514,23 +515,21 @@ def second_states() -> str:
     return table(rows)
 
 
-def zoo() -> dict[str, Any]:
-    """The committed results of ``python -m benchmarks.zoo``."""
-    path = ROOT / "benchmarks" / "results" / "zoo.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+# --------------------------------------------------------------------------- the zoo
 
 
 def zoo_models(like: bool) -> list[dict[str, Any]]:
     """Structures of published networks, or the constructors of SpikingJelly."""
-    return [m for m in zoo()["models"] if bool(m["like"]) == like]
+    return [m for m in measured("zoo")["models"] if bool(m["like"]) == like]
 
 
 def zoo_missing(like: bool) -> str:
     """The models that the last run was ended before."""
     from benchmarks.structures import FAMILIES
 
-    names = [key for key in zoo()["not_examined"] if (key.split(".")[0] in FAMILIES) == like]
+    names = [
+        key for key in measured("zoo")["not_examined"] if (key.split(".")[0] in FAMILIES) == like
+    ]
     if not names:
         return ""
     return (
