@@ -71,14 +71,18 @@ def processor() -> str:
 
 
 def medians(
-    contenders: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float],
+    pause: float = 0.0,
 ) -> dict[str, float]:
-    """Median milliseconds of every contender; all take turns."""
+    """Median milliseconds of every contender; all take turns, ``pause`` seconds apart."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()
     for _ in range(rounds):
         for name, call in contenders.items():
+            time.sleep(pause)
             start = clock()
             call()
             samples[name].append(1e3 * (clock() - start))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,13 +32,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.inference import build, compiled, deployed, processor
+from benchmarks.inference import build, compiled, deployed, medians, processor
 from qsnn_ext import models
 from qsnn_ext.deploy import DeployedModel
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 CALIBRATION = 8
 """Random images that 8-bit forms are calibrated on; only times are compared."""
+PAUSE = 0.02
+"""Seconds before each call: threads that wait for more work do so in a loop at first."""
 
 Contenders = dict[str, Callable[[], Any]]
 
@@ -132,23 +133,6 @@ def openvino(path: str, x: np.ndarray, threads: int) -> Contenders:
     return found
 
 
-def medians(contenders: Contenders, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median milliseconds of every contender; all take turns.
-
-    Threads that wait for more work do so in a loop at first, so each is given time to go to sleep.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            time.sleep(0.02)
-            start = clock()
-            call()
-            samples[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(s) for name, s in samples.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=float, default=0.2)
@@ -183,7 +167,7 @@ def main() -> None:
                 if not name.startswith("qsnn_ext") and "int8" not in name and "bf16" not in name:
                     assert np.abs(np.asarray(call()) - expected).max() < 1e-3, f"{name} is wrong"
             clock = time.process_time if threads == 1 else time.perf_counter
-            result = medians(contenders, args.rounds, clock)
+            result = medians(contenders, args.rounds, clock, PAUSE)
             print(f"\n{threads} thread(s)")
             for name, ms in result.items():
                 print(f"{name:<24} {ms:>9.2f} ms {ms / result[ours]:>7.2f} x")

@@ -52,7 +52,7 @@ class Config:
         batch: samples of an optimizer step.
         rates: learning rates of Adam that are tried, annealed to zero by a cosine.
         seeds: of weights and order of samples.
-        tuning_seeds: likewise, of the runs that choose a rate by their mean.
+        tuning_seed: likewise, of the runs that choose a rate.
         held_out: training samples they are tested on.
         bits: of the quantized networks.
     """
@@ -65,7 +65,7 @@ class Config:
     batch: int = 64
     rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
-    tuning_seeds: tuple[int, ...] = (100,)
+    tuning_seed: int = 100
     held_out: int = 269
     bits: str = "1w-2u"
 
@@ -226,20 +226,16 @@ def study(
     # The float networks that training goes on from, by seed.
     floats: dict[int, nn.Module] = {}
     for form in FORMS:
+        seed = config.tuning_seed
         tried = {
-            (rate, seed): run(name, form, rate, seed, tuned_on, config, floats.get(seed))
+            rate: run(name, form, rate, seed, tuned_on, config, floats.get(seed))
             for rate in config.rates
-            for seed in config.tuning_seeds
         }
         tuning += [row for row, _ in tried.values()]
-        means = {
-            rate: statistics.mean(tried[rate, s][0]["accuracy"] for s in config.tuning_seeds)
-            for rate in config.rates
-        }
-        best = max(means, key=means.__getitem__)
-        print(name, form, means, flush=True)
-        if form == "float":
-            floats.update((seed, tried[best, seed][1]) for seed in config.tuning_seeds)
+        found = {rate: row["accuracy"] for rate, (row, _) in tried.items()}
+        best = max(found, key=found.__getitem__)
+        print(name, form, found, flush=True)
+        floats.setdefault(seed, tried[best][1])
         for seed in config.seeds:
             row, net = run(name, form, best, seed, data, config, floats.get(seed))
             floats.setdefault(seed, net)
