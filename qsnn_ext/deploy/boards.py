@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qsnn_ext.deploy.program import IntArray
+from qsnn_ext.errors import FormatError
 
 TARGETS = Path(__file__).with_name("targets")
 
@@ -104,6 +106,36 @@ def write_board(name: str, folder: Path, sources: list[str]) -> dict[str, str]:
         sources=" ".join(sorted([*sources, "main.c", board.startup])),
     )  # fmt: skip
     return files
+
+
+def check_room(board: str, flash: int, memory: int) -> None:
+    """Check what a board can hold, as far as it is known before a compiler has seen the code.
+
+    Args:
+        board: Key of ``BOARDS``.
+        flash: Bytes of constants: the network and its samples.
+        memory: Bytes that the network writes to.
+
+    Raises:
+        FormatError: If the board has less.
+    """
+    script = (TARGETS / "bare" / f"{board}.ld").read_text()
+    stack = _bytes(r"link_stack_size = (\d+)([KM])", (TARGETS / "bare/sections.ld").read_text())
+    for region, what, needed in (
+        ("FLASH", "constants", flash), ("RAM", "memory and stack", memory + stack),
+    ):  # fmt: skip
+        there = _bytes(rf"{region} .*LENGTH = (\d+)([KM])", script)
+        if needed > there:
+            raise FormatError(
+                f"{board} has {there:,} bytes of {region} and the network needs {needed:,} for "
+                f"{what}: take fewer samples, a smaller network, or another board"
+            )
+
+
+def _bytes(pattern: str, script: str) -> int:
+    found = re.search(pattern, script)
+    assert found is not None, pattern
+    return int(found[1]) * {"K": 2**10, "M": 2**20}[found[2]]
 
 
 def samples_header(codes: IntArray, static: bool) -> str:

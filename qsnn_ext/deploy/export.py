@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from qsnn_ext.deploy import checks
-from qsnn_ext.deploy.boards import BOARDS, TARGETS, fits_bytes, folded, samples_header, write_board
+from qsnn_ext.deploy.boards import (
+    BOARDS,
+    TARGETS,
+    check_room,
+    fits_bytes,
+    folded,
+    samples_header,
+    write_board,
+)
+from qsnn_ext.deploy.folder import write_files
 from qsnn_ext.deploy.image import Image, build_image
 from qsnn_ext.deploy.layout import MEMORY_LIMIT
 from qsnn_ext.deploy.model import DeployedModel
@@ -21,6 +30,7 @@ from qsnn_ext.deploy.program import IntArray, Program
 from qsnn_ext.deploy.records import LAYOUT, RECORDS
 from qsnn_ext.deploy.size import ResidentSize, compiled_size, size_of
 from qsnn_ext.errors import ConfigError, InputError, InputTypeError
+from qsnn_ext.files import check_path
 
 Optimize: TypeAlias = Literal["size", "speed"]
 Target: TypeAlias = Literal[
@@ -35,11 +45,14 @@ SOURCES = ("qsnn.c", *sorted(p.name for p in RUNTIME.glob("*.h")))
 _STANDARD = (
     "assert complex ctype errno features fenv float immintrin inttypes iso646 limits locale math "
     "setjmp signal stdalign stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string "
-    "tgmath threads time uchar wchar wctype"
+    "tgmath threads time uchar wchar wctype alloca dirent dlfcn endian fcntl malloc memory poll "
+    "pthread regex sched semaphore strings syscall termios unistd"
 )
+#: Names that no file may have under Windows.
+_DEVICES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(10)}
 #: Names of files that stand beside the model's in one project or another, and of headers.
 _TAKEN = {
-    "arduino", "samples", *_STANDARD.split(),
+    "arduino", "samples", *_STANDARD.split(), *_DEVICES,
     *(Path(p).stem for p in SOURCES), *(p.stem for p in (TARGETS / "bare").glob("*.[ch]")),
 }  # fmt: skip
 #: What the runtime exports; every copy of it gets names of its own.
@@ -95,7 +108,8 @@ def export_c(
 
     Args:
         program: A valid program.
-        folder: Where to write; created if missing.
+        folder: Where to write; created if missing. An earlier export there is replaced, but for
+            edited files of a project (not of the library): these are kept, with a warning.
         target: ``"library"``, or a project around it: ``"stdio"``, a program that reads input codes
             from standard input and prints the answers; ``"arduino"``, an Arduino library with an
             example; ``"platformio"``, a PlatformIO project; the name of a board, for bare metal
@@ -122,13 +136,18 @@ def export_c(
         The memory it takes.
 
     Raises:
-        ConfigError: If a name or option is unknown, the folder cannot be written, or the compiler
-            fails.
-        FormatError: If the program is not valid or needs more memory than the limit.
+        ConfigError: If a name or option is unknown, the folder cannot be written or holds files of
+            somebody else's by the same names, or the compiler fails.
+        FormatError: If the program is not valid or needs more memory than the limit, or than the
+            board has.
         InputError: If samples, mean or std do not fit the program.
-        InputTypeError: If ``program`` is none, or ``pixels`` is not a table for it.
+        InputTypeError: If ``program`` is none, ``folder`` is no path, or ``pixels`` is not a table
+            for the program. After any error the folder is as it was.
     """
     checks.program(program, "export_c")
+    check_path(folder, "export_c")
+    if not os.fspath(folder):
+        raise ConfigError("folder='' is no folder; '.' is the present one")
     _check_names(target, name)
     image = _image(program, optimize, memory_limit)
     if mean is not None or std is not None:
@@ -138,26 +157,23 @@ def export_c(
     elif pixels is not None:
         _check_pixels(program, pixels)
     library = _library(program, image, pixels, mean, std, _class_names(program, classes))
-    files = _project(program, target, library, samples)
-    base = Path(folder)
-    sources = []
-    for path, text in files.items():
-        path = re.sub(r"\bmodel\.", f"{name}.", path.replace("lib/model/", f"lib/{name}/"))
-        try:
-            (base / path).parent.mkdir(parents=True, exist_ok=True)
-            (base / path).write_text(_named(text, name), encoding="ascii", newline="\n")
-        except OSError as error:
-            raise ConfigError(
-                f"{base} could not be written: {error}. Make room or name another folder."
-            ) from error
-        if path.endswith(("qsnn.c", f"{name}.c")):
-            sources.append(path)
+    bundled = _bundled(program, target, samples)
+    project = _project(target, library, bundled)
     code = stack = 0
     if compiler is not None:
-        code, stack = compiled_size(base, sources, name, compiler)
+        own = {_path(p, name): _named(t, name) for p, t in library.items()}
+        code, stack = compiled_size(own, name, compiler)
     size = size_of(program, image, 0 if pixels is None else pixels.nbytes, code, stack)
+    if target in BOARDS and bundled is not None:
+        item = 1 if fits_bytes(*program.input_range) else 2
+        check_room(target, size.flash + item * bundled[0].size, size.memory)
+    files = {_path(p, name): _named(t, name) for p, t in project.items()}
+    given = {*library, "samples.h"}
+    editable = {_path(p, name) for p in project if p.rsplit("/", 1)[-1] not in given}
+    header = next(p for p in files if Path(p).name == f"{name}.h")
+    write_files(Path(folder), files, editable, header)
     if verbose:
-        print(f"{base}: {size}")
+        print(f"{folder}: {size}")
     return size
 
 
@@ -168,13 +184,14 @@ def _check_names(target: str, name: str) -> None:
     known = ("library", "stdio", *WITH_SAMPLES)
     if target not in known:
         raise ConfigError(f"target={target!r} is unknown; choose one of {', '.join(known)}")
-    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
+    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]{0,39}", name)):
         raise ConfigError(
             f"name={name!r} must be a C identifier of small letters, digits and underscores"
         )
     if name in _TAKEN:
         raise ConfigError(
-            f"name={name!r} is that of a file or header beside the model's {name}.h: choose another"
+            f"name={name!r} is that of a device, or of a file or header beside the model's: choose "
+            "another"
         )
 
 
@@ -193,7 +210,9 @@ def _class_names(program: Program, classes: Sequence[str] | None) -> list[str] |
     """Names of the classes as given, or as the program's metadata have them."""
     answers = [program.values[i].elements for i in program.outputs]
     if classes is not None:
-        names = list(classes)
+        names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
+        if not names or not all(isinstance(n, str | int) and "\0" not in str(n) for n in names):
+            raise ConfigError(f"classes={classes!r} must be a list of names")
         if len(answers) != 1 or len(names) != answers[0]:
             raise ConfigError(f"{len(names)} classes for answers of {answers} numbers")
         return [str(n) for n in names]
@@ -202,10 +221,17 @@ def _class_names(program: Program, classes: Sequence[str] | None) -> list[str] |
     except ValueError:
         return None
     fits = isinstance(found, list) and len(answers) == 1 and len(found) == answers[0]
-    return found if fits and all(isinstance(n, str) for n in found) else None
+    return found if fits and all(isinstance(n, str) and "\0" not in n for n in found) else None
 
 
-def _sample_codes(program: Program, samples: Any) -> tuple[IntArray, bool]:
+def _bundled(program: Program, target: str, samples: Any) -> tuple[IntArray, bool] | None:
+    """Codes of the samples that a target runs, and whether they are the same at every step."""
+    if target not in WITH_SAMPLES:
+        if samples is not None:
+            raise ConfigError(f"target={target!r} takes no samples; a board or a project does")
+        return None
+    if samples is None:
+        raise ConfigError(f"target={target!r} needs samples to run, such as ten test inputs")
     codes = DeployedModel(program, "numpy").codes(samples)
     if codes.ndim not in (4, 5) or not len(codes):
         raise InputError("samples must be [N, ...] or [N, T, ...], at least one")
@@ -221,22 +247,18 @@ def _sample_codes(program: Program, samples: Any) -> tuple[IntArray, bool]:
 
 
 def _project(
-    program: Program, target: str, library: dict[str, str], samples: Any
+    target: str, library: dict[str, str], bundled: tuple[IntArray, bool] | None
 ) -> dict[str, str]:
     """All files of a target: path in the folder -> text."""
-    if target not in WITH_SAMPLES:
-        if samples is not None:
-            raise ConfigError(f"target={target!r} takes no samples; a board or a project does")
+    if bundled is None:
         if target == "stdio":
             return {**library, "main.c": (TARGETS / "stdio" / "main.c").read_text()}
         return library
-    if samples is None:
-        raise ConfigError(f"target={target!r} needs samples to run, such as ten test inputs")
-    bundled = samples_header(*_sample_codes(program, samples))
+    header = samples_header(*bundled)
     if target in BOARDS:
         c_files = [f for f in library if f.endswith(".c")]
         board = write_board(target, TARGETS / "bare", c_files)
-        return {**library, **board, "samples.h": bundled}
+        return {**library, **board, "samples.h": header}
     folder = TARGETS / "arduino"
     sketch = (folder / "sketch.ino").read_text()
     if target == "platformio":
@@ -246,7 +268,7 @@ def _project(
             "lib/model/library.properties": (folder / "library.properties").read_text(),
             "platformio.ini": (folder / "platformio.ini").read_text(),
             "src/main.cpp": f"#include <Arduino.h>\n{sketch}",
-            "src/samples.h": bundled,
+            "src/samples.h": header,
         }
     inside = {f"src/{path}": text for path, text in library.items() if path != "LICENSE"}
     return {
@@ -254,7 +276,7 @@ def _project(
         "LICENSE": library["LICENSE"],
         "library.properties": (folder / "library.properties").read_text(),
         "examples/samples/samples.ino": sketch,
-        "examples/samples/samples.h": bundled,
+        "examples/samples/samples.h": header,
     }
 
 
@@ -331,7 +353,7 @@ def _constants(
         ("INPUT_MEAN", mean, "of the normalisation"), ("INPUT_STD", std, "of the normalisation"),
     ):  # fmt: skip
         if numbers is not None:
-            listed = [float(n) for n in np.atleast_1d(np.asarray(numbers, float))]
+            listed = [float(n) for n in np.atleast_1d(checks.as_array(numbers))]
             rows.append((what, f"{{{', '.join(map(repr, listed))}}}", meaning))
     rows.append(("OUTPUT_SIZE", total, "answers of one time step"))
     for k, index in enumerate(outputs):
@@ -378,6 +400,11 @@ def _pixel_constants(pixels: IntArray) -> str:
 def _filled(template: str, values: dict[str, object]) -> str:
     """A template with every ``@NAME@`` replaced."""
     return re.sub("@([A-Z_]+)@", lambda m: str(values[m[1]]), template)
+
+
+def _path(path: str, name: str) -> str:
+    """Where a file of the model named ``model`` lies for another name."""
+    return re.sub(r"\bmodel\.", f"{name}.", path.replace("lib/model/", f"lib/{name}/"))
 
 
 def _named(text: str, name: str) -> str:

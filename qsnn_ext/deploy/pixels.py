@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from qsnn_ext.deploy import checks
 from qsnn_ext.deploy.program import Program
-from qsnn_ext.errors import InputError
+from qsnn_ext.errors import InputError, InputTypeError
 
 
 def pixel_table(
@@ -30,12 +30,15 @@ def pixel_table(
     Raises:
         InputError: If mean or std have as many entries as neither 1 nor C, or are not finite, or a
             std is not positive.
-        InputTypeError: If ``program`` is none.
+        InputTypeError: If ``program`` is none, or mean or std are no numbers.
     """
     channels = checks.program(program, "pixel_table").values[0].shape[0]
     constants = []
     for what, numbers in (("mean", mean), ("std", std)):
-        array = np.atleast_1d(np.asarray(numbers, np.float32))
+        given = checks.as_array(numbers, what)
+        if given.dtype.kind not in "iuf":
+            raise InputTypeError(f"{what}={numbers!r} must be a number, or one per channel")
+        array = np.atleast_1d(given).astype(np.float32)
         if array.shape not in ((1,), (channels,)):
             raise InputError(
                 f"{what} has shape {array.shape}; give one number or {channels}, one per channel"

@@ -59,7 +59,12 @@ class ResidentSize:
     @property
     def ram(self) -> int:
         """Everything that is written to."""
-        return self.membranes + self.resets + self.activations + self.io + self.stack
+        return self.memory + self.io + self.stack
+
+    @property
+    def memory(self) -> int:
+        """What ``NAME_memory`` holds: everything that is written to but input, answers, stack."""
+        return self.membranes + self.resets + self.activations
 
     def __str__(self) -> str:
         code = f", code {self.code:,}" if self.code else "; code is not counted"
@@ -103,30 +108,36 @@ def size_of(
     )
 
 
-def compiled_size(folder: Path, sources: list[str], name: str, compiler: str) -> tuple[int, int]:
+def compiled_size(library: dict[str, str], name: str, compiler: str) -> tuple[int, int]:
     """Bytes of code, and of stack that ``NAME_sum`` needs (0 where the compiler does not tell).
 
     Args:
-        folder: Of the exported library.
-        sources: Its C files.
+        library: Files of the exported library: name -> text.
         name: Of the model, whose constants are not counted.
         compiler: Command with all flags, such as ``"arm-none-eabi-gcc -mcpu=cortex-m4 -Os"``.
 
     Raises:
         ConfigError: If the compiler cannot be run or does not accept the sources.
     """
-    command = [*shlex.split(compiler), "-std=c99"]
+    try:
+        command = shlex.split(compiler)
+    except (ValueError, AttributeError, TypeError):
+        command = []
+    if not command:
+        raise ConfigError(f"compiler={compiler!r} must be a command, such as 'cc -Os'")
     with tempfile.TemporaryDirectory() as scratch:
-        size_tool = _run([*command, "-print-prog-name=size"], scratch).strip() or "size"
+        for path, text in library.items():
+            (Path(scratch) / path).write_text(text, encoding="ascii")
+        size_tool = _run([*command, "-print-prog-name=size"], scratch, compiler).strip() or "size"
         code, graphs = 0, ""
-        for source in sources:
-            path, out = str((folder / source).resolve()), f"{source}.o"
+        for source in sorted(path for path in library if path.endswith(".c")):
+            build = [*command, "-std=c99", "-c", source, "-o", f"{source}.o"]
             try:
-                _run([*command, "-fcallgraph-info=su", "-c", path, "-o", out], scratch)
+                _run([*build, "-fcallgraph-info=su"], scratch, compiler)
             except ConfigError:
-                _run([*command, "-c", path, "-o", out], scratch)
+                _run(build, scratch, compiler)
             kinds = (".text",) if source == f"{name}.c" else (".text", ".rodata", ".data")
-            for line in _run([size_tool, "-A", out], scratch).splitlines():
+            for line in _run([size_tool, "-A", f"{source}.o"], scratch, compiler).splitlines():
                 section, *numbers = line.split() or [""]
                 if section.startswith(kinds):
                     code += int(numbers[0])
@@ -134,14 +145,14 @@ def compiled_size(folder: Path, sources: list[str], name: str, compiler: str) ->
     return code, _deepest(graphs, f"{name}_sum")
 
 
-def _run(command: list[str], folder: str) -> str:
+def _run(command: list[str], folder: str, compiler: str) -> str:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    except OSError as error:
-        raise ConfigError(f"{command[0]} cannot be run: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"compiler={compiler!r}: {command[0]} cannot be run: {error}") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
-        raise ConfigError(f"{' '.join(command[:-4])} cannot build the network: {said[0][:200]}")
+        raise ConfigError(f"compiler={compiler!r} cannot build the network: {said[0][:200]}")
     return done.stdout
 
 

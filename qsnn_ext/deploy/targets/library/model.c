@@ -1,3 +1,4 @@
+/* Constants and steps of the model: written by qsnn_ext.deploy.export_c. */
 #include "model.h"
 #include "qsnn.h"
 
