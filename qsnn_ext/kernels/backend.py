@@ -61,13 +61,15 @@ def use_backend(name: Backend) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the first of the following that covers the layer and pays),
-            ``"native"`` (C, on the CPU), ``"compiled"`` (an error of the compiler is raised),
+            ``"native"`` (C, on the CPU), ``"triton"`` (written in Triton, on an NVIDIA GPU),
+            ``"compiled"`` (an error of the compiler is raised),
             ``"function"`` (plain tensor operations) or ``"eager"`` (the reference loop in plain
             autograd), or one of :data:`qsnn_ext.kernels.backends.ON_REQUEST`. What a backend does
             not cover, ``"function"`` runs.
 
     Raises:
-        ConfigError: unknown name, or ``"native"`` where the package was built without a compiler.
+        ConfigError: unknown name, ``"native"`` where the package was built without a compiler, or
+            ``"triton"`` where there is no Triton or no GPU for it.
     """
     token = _chosen.set(check_backend(name))
     try:
@@ -136,7 +138,7 @@ class Core:
                     torch._dynamo.mark_dynamic(tensor, dim)
         compiled = torch.compile(_with_own_code(self._fn), fullgraph=True)
         try:
-            with _announced(self._name):
+            with announced(f"{self._name}, once per process", "5 to 60 s"):
                 result = compiled(*args)
         except Exception as error:
             result = self._fn(*args)  # an error of the caller shows itself here
@@ -150,9 +152,9 @@ class Core:
 
 
 @contextlib.contextmanager
-def _announced(name: str) -> Iterator[None]:
+def announced(name: str, takes: str) -> Iterator[None]:
     """Says what is compiled before it is, as it takes long, and how long it took."""
-    _log.warning("compiling the %s, once per process: this takes 5 to 60 s", name)
+    _log.warning("compiling the %s: this takes %s", name, takes)
     # Without a GPU, PyTorch's compiler would warn of a CUDA_HOME that nobody asked for.
     elsewhere = logging.getLogger("torch.utils.cpp_extension")
     level, start = elsewhere.level, time.perf_counter()

@@ -434,7 +434,8 @@ def lif_multi_step(
 
 def _recompute(x: Tensor) -> bool:
     """Whether to save the input and compute the charges again: pays where the core is fused."""
-    fused = torch.compiler.is_compiling() or _native.wanted(x) is not None
+    native, written = _native.wanted(x) is not None, backends.triton.recomputes(x)
+    fused = torch.compiler.is_compiling() or native or written
     return x.shape[0] > 1 and (fused or B.compiles(x.numel(), x.shape[0]))
 
 

@@ -14,6 +14,7 @@ from qsnn_ext.kernels import LIFOptions, Surrogate, lif_multi_step, use_backend
 from qsnn_ext.kernels.weights import binary_weight
 from qsnn_ext.quantizers import BinaryWeight
 from tests import reference
+from tests.kernels import triton_cases
 
 DEVICES = [
     "cpu",
@@ -158,7 +159,8 @@ def test_compiled_oracle_of_the_delayed_reset(device, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("mode", ["dynamic", "running"])
-def test_narrow_dtypes_compiled_equal_the_eager_loop(device, dtype, bits, mode):
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+def test_narrow_dtypes_equal_the_eager_loop(device, dtype, bits, mode, backend):
     """Channels-last too; spikes, states and scales bit for bit."""
     rng = torch.Generator().manual_seed(0)
     x = (torch.randn(4, 6, 16, 9, 9, generator=rng) * 1.5).to(device, dtype)
@@ -166,19 +168,25 @@ def test_narrow_dtypes_compiled_equal_the_eager_loop(device, dtype, bits, mode):
     o = LIFOptions(SIGMOID, bits, alpha=mode)
     alpha = None if mode == "dynamic" else torch.tensor(0.9, device=device)
     runs = []
-    for backend in ("eager", "compiled"):
+    for chosen in ("eager", backend):
         leaf = x.detach().requires_grad_()
-        with use_backend(backend):
+        with use_backend(chosen):
             r = lif_multi_step(leaf, None, o, decay=0.7, alpha=alpha)
             r.spikes.sum(dtype=torch.float32).backward()
         runs.append((r.spikes.detach(), r.v.detach(), r.alphas, r.running_alpha, leaf.grad))
-    for eager, compiled in zip(*runs, strict=True):
-        exact = compiled is not runs[1][-1]
+    for eager, fused in zip(*runs, strict=True):
+        exact = fused is not runs[1][-1]
         loose = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
         torch.testing.assert_close(
-            compiled, eager, rtol=0 if exact else loose, atol=0 if exact else loose
+            fused, eager, rtol=0 if exact else loose, atol=0 if exact else loose
         )
     assert runs[1][0].stride() == x.stride()
+
+
+@on_cuda
+@pytest.mark.parametrize("name", triton_cases.CASES)
+def test_written_in_triton(device, name):
+    triton_cases.check(name, device)
 
 
 WEIGHTS = list(

@@ -58,11 +58,12 @@ class Implementation(Protocol):
         """What the core of this call returns."""
 
 
-from qsnn_ext.kernels.backends import compiled, function, native, stepwise  # noqa: E402
+from qsnn_ext.kernels.backends import compiled, function, native, stepwise, triton  # noqa: E402
 
 #: In the order in which they are tried. The last covers everything.
 BACKENDS: dict[str, Implementation] = {
     "native": native,
+    "triton": triton,
     "compiled": compiled,
     "function": function,
 }
