@@ -154,6 +154,9 @@ class Config:
     where there are none and that is likely to pay."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record a training step as one CUDA graph, which spares launching its kernels one by one. auto
+    does on a single GPU."""
 
     # -- run
     out: Path | None = None
@@ -238,7 +241,10 @@ class Config:
 
 # What may differ between a run and its continuation without making it another experiment.
 RESUMABLE = frozenset(
-    {"out", "resume", "stop_after", "progress", "workers", "data_dir", "accelerator", "compile"}
+    {
+        *("out", "resume", "stop_after", "progress", "workers", "data_dir", "accelerator"),
+        *("compile", "cuda_graph"),
+    }
 )
 
 

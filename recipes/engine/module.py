@@ -14,6 +14,7 @@ from qsnn_ext import SignGradientSchedule, WSDRRegularizer
 from qsnn_ext.errors import DivergenceError, TrainingError
 from recipes.config import Config
 from recipes.engine import setting
+from recipes.engine.graphs import StepGraph, finite
 from recipes.engine.loading import mix
 from recipes.engine.networks import binary_layers, uses_annealing
 from recipes.engine.rates import RateMeter
@@ -28,12 +29,9 @@ class Tally:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, term: Tensor | float) -> None:
-        """Count one batch; ``logits`` [T, N, classes] are averaged over time to answer."""
-        n = len(labels)
-        correct = (logits.detach().mean(0).argmax(1) == labels).sum()
-        values = [torch.tensor(n), correct, loss.detach() * n, torch.as_tensor(term).detach() * n]
-        self.sums += torch.stack([v.to(self.sums) for v in values])
+    def add(self, counted: Tensor) -> None:
+        """Add what :func:`count` says of one batch."""
+        self.sums += counted
 
     def means(self, everyone: Any) -> dict[str, float]:
         """Accuracy (%), losses and sample count over all processes.
@@ -49,6 +47,22 @@ class Tally:
             "regularization": term / samples,
             "samples": int(samples),
         }
+
+
+def count(logits: Tensor, labels: Tensor, loss: Tensor, term: Tensor) -> Tensor:
+    """A batch's part of a :class:`Tally`, float64 [4].
+
+    Args:
+        logits: [T, N, classes], averaged over time to answer.
+        labels: [N].
+        loss: Cross entropy, 0-dim.
+        term: Firing-rate loss, 0-dim.
+
+    """
+    correct = (logits.detach().mean(0).argmax(1) == labels).double().sum()
+    n = len(labels)
+    parts = [torch.full_like(correct, n), correct, loss.detach() * n, term.detach() * n]
+    return torch.stack([part.double() for part in parts])
 
 
 class Training(LightningModule):
@@ -84,6 +98,10 @@ class Training(LightningModule):
         )
         self.meter = RateMeter(model)
         self.train_tally = self.test_tally = Tally(torch.device("cpu"))
+        self.graph: StepGraph | None = None
+        if setting.records(config):
+            self.graph = StepGraph(self.losses, model)
+            self.automatic_optimization = False
 
     # -- forward and loss
 
@@ -109,33 +127,44 @@ class Training(LightningModule):
             loss = (1 - self.config.tet) * loss + self.config.tet * distance
         return loss
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The loss of one batch; data parallel training averages its gradient over processes."""
-        x, labels = batch
+    def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a batch (Eq. 18), its part of the tally, and whether loss and input are finite.
+
+        Nothing in it waits for the device: it is what :class:`StepGraph` records.
+        """
         logits = self(x)
         loss = self.loss(logits, labels)
-        term: Tensor | float = 0.0
-        if self.regularizer is not None:
-            term = self.regularizer()
+        term = self._term(loss)
         share = self.config.distillation
         if self.teacher is not None and share:
-            taught = self.teacher.loss(x, logits)
-            total = (1 - share) * loss + share * taught + term
+            total = (1 - share) * loss + share * self.teacher.loss(x, logits) + term
         else:
             total = loss + term
         # A neuron makes no spike of NaN, so a bad input need not show in the loss.
-        if not (torch.isfinite(total) and torch.isfinite(x).all()):
+        return total, count(logits, labels, loss, term), finite(total, x)
+
+    def _term(self, loss: Tensor) -> Tensor:
+        return torch.zeros_like(loss) if self.regularizer is None else self.regularizer()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """The loss of one batch; data parallel training averages its gradient over processes."""
+        x, labels = batch
+        total, counted, sound = (self.losses if self.graph is None else self.graph)(x, labels)
+        if not sound:
             self._stop(x, total, index)
-        self.train_tally.add(logits, labels, loss, term)
+        self.train_tally.add(counted)
+        if self.graph is not None:  # gradients are there; Lightning's loop leaves the rest to us
+            self.optimizers().step()  # type: ignore[union-attr]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         return total
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Count right answers and spikes of one test batch."""
         x, labels = batch
         logits = self(x)
+        loss = self.loss(logits, labels)
         # Also taken here, so that no spikes of the test set are left in the next training step's.
-        term = 0.0 if self.regularizer is None else self.regularizer()
-        self.test_tally.add(logits, labels, self.loss(logits, labels), term)
+        self.test_tally.add(count(logits, labels, loss, self._term(loss)))
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Likewise, for the one look at the test set that runs with held-out samples take."""

@@ -63,6 +63,27 @@ def on_gpu(config: Config) -> bool:
     return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
+def records(config: Config) -> bool:
+    """Whether a training step is recorded as a CUDA graph: on one GPU, where a step is a batch.
+
+    Raises:
+        ConfigError: It is asked for and the run cannot have it.
+
+    """
+    wants = {
+        "needs a GPU": not on_gpu(config),
+        "goes with one process": (config.devices or 1) > 1 or config.nodes > 1,
+        "goes without --accumulate": config.accumulate > 1,
+        "goes without --clip": config.clip is not None,
+        "goes without --compile": config.compile,
+    }
+    hindrances = [text for text, hinders in wants.items() if hinders]
+    if config.cuda_graph == "on" and hindrances:
+        raise ConfigError(f"--cuda-graph on {hindrances[0]}.")
+    several = config.devices is None and on_gpu(config) and torch.cuda.device_count() > 1
+    return config.cuda_graph != "off" and not hindrances and not several
+
+
 def _precision(config: Config) -> str:
     """bfloat16 only where it is multiplied natively: emulated, it is far slower."""
     if on_gpu(config):

@@ -13,7 +13,8 @@ from torch import nn
 from qsnn_ext.errors import CheckpointError, ConfigError, TrainingError
 from recipes import data as datasets
 from recipes.config import Config
-from recipes.engine import checkpoints, networks
+from recipes.engine import checkpoints, networks, setting
+from recipes.engine.graphs import StepGraph
 from recipes.engine.module import Training, decay_groups, first_nonfinite
 from recipes.engine.record import Record
 from recipes.engine.run import train
@@ -352,3 +353,80 @@ def test_options_that_change_the_arithmetic_run(tmp_path, unbroken, change):
         assert {v.dtype for v in kept.values() if v.is_floating_point()} == {torch.float64}
     else:
         assert ours["train_loss"] != plain["train_loss"]
+
+
+def stand_in(model):
+    """A recorder for machines without a GPU: like a graph, it writes to the tensors it began with.
+
+    What was recorded is a call that changes nothing, and its results are gradients in places that
+    stay.
+    """
+
+    def record(run):
+        before = [(b, b.clone()) for b in model.buffers()]
+        run()
+        for buffer, value in before:
+            buffer.copy_(value)
+        places = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+
+        def replay():
+            run()
+            for parameter, place in places:
+                place.copy_(parameter.grad)
+
+        return replay
+
+    return record
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"membrane_mode": "frozen", "optimizer": "adam", "lr": 0.01},
+        {"sign_gradient": "annealed", "precision": "bf16-mixed"},
+    ],
+    ids=["paper", "frozen scales", "annealed, bf16"],
+)
+def test_a_recorded_step_trains_as_its_parts_do(tmp_path, monkeypatch, changes):
+    train(tiny(tmp_path / "parts", **changes))
+    monkeypatch.setattr("recipes.engine.setting.on_gpu", lambda config: True)
+    made = []
+
+    def graph(step, model):
+        made.append(StepGraph(step, model, stand_in(model)))
+        return made[-1]
+
+    monkeypatch.setattr("recipes.engine.module.StepGraph", graph)
+    train(tiny(tmp_path / "whole", **changes, stop_after=2))
+    train(tiny(tmp_path / "whole", **changes, resume=True))
+    assert len(made) == 2  # and the run that goes on records anew
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole", 3)
+    ours, theirs = (
+        json.loads((tmp_path / which / "result.json").read_text())["history"]
+        for which in ("parts", "whole")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if k not in MEASURED} == {
+            k: v for k, v in b.items() if k not in MEASURED
+        }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"accelerator": "cpu"}, "needs a GPU"),
+        ({"accumulate": 2}, "goes without --accumulate"),
+        ({"clip": 1.0}, "goes without --clip"),
+        ({"devices": 2}, "goes with one process"),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_is_refused_when_asked_for(
+    tmp_path, monkeypatch, changes, reason
+):
+    if "accelerator" not in changes:
+        monkeypatch.setattr("recipes.engine.setting.on_gpu", lambda config: True)
+    config = tiny(tmp_path, **changes)
+    assert not setting.records(config)
+    with pytest.raises(ConfigError, match=reason):
+        setting.records(config.but(cuda_graph="on"))
