@@ -7,10 +7,11 @@ In this order, each in a process of its own with a limit of its own, so that wha
 too long costs nothing but itself:
 
 1. first call: what compiling takes on first use, from an empty cache;
-2. correctness: `pytest -m gpu`, every operation on CUDA against the float64 oracle;
-3. one layer, forward and backward, against SpikingJelly's CUDA, Triton and torch implementations
+2. one layer, forward and backward, against SpikingJelly's CUDA, Triton and torch implementations
    and `torch.compile`, and the passes of the layer-wide maximum against given scales;
-4. a training step of ResNet19 at full width, channels-last, float32 and bfloat16, and its memory.
+3. a training step of ResNet19 at full width, channels-last, float32 and bfloat16, launched kernel
+   by kernel and as one CUDA graph, and its memory;
+4. correctness: `pytest -m gpu`, every operation on CUDA against the float64 oracle.
 
 The machine needs torch with CUDA, Triton, NumPy, pytest, a C compiler for Triton's launcher, and
 these wheels, which `pip download` fetches where there is an index (all pure Python but h5py,
@@ -26,6 +27,7 @@ This package needs no installation: the command runs in its source tree.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -42,8 +44,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common  # noqa: E402
 
 #: Seconds of each section at most, and of all of them.
-LIMITS = {"first call": 90, "tests": 180, "neuron": 60, "train step": 130}
+LIMITS = {"first call": 90, "tests": 150, "neuron": 60, "train step": 130}
 IN_ALL = 525
+#: Where the tests of a GPU are: to look for them in all files takes longer than to run them.
+TESTS = ("kernels", "recipes/test_engine_training.py", "test_convert.py", "conformance")
 #: How SpikingJelly 2 is told, before it is imported, what shall compute a LIFNode; what each is.
 HOST_VARIABLE = "SJ_LIF_CUDA_IMPLEMENTATION"
 HOST_IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -54,19 +58,22 @@ def sections(args: argparse.Namespace) -> dict[str, list[str]]:
     """The command of each section."""
     again = [sys.executable, "-m", "benchmarks.gpu", "--device", args.device]
     again += ["--rehearse"] * args.rehearse
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *(f"tests/{t}" for t in TESTS)]
+    if importlib.util.find_spec("xdist"):  # compiling is what takes time
+        tests += ["-n", str(min(12, os.cpu_count() or 1))]
     if args.rehearse:
         tests = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_devices.py"]
         tests += ["-k", "weights and cpu and layer-mean"]
-    return {
+    found = {
         "first call": [*again, "--section", "first call"],
-        "tests": tests,
         **{
             f"neuron, {host}": [*again, "--section", "neuron", "--host", host]
             for host in HOST_IMPLEMENTATIONS
         },
         "train step": [*again, "--section", "train step"],
+        "tests": tests,
     }
+    return {n: c for n, c in found.items() if not args.only or n.partition(", ")[0] in args.only}
 
 
 def run_all(args: argparse.Namespace) -> int:
@@ -217,6 +224,10 @@ def train_steps(args: argparse.Namespace) -> None:
         if not args.rehearse:
             train_step.compile_neurons(compiled)
         variants["32w-32u, compiled neurons"] = train_step.step(compiled, x, y, settings)
+        if args.device == "cuda":
+            for bits in ("32w-32u", "1w-2u"):
+                model = train_step.build(bits, settings, "spikingjelly")
+                variants[f"{bits}, graph"] = train_step.recorded(model, x, y, settings)
         case = f"ResNet19 step T=2 N={settings.batch} width={settings.width} {precision}"
         times = common.interleaved(variants, settings)
         report(case, times, "32w-32u", args)
@@ -241,6 +252,7 @@ def main() -> int:
     p = common.parser(__doc__.splitlines()[0])
     p.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU too")
     p.add_argument("--section", choices=SECTIONS)
+    p.add_argument("--only", nargs="+", choices=LIMITS, help="some of the sections")
     p.add_argument("--host", choices=HOST_IMPLEMENTATIONS, default="auto")
     args = p.parse_args()
     if args.rehearse:

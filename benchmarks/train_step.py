@@ -10,6 +10,8 @@ python benchmarks/train_step.py --best       # as a user would train: channels-l
 from __future__ import annotations
 
 import statistics
+import sys
+from pathlib import Path
 
 import common
 import torch
@@ -20,6 +22,10 @@ from qsnn_ext.kernels.weights import PreparedWeight
 from qsnn_ext.models import resnet19
 from qsnn_ext.quantizers import BinaryWeight
 from qsnn_ext.regularizers import WSDRRegularizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recipes.engine.graphs import StepGraph
 
 
 def step(model, x, y, args, backend="auto", regularizer=None):
@@ -36,6 +42,25 @@ def step(model, x, y, args, backend="auto", regularizer=None):
                 loss = loss + regularizer()
             loss.backward()
             optimizer.step()
+
+    return call
+
+
+def recorded(model, x, y, args):
+    """The same step as one CUDA graph, but for the optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def loss(x, y):
+        lowered = args.precision == "bf16"
+        with torch.autocast(args.device, torch.bfloat16, enabled=lowered, cache_enabled=False):
+            logits = model(x)
+        return (nn_functional.cross_entropy(logits.float().mean(0), y),)
+
+    graph = StepGraph(loss, model)
+
+    def call():
+        graph(x, y)
+        optimizer.step()
 
     return call
 

@@ -430,3 +430,17 @@ def test_a_step_that_cannot_be_recorded_is_refused_when_asked_for(
     assert not setting.records(config)
     with pytest.raises(ConfigError, match=reason):
         setting.records(config.but(cuda_graph="on"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_recorded_step_on_a_gpu(tmp_path, precision):
+    losses = {}
+    for how in ("on", "off"):
+        changes = {"accelerator": "gpu", "precision": precision, "cuda_graph": how}
+        changes |= {"kernels": "auto", "size": 16, "width": 1 / 8, "limit_batches": 8}
+        result = train(tiny(tmp_path / how, **changes))
+        losses[how] = [entry["train_loss"] for entry in result["history"]]
+    # Convolutions add up in an order of their own each time.
+    assert losses["on"] == pytest.approx(losses["off"], rel=2e-2)
