@@ -57,6 +57,7 @@ class Findings:
         deploys: empty if there is an integer program, else why not; ``None``: not tried.
         predictions: share of samples whose class is the same in the program.
         spikes: share of spikes that are; ``None`` where no neuron of the program is one layer's.
+        rounded: the same share where the simulation, too, reads the input as rounded to codes.
         firing_rate: share of neurons and steps that fire, in the compared samples.
         error: the first thing that failed.
     """
@@ -75,6 +76,7 @@ class Findings:
     deploys: str | None = None
     predictions: float | None = None
     spikes: float | None = None
+    rounded: float | None = None
     firing_rate: float | None = None
     error: str = ""
 
@@ -266,7 +268,7 @@ def agreement(
     """Calibrate, lower, and compare the program with the simulation.
 
     Returns:
-        ``predictions``, ``spikes`` and ``firing_rate`` of :class:`Findings`.
+        ``predictions``, ``spikes``, ``rounded`` and ``firing_rate`` of :class:`Findings`.
 
     Raises:
         QSNNError: calibration or lowering refuses the model.
@@ -277,15 +279,15 @@ def agreement(
     calibrate(net, [(x,) for x in samples], forward=_unpacked(forward))
     options = {} if forward is None else {"forward": forward}
     program = deploy.lower(net, samples[0], **options)
-    report = deploy.compare(net, program, list(samples), **options)
-    total = sum(a.spikes for a in report.layers)
-    spikes = sum(a.spikes * a.agreement for a in report.layers)
+    found: dict[str, float | None] = {}
+    for key, rounded in (("rounded", True), ("spikes", False)):
+        report = deploy.compare(net, program, list(samples), quantize_input=rounded, **options)
+        total = sum(a.spikes for a in report.layers)
+        equal = sum(a.spikes * a.agreement for a in report.layers)
+        found[key] = equal / total if total else None
     fired = sum(a.spikes * a.rate_model for a in report.layers)
-    return {
-        "predictions": report.predictions,
-        "spikes": spikes / total if total else None,
-        "firing_rate": fired / total if total else None,
-    }
+    found["firing_rate"] = fired / total if total else None
+    return {"predictions": report.predictions, **found}
 
 
 # --------------------------------------------------------------------------- parts

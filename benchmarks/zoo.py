@@ -2,7 +2,8 @@
 
     python -m benchmarks.zoo            # all models: writes results/zoo.json
     python -m benchmarks.zoo --resume   # goes on where a run was interrupted
-    python -m benchmarks.zoo vgg sew    # names that contain one of the words: only prints
+    python -m benchmarks.zoo vgg sew    # names that contain one of the words: only prints, unless
+                                        # --resume is given too, which writes them anew
 
 Each model is examined in a process of its own, which is ended when it takes too long; what it had
 found by then stays. ``python docs/generate.py`` then writes the tables of the page. Inputs are
@@ -265,7 +266,7 @@ def in_a_process(key: str, limit: float = LIMIT) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """Examine the models; all of them are written, a choice is only printed."""
+    """Examine the models; all of them are written, a choice only with ``--resume``, anew."""
     resume = "--resume" in words
     words = [word for word in words if not word.startswith("--")]
     known = entries()
@@ -274,17 +275,17 @@ def main(words: list[str]) -> None:
     if not words and not resume:
         PARTIAL.unlink(missing_ok=True)
     for key in chosen:
-        if key in rows:
+        if key in rows and not words:
             continue
         start = time.perf_counter()
         found = in_a_process(key)
         entry = known[key]
         rows[key] = {"family": entry.family, "name": entry.name, "like": entry.like, **found}
-        if not words:
+        if resume or not words:
             with PARTIAL.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, rows[key]], allow_nan=False, default=str) + "\n")
         print(f"{key}: {summary(found)} ({time.perf_counter() - start:.0f} s)", flush=True)
-    if not words:
+    if resume or not words:
         write(known, rows)
 
 

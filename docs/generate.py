@@ -545,7 +545,8 @@ def zoo_table(like: bool) -> str:
     head = ["shaped like", "model"] if like else ["family", "model"]
     rows = [[
         *head, "weights 1 / 8 / float (%)", "operations 1 / 8 / float (%)", "neurons",
-        "works", "strict", "deploys", "predictions, spikes that agree (%)", "firing rate (%)",
+        "works", "strict", "deploys", "predictions, spikes that agree (%)",
+        "spikes, input rounded for both (%)", "firing rate (%)",
     ]]  # fmt: skip
     for m in zoo_models(like):
         failed = m["error"] or ", ".join(n for n, held in m["checks"].items() if not held)
@@ -560,6 +561,7 @@ def zoo_table(like: bool) -> str:
             {"": "yes", None: ""}.get(m["deploys"], "no"),
             "" if m["predictions"] is None
             else f"{100 * m['predictions']:.0f}, {_percent(m['spikes'])}",
+            _percent(m.get("rounded")),
             _percent(m["firing_rate"], 1),
         ])  # fmt: skip
     return table(rows)
