@@ -200,6 +200,8 @@ def _forward(
     call: Call, plan: _Plan, x: Tensor, v: Tensor | None, p: Tensor, given: Tensor | None
 ) -> Any:
     steps, size = x.shape
+    v, p = None if v is None else v.contiguous(), p.contiguous()
+    given = None if given is None else given.to(x.device)  # a number may lie anywhere
     spikes, last = torch.empty_like(x), x.new_empty(size)
     charges = torch.empty_like(x, dtype=p.dtype) if call.options.save == "charge" else None
     seen = None
@@ -236,6 +238,9 @@ def _backward(
     p: Tensor,
     alphas: Tensor,
 ) -> Any:
+    # The gradient of a sum is one number, whatever the length of its tensor.
+    g_v, v = (None if state is None else state.contiguous() for state in (g_v, v))
+    g_counts, p = g_counts.contiguous(), p.contiguous()
     g_x = torch.empty_like(saved)
     g_v0 = saved.new_empty(call.size) if call.need_v else None
     kernels().backward[plan.grid](
