@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from qsnn_ext.errors import ConfigError
 from qsnn_ext.kernels import LIFOptions, Surrogate, backends, use_backend
-from qsnn_ext.kernels.backends import Call, triton
+from qsnn_ext.kernels.backends import Call, function, triton
 from qsnn_ext.kernels.surrogates import DERIVATIVES
 from tests.kernels.triton_cases import ALPHAS, CASES, ORDERS, SIGMOID
 from tests.pairwise import pairwise
@@ -199,3 +200,33 @@ def test_an_old_triton_is_told(monkeypatch):
         assert "3.1 is installed" in triton.missing()
     finally:
         triton.missing.cache_clear()
+
+
+def test_where_it_fails_others_run_unless_it_was_asked_for(monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no assembler")
+
+    monkeypatch.setattr(triton, "_runs_on", lambda device: True)
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    monkeypatch.setattr(triton, "_broken", None)
+    monkeypatch.setattr(triton.kernels(), "forward", {(1,): fails})
+    p, x = torch.tensor([0.5, 1.0, 0.0, 1.0]), torch.randn(3, 100)
+    for asked, momentum in ((True, 0.31), (False, 0.32)):  # options that no other test has
+        o = LIFOptions(SIGMOID, 2, momentum=momentum)
+        one = Call("forward", o, 3, torch.float32, CPU, 100, (True, True))
+        assert triton.covers(one)
+        with use_backend("triton" if asked else "auto"):
+            if asked:
+                with pytest.raises(RuntimeError, match="no assembler"):
+                    triton.run(one, x, None, p, None)
+            else:
+                expected = function.run(one, x, None, p, None)
+                for got, other in zip(triton.run(one, x, None, p, None), expected, strict=True):
+                    assert torch.equal(got, other)
+    assert not triton.covers(one)
+    # A mistake of the caller's is no failure of Triton.
+    monkeypatch.setattr(triton, "_broken", None)
+    one = replace(one, options=replace(o, momentum=0.33))
+    with pytest.raises(TypeError), use_backend("auto"):
+        triton.run(one, None, None, p, None)
+    assert triton.covers(one)

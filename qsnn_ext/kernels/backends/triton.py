@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Hashable
+import logging
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from qsnn_ext import functional as F
 from qsnn_ext.kernels import backend as B
-from qsnn_ext.kernels.backends import Call
+from qsnn_ext.kernels.backends import Call, function
 from qsnn_ext.kernels.options import LIFOptions
+
+_log = logging.getLogger(__name__)
 
 #: The kernels are for this version of Triton and later ones.
 OLDEST = (3, 6)
@@ -85,6 +88,7 @@ def covers(call: Call) -> bool:
     o = call.options
     return (
         _runs_on(call.device)
+        and _broken is None
         and call.dtype in DTYPES
         and not o.delayed
         and not o.squash
@@ -96,6 +100,7 @@ def covers(call: Call) -> bool:
 def recomputes(x: Tensor) -> bool:
     """Whether a backward of this input would compute the charges again, rather than read them."""
     chosen = B.current_backend() in ("auto", "triton")
+    chosen = chosen and _broken is None
     return chosen and x.dtype in DTYPES and x.shape[0] <= LONGEST and _runs_on(x.device)
 
 
@@ -109,9 +114,27 @@ def run(call: Call, *args: Any) -> Any:
     compute = _forward if call.kind == "forward" else _backward
     if plan.fresh:
         plan.fresh.clear()
+        return _first(compute, call, plan, args)
+    return compute(call, plan, *args)
+
+
+# Why compiling or launching failed in this process; None as long as it has not.
+_broken: str | None = None
+
+
+def _first(compute: Callable[..., Any], call: Call, plan: _Plan, args: tuple[Any, ...]) -> Any:
+    """A call whose kernels are compiled; by plain operations where that fails, unless asked for."""
+    global _broken
+    try:
         with B.announced(f"{call.kind} kernels in Triton", "1 to 5 s"):
             return compute(call, plan, *args)
-    return compute(call, plan, *args)
+    except Exception as error:
+        if B.current_backend() == "triton":
+            raise
+        result = function.run(call, *args)  # an error of the caller shows itself here
+        _broken = f"{type(error).__name__}: {error}"
+        _log.warning("kernels in Triton do not run here, others do: %s", _broken)
+        return result
 
 
 class _Launch(NamedTuple):
