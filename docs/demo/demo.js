@@ -237,6 +237,7 @@ function nothing() {
   run = null;
   $("answer").textContent = "–";
   $("sure").textContent = view === views.digits ? "draw a digit from 0 to 9" : "open a picture";
+  counts();
   show();
 }
 
@@ -448,7 +449,7 @@ function counts() {
     .filter((op) => (op.weight.dtype === "U32") === binary)
     .reduce((sum, op) => sum + op.weight.shape[0] * op.weight.shape[1] *
       (model.program.values[op.target].shape[0] / op.groups), 0);
-  const spikes = run.steps.reduce((sum, s) => sum + s.spikes.reduce(
+  const spikes = run?.steps.reduce((sum, s) => sum + s.spikes.reduce(
     (a, layer) => a + layer.reduce((x, y) => x + y), 0), 0);
   const text = (n) => n.toLocaleString("en-US");
   const rows = {
@@ -458,8 +459,8 @@ function counts() {
     "file with everything": `${text(file.length)} bytes`,
     "runtime": `${text(view.runtime)} bytes of WebAssembly`,
     "membrane potentials": `${text(neurons)} × 2 bits = ${text(bits / 8)} bytes`,
-    "spikes for this answer": `${text(spikes)} of ${text(neurons * run.steps.length)}`,
-    "time for this answer": `${run.ms.toFixed(1)} ms (${run.steps.length} steps)`,
+    "spikes for this answer": run ? `${text(spikes)} of ${text(neurons * run.steps.length)}` : "–",
+    "time for this answer": run ? `${run.ms.toFixed(1)} ms (${run.steps.length} steps)` : "–",
     [`right on ${VIEWS[view.name].tested}`]: `${card.accuracy_program.toFixed(1)} % of ${text(card.test_samples)}`,
   };
   document.querySelector("#counts dl").replaceChildren(...Object.entries(rows).map(([name, value]) => {

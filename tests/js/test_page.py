@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from qsnn_ext.deploy import load, pixel_table
+from qsnn_ext.deploy.program import Conv
 from qsnn_ext.deploy.reference import ReferenceSession
 from recipes.data import datasets
 from recipes.data.batches import BatchTransform
@@ -338,6 +339,38 @@ def test_without_pictures_it_says_how_to_get_them(demo):
     assert "make demo-web DATA_DIR" in hint
 
 
+def counts(browser):
+    """Bits and bytes: name -> what is said."""
+    return browser.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('#counts dl div')]"
+        ".map((row) => [row.children[0].textContent, row.children[1].textContent]))"
+    )
+
+
+@pytest.mark.parametrize("name", BUILD.NETWORKS)
+def test_counts_are_those_of_the_network_on_show(demo, tmp_path, name):
+    """With nothing to look at too: the view of pictures begins so."""
+    for other in ("digits", "events", name):
+        demo.evaluate(f"document.getElementById('tab-{other}').click()")
+    program = load(BUILD.NETWORKS[name]).program
+    weights = {True: 0, False: 0}
+    for op in program.ops:
+        if isinstance(op, Conv):
+            _, rows, _ = op.weight.shape
+            weights[op.binary] += rows * program.values[op.target].shape[0]
+    got = counts(demo)
+    assert got["1-bit weights"] == f"{weights[True]:,}"
+    assert got["8-bit weights (first and last layer)"] == f"{weights[False]:,}"
+    assert got["file with everything"] == f"{BUILD.NETWORKS[name].stat().st_size:,} bytes"
+    neurons = sum(program.values[n.target].elements for n in program.neurons)
+    assert got["membrane potentials"] == f"{neurons:,} × 2 bits = {neurons // 4:,} bytes"
+    if name == "digits":
+        demo.evaluate("document.getElementById('clear').click()")
+    if name != "events":
+        assert counts(demo)["spikes for this answer"] == "–"
+        assert counts(demo)["time for this answer"] == "–"
+
+
 def test_pictures_that_lie_beside_the_page(page, tmp_path):
     """Twenty, as ``make demo-web DATA_DIR=...`` writes them; here they are of chance."""
     for name in BUILD.PAGE:
@@ -412,7 +445,7 @@ def test_a_neuron_is_chosen_with_the_mouse(demo):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 390, 320])
 def test_pictures(page, width, dark, tmp_path):
     """Fits the window, and looks different in the dark; keeps the pictures where one asks."""
     page.window(width, 900, dark=dark, phone=width < 500)
