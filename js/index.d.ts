@@ -49,7 +49,7 @@ export class Model {
   /** Input code of every 8-bit pixel of a channel: that of `(pixel / 255 - mean) / std` in float32. */
   pixelTable(mean: number, std: number, channel?: number): Int32Array;
   /** Integer answers by step, then by output, before any scale. */
-  integers(codes: Int32Array): Int32Array[][];
+  integers(codes: Int32Array | number[]): Int32Array[][];
 }
 
 /** A program in execution, in memory of its own. */

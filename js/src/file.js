@@ -38,6 +38,15 @@ const isSize = (n) => Number.isInteger(n) && n >= 0 && n <= 2 ** 31;
  * @param {Uint8Array} content
  */
 export function parse(content) {
+  try {
+    return read(content);
+  } catch (error) {
+    // Nested too deep, for one.
+    throw error instanceof QSNNError ? error : new QSNNError(`it is malformed (${error.message})`);
+  }
+}
+
+function read(content) {
   if (content.length < 8) throw new QSNNError("it is too short to be a .qsnn file");
   const view = new DataView(content.buffer, content.byteOffset, content.byteLength);
   const length = view.getUint32(0, true);

@@ -26,11 +26,19 @@ export function load(content, engine) {
   if (!ArrayBuffer.isView(content) && !isBuffer(content))
     throw new QSNNError(
       "load takes the bytes of a file, such as await (await fetch(url)).arrayBuffer()");
+  if (Object.prototype.toString.call(engine?.module) !== "[object WebAssembly.Module]")
+    throw new QSNNError("load needs the engine that compileEngine gives");
   // A view of its own class: Node's Buffers do not copy what they slice.
   const bytes = ArrayBuffer.isView(content)
     ? new Uint8Array(content.buffer, content.byteOffset, content.byteLength)
     : new Uint8Array(content);
   return new Model(parse(bytes), engine);
+}
+
+/** Refuse what is no list of numbers. */
+function listed(x, what) {
+  if (typeof x !== "object" || !Number.isInteger(x?.length))
+    throw new QSNNError(`${what} takes an array of numbers`);
 }
 
 /** Also of another realm, such as a frame or a worker. */
@@ -69,6 +77,7 @@ export class Model {
    * @returns {Int32Array}
    */
   codes(x) {
+    listed(x, "codes");
     if (x.length === 0 || x.length % this.inputSize)
       throw new QSNNError(`input of ${x.length} numbers; this program takes ${this.inputShape}`);
     const real = !ArrayBuffer.isView(x) || x instanceof Float32Array || x instanceof Float64Array;
@@ -88,6 +97,11 @@ export class Model {
    * @returns {Int32Array} Of 256 codes.
    */
   pixelTable(mean, std, channel = 0) {
+    if (!Number.isFinite(mean) || !(Number.isFinite(std) && std > 0))
+      throw new QSNNError(`mean ${mean} must be finite and std ${std} finite and positive`);
+    const [channels] = this.program.values[0].shape;
+    if (!Number.isInteger(channel) || channel < 0 || channel >= channels)
+      throw new QSNNError(`there is no channel ${channel}; the input has ${channels}`);
     const f = Math.fround, { gain, bias } = prologue(this.program);
     return Int32Array.from({ length: 256 }, (_, pixel) => {
       const real = f(f(f(f(pixel) / f(255)) - f(mean)) / f(std)) * gain(channel) + bias(channel);
@@ -102,12 +116,13 @@ export class Model {
    * @returns {Int32Array[][]} By step, then by output.
    */
   integers(codes) {
+    listed(codes, "integers");
     if (codes.length === 0 || codes.length % this.inputSize)
       throw new QSNNError(`${codes.length} codes; this program takes ${this.inputSize} a step`);
     const frames = codes.length / this.inputSize, session = this.session();
     return Array.from({ length: frames === 1 ? this.timesteps : frames }, (_, t) => {
       const at = frames === 1 ? 0 : t * this.inputSize;
-      return session.step(codes.subarray(at, at + this.inputSize));
+      return session.step(codes.slice(at, at + this.inputSize));
     });
   }
 }
@@ -132,7 +147,11 @@ export class Session {
       arena: take(image.arenaWords), input: take(model.inputSize), output: take(answers),
     };
     const missing = at - exports.memory.buffer.byteLength;
-    if (missing > 0) exports.memory.grow(Math.ceil(missing / PAGE));
+    try {
+      if (missing > 0) exports.memory.grow(Math.ceil(missing / PAGE));
+    } catch {
+      throw new QSNNError(`there is no memory for the program here: it needs ${at} bytes`);
+    }
     this.wasm = exports;
     this.memory = new Int32Array(exports.memory.buffer);
     new Uint32Array(exports.memory.buffer).set(image.words, this.at.image / 4);
@@ -150,6 +169,7 @@ export class Session {
    * @returns {Int32Array[]} One [C, H, W] per output.
    */
   step(codes) {
+    listed(codes, "step");
     const { at, model } = this, [lo, hi] = model.program.inputRange;
     if (codes.length !== model.inputSize)
       throw new QSNNError(`${codes.length} codes; this program takes ${model.inputSize} a step`);
@@ -191,7 +211,7 @@ export class Session {
 
   #layer(layer) {
     const { layers } = this.model.image;
-    if (!(layer in layers))
+    if (!Number.isInteger(layer) || layer < 0 || layer >= layers.length)
       throw new QSNNError(`there is no layer ${layer}; model.layers has ${layers.length}`);
     return layers[layer];
   }

@@ -158,6 +158,114 @@ def test_invalid_programs_are_refused(node, tmp_path, name, monkeypatch):
         load(tmp_path / "bad.qsnn")
 
 
+OPEN, CLOSED = "[" * 200_000, "]" * 200_000
+NESTED = {
+    "objects in a tensor": '"t": ' + '{"a":' * 200_000 + "1" + "}" * 200_000,
+    "lists in a tensor": f'"t": {OPEN}1{CLOSED}',
+    "lists for a type": f'"t": {{"dtype": {OPEN}1{CLOSED}}}',
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_deeply_nested_headers_are_refused(node, tmp_path, name):
+    metadata = json.dumps({"format": "qsnn", "version": "2", "program": "{}", "sha256": ""})
+    header = f'{{"__metadata__": {metadata}, {NESTED[name]}}}'.encode()
+    (tmp_path / "bad.qsnn").write_bytes(len(header).to_bytes(8, "little") + header)
+    (answer,) = node([{"program": "bad.qsnn"}])
+    assert "refused" in answer
+
+
+MISTAKES = {
+    "session.step(null)": "step takes an array of numbers",
+    "session.step()": "step takes an array of numbers",
+    "session.step(new Float32Array(256).fill(0.5))": "code 0.5 is not one of",
+    "session.spikes('length')": "there is no layer length",
+    "session.spikes(1.5)": "there is no layer 1.5",
+    "model.codes(null)": "codes takes an array of numbers",
+    "model.codes('a')": "codes takes an array of numbers",
+    "model.codes([])": "input of 0 numbers",
+    "model.integers(undefined)": "integers takes an array of numbers",
+    "model.integers(new Int32Array(100))": "100 codes; this program takes 256",
+    "model.pixelTable()": "mean undefined must be finite",
+    "model.pixelTable(0, 0)": "std 0 finite and positive",
+    "model.pixelTable(0, 1, 1)": "there is no channel 1; the input has 1",
+    "loadWith(file)": "load needs the engine that compileEngine gives",
+    "loadWith(file, {})": "load needs the engine that compileEngine gives",
+}
+
+
+def test_mistakes_in_use_are_answered(built):
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed: apt-get install nodejs")
+    calls = ",\n".join(f"() => {call}" for call in MISTAKES)
+    script = f"""
+        import {{ readFile }} from "node:fs/promises";
+        import {{ QSNNError, load }} from "./index.js";
+        import {{ load as loadWith }} from "./src/model.js";
+        const file = await readFile(process.argv[1]);
+        const model = await load(file), session = model.session();
+        const said = (call) => {{
+          try {{ call(); return "nothing"; }} catch (error) {{
+            return error instanceof QSNNError ? error.message : String(error.stack);
+          }}
+        }};
+        const zeros = new Int32Array(256), last = model.integers(zeros).at(-1)[0];
+        console.log(JSON.stringify({{
+          said: [{calls}].map(said),
+          same: String(model.integers([...zeros]).at(-1)[0]) === String(last),
+        }}));
+    """
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script, str(MODELS / "digits.qsnn")],
+        cwd=built, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    for (call, expected), answer in zip(MISTAKES.items(), got["said"], strict=True):
+        assert expected in answer, call
+    assert got["same"]
+
+
+def test_a_runtime_that_could_not_be_read_is_asked_for_again(built):
+    """In a browser: the server is away, answers with an error page, then works."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed: apt-get install nodejs")
+    script = """
+        import { readFile } from "node:fs/promises";
+        import { register } from "node:module";
+        // The package as if it had been served: its own address is no file's.
+        const root = new URL("file://" + process.cwd() + "/");
+        const hooks = `export async function load(url, context, next) {
+          if (!url.endsWith("/index.js")) return next(url, context);
+          const given = await next(url, context);
+          return { ...given, source: String(given.source).replaceAll(
+            "import.meta.url", "'https://example.org/qsnn/index.js'") };
+        }`;
+        register(`data:text/javascript,${encodeURIComponent(hooks)}`);
+        let mode = "away";
+        globalThis.fetch = async (url) => {
+          if (mode === "away") throw new TypeError("fetch failed");
+          if (mode === "error page") return new Response("<html>", { status: 404 });
+          return new Response(await readFile(new URL(String(url).slice(25), root)));
+        };
+        const { QSNNError, load } = await import(new URL("index.js", root));
+        const file = await readFile(process.argv[1]), said = [];
+        for (mode of ["away", "error page", "works"])
+          said.push(await load(file).then((m) => m.timesteps, (e) => `${e.name}: ${e.message}`));
+        console.log(JSON.stringify(said));
+    """
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script, str(MODELS / "digits.qsnn")],
+        cwd=built, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    away, page, works = json.loads(done.stdout)
+    assert away == "TypeError: fetch failed"
+    assert page.startswith("QSNNError: the runtime https://example.org/qsnn/dist/")
+    assert page.endswith("cannot be read: status 404")
+    assert works == 4
+
+
 def test_declarations_name_what_the_module_exports():
     """index.d.ts and the sources have the same classes, methods and functions."""
     declared = (JS / "index.d.ts").read_text()
