@@ -71,20 +71,26 @@ WARNINGS = -Wall -Wextra -Wconversion -Wpedantic
 CFLAGS = -std=c99 $(OPTIMIZE) $(FLAGS) $(WARNINGS) -ffunction-sections -fdata-sections
 LDFLAGS = -nostartfiles -T {board}.ld -L . -Wl,--gc-sections
 SOURCES = {sources}
+COMMAND = $(CC) $(CFLAGS) $(LDFLAGS) $(SOURCES) -o firmware.elf
 
-firmware.elf: $(SOURCES) $(wildcard *.h) {board}.ld sections.ld
-\t$(CC) $(CFLAGS) $(LDFLAGS) $(SOURCES) -o $@
+firmware.elf: $(SOURCES) $(wildcard *.h) {board}.ld sections.ld .command
+\t$(COMMAND)
+
+# What it was built by: with other flags it is built anew.
+.command: FORCE
+\t@echo '$(COMMAND)' | cmp -s - $@ || echo '$(COMMAND)' > $@
+FORCE:
 
 run: firmware.elf
 \t{emulator} -kernel firmware.elf
 
 size: firmware.elf
-\t{size} -A firmware.elf
+\t{size} firmware.elf
 
 clean:
-\trm -f firmware.elf
+\trm -f firmware.elf .command
 
-.PHONY: run size clean
+.PHONY: run size clean FORCE
 """
 
 

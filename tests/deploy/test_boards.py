@@ -58,6 +58,30 @@ def test_ten_samples_on_a_board(board, name, tmp_path):
     assert 200 < stack < 16_000
 
 
+@pytest.mark.parametrize("board", BOARDS)
+def test_other_flags_build_it_anew(board, tmp_path):
+    spec = BOARDS[board]
+    for tool in (spec.compiler, "make"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: apt-get install {spec.packages}")
+    program, codes, _ = samples("digits")
+    export_c(program, tmp_path, board, samples=codes[:1], verbose=False)
+
+    def text(*flags):
+        command = ["make", "-s", "-C", str(tmp_path), *flags, "size"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        head, numbers = done.stdout.splitlines()
+        assert head.split()[:3] == ["text", "data", "bss"]
+        return int(numbers.split()[0])
+
+    fast = text()
+    assert text("OPTIMIZE=-Os") < fast
+    before = (tmp_path / "firmware.elf").stat().st_mtime_ns
+    text("OPTIMIZE=-Os")
+    assert (tmp_path / "firmware.elf").stat().st_mtime_ns == before
+    assert text() == fast
+
+
 STUB = """\
 #pragma once
 #include <chrono>
