@@ -123,6 +123,39 @@ def test_first_networks_fire(page: str) -> None:
         assert min(rates) > 0.01, rates
 
 
+#: What distributions are imported as, where it is not their name.
+IMPORTED_AS = {"scikit_learn": "sklearn"}
+
+
+def installs(line: str) -> set[str]:
+    """Names that can be imported after the line and not without it, but for what they bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = list(project["dependencies"])
+    for word in shlex.split(line.partition("#")[0])[2:]:
+        if word.startswith(".["):
+            for extra in word[2:-1].split(","):
+                requirements += project["optional-dependencies"][extra]
+        else:
+            requirements.append(word)
+    names = [re.match(r"[\w-]+", text)[0].replace("-", "_") for text in requirements if text != "."]  # type: ignore[index]
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in with_blocks("python") if "pip install '.[" in page.values[0].read_text()],
+)
+def test_what_the_page_installs_is_what_it_imports(page: Path) -> None:
+    """Somebody who begins on this page types its first line and no other page's."""
+    line = re.search(r"pip install '\.\[.*", page.read_text(encoding="utf-8"))
+    assert line is not None
+    there = installs(line[0]) | set(sys.stdlib_module_names)
+    for _, code in blocks(page, "python"):
+        for module in re.findall(r"^(?:import|from) ([\w.]+)", code, re.M):
+            for needed in NEEDS.get(module, [module.partition(".")[0]]):
+                assert needed in there | {"qsnn_ext"}, f"{module} is not brought by: {line[0]}"
+
+
 @pytest.mark.parametrize("page", with_blocks("toml"))
 def test_config_files_on_the_page_are_accepted(page: Path) -> None:
     for _, text in blocks(page, "toml"):
