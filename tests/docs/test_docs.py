@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -85,8 +86,20 @@ def test_code_on_the_page_runs(page: Path) -> None:
             for package in needed:
                 pytest.importorskip(package)
     printed = load(DOCS / "printed.py")
-    for said, out, _ in printed.run(page):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = printed.run(page)
+    for said, out, _ in results:
         assert not printed.differences(said, out), f"run python docs/printed.py {name(page)}"
+    for warning in caught:
+        if Path(warning.filename) == page:
+            assert is_answered(str(warning.message), page), f"line {warning.lineno}: {warning}"
+
+
+def is_answered(message: str, page: Path) -> bool:
+    """Whether the page shows what a warning of the package's advises, or speaks of the warning."""
+    text, remedies = page.read_text("utf-8"), re.findall(r"qsnn_ext\.(\w+)", message)
+    return all(f"{r}(" in text for r in remedies) if remedies else "warns" in text
 
 
 @pytest.mark.parametrize(
