@@ -50,5 +50,21 @@ def _no_compilation(request):
 
 
 @pytest.fixture
+def pictures():
+    """For a test that looks at the picture of a run."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    """Runs draw no picture, which takes as long as the rest of a small one, unless asked to.
+
+    What is drawn once for many tests, in a fixture of a module or a session, is drawn.
+    """
+    run = sys.modules.get("recipes.engine.run")
+    if run is not None and "pictures" not in request.fixturenames:
+        monkeypatch.setattr(run, "plot_run", lambda result, path: None)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)

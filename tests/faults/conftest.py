@@ -1,5 +1,7 @@
 """Fixtures of the fault tests: a training run that many compare with, and a deployed model."""
 
+import time
+
 import pytest
 import torch
 
@@ -10,12 +12,19 @@ from .runs import live, tiny
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory):
-    """The folder of a run that nothing interrupted."""
+def timed(tmp_path_factory):
+    """The folder of a run that nothing interrupted, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
+    started = time.monotonic()
     life = live(tiny(folder))
     assert life.wait() == 0, life.said()
-    return folder
+    return folder, time.monotonic() - started
+
+
+@pytest.fixture(scope="session")
+def unbroken(timed):
+    """The folder of a run that nothing interrupted."""
+    return timed[0]
 
 
 @pytest.fixture(scope="session")
