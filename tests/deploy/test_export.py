@@ -32,7 +32,8 @@ TARGETS = {
     "32 bit": [GCC, "-m32"],
     "arm": ["arm-linux-gnueabihf-gcc", "-static"],
     # The runtime's vectors under these: test_sanitizers.py. What is written for a model has none.
-    "sanitized": [GCC, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"],
+    # Without optimization, which takes seven times as long to compile and checks the same.
+    "sanitized": [GCC, "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"],
 }
 PACKAGES = {"32 bit": "gcc-multilib", "arm": "gcc-arm-linux-gnueabihf qemu-user"}
 
@@ -70,9 +71,26 @@ PROGRAMS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For every program its sources, an input as the C program reads it, and Python's answers."""
+    found = []
+    for make, seed in PROGRAMS:
+        program = make(seed)
+        folder = tmp_path_factory.mktemp(f"{make.__name__}{seed}")
+        export_c(program, folder, "stdio", verbose=False)
+        assert (folder / "qsnn.c").read_text() == (RUNTIME / "qsnn.c").read_text()
+        x = random_input(program, np.random.default_rng(seed), 1, 4)
+        session = ReferenceSession(program)
+        answers = [a.reshape(-1) for t in range(4) for a in session.step(x[:, t])]
+        found.append((folder, raw(program, x), np.concatenate(answers)))
+    return found
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_same_bits_as_python(target, tmp_path):
-    command = compiler(target, tmp_path)
+def test_same_bits_as_python(target, exported, tmp_path):
+    compile_, *options = compiler(target, tmp_path)
+    command = [compile_, *FLAGS, *options]
     runner = []
     if target == "arm":
         qemu = shutil.which("qemu-arm") or shutil.which("qemu-arm-static")
@@ -80,24 +98,15 @@ def test_same_bits_as_python(target, tmp_path):
             pytest.skip(f"qemu-arm is not installed: apt-get install {PACKAGES[target]}")
         runner = [qemu]
     runtime = tmp_path / "qsnn.o"  # of every program the same
-    for make, seed in PROGRAMS:
-        program = make(seed)
-        folder = tmp_path / f"{make.__name__}{seed}"
-        export_c(program, folder, "stdio", verbose=False)
+    for folder, given, expected in exported:
         source = folder / "qsnn.c"
         if not runtime.exists():
-            subprocess.run([*command, *FLAGS, "-c", str(source), "-o", str(runtime)], check=True)
-        assert source.read_text() == (RUNTIME / source.name).read_text()
+            subprocess.run([*command, "-c", str(source), "-o", str(runtime)], check=True)
         own = sorted(str(p) for p in folder.glob("*.c") if p != source)
-        binary = str(folder / "net")
-        subprocess.run([*command, *FLAGS, *own, str(runtime), "-o", binary], check=True)
-        x = random_input(program, np.random.default_rng(seed), 1, 4)
-        done = subprocess.run(
-            [*runner, binary], input=raw(program, x), capture_output=True, check=True
-        )
-        session = ReferenceSession(program)
-        expected = [a.reshape(-1) for t in range(4) for a in session.step(x[:, t])]
-        np.testing.assert_array_equal(np.array(done.stdout.split(), int), np.concatenate(expected))
+        binary = str(tmp_path / folder.name)
+        subprocess.run([*command, *own, str(runtime), "-o", binary], check=True)
+        done = subprocess.run([*runner, binary], input=given, capture_output=True, check=True)
+        np.testing.assert_array_equal(np.array(done.stdout.split(), int), expected)
 
 
 @pytest.mark.skipif(GCC is None or shutil.which("nm") is None, reason="needs gcc and nm")

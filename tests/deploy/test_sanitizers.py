@@ -24,8 +24,8 @@ def programs_of(first: int, count: int):
         yield program, image, random_input(program, np.random.default_rng(seed), 1, 3)[0]
 
 
-def check(target: str, folder, first: int, count: int) -> None:
-    command = compiled(target, folder)
+def check(target: str, folder, first: int, count: int, optimize: str = "-O0") -> None:
+    command = compiled(target, folder, optimize)
     for start in range(first, first + count, 50):
         cases = list(programs_of(start, min(50, first + count - start)))
         found = run(command, target, [c[1] for c in cases], [c[2] for c in cases])
@@ -45,4 +45,4 @@ def test_random_programs(target, tmp_path):
 @pytest.mark.sweep
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_random_programs(target, tmp_path):
-    check(target, tmp_path, 1000, 2000)
+    check(target, tmp_path, 1000, 2000, "-O1")

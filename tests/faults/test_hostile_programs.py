@@ -97,7 +97,7 @@ def test_mutated_programs(tmp_path):
 @pytest.mark.sweep
 @pytest.mark.parametrize("target", ["gcc native", "gcc plain", "clang integer plain", "gcc"])
 def test_a_hundred_thousand_mutated_programs(target, tmp_path):
-    command = compiled(target, tmp_path)
+    command = compiled(target, tmp_path, "-O1")
     part = sum(map(ord, target))
     in_limited_memory(lambda: attack(command, target, 25_000, seed=part), REFERENCE * 2**24)
 
