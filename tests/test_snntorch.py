@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from qsnn_ext import functional as F
 from qsnn_ext.errors import InputError, QSNNError
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.snntorch import OverTime, QLeaky, Triangle
+from tests.pairwise import pairwise
 
 BITS = [2, 3, 4, 8]
 MECHANISMS = ["subtract", "zero", "none"]
@@ -156,13 +158,17 @@ def test_a_rounded_up_silent_neuron_keeps_its_charge(mechanism, delay):
     assert_allclose(m.numpy(), trace.stack("v"), atol=1e-12)
 
 
-@bits_
-@orders
-@presets
-@mechanisms
-@delays
-@pytest.mark.parametrize("kind", ["zeros", "negative"])
-def test_states_without_a_positive_value(rng, bits, order, preset, mechanism, delay, kind):
+@pytest.mark.parametrize(
+    ("step", "bits", "preset", "kind"),
+    pairwise(
+        [*itertools.product(ORDERS, MECHANISMS, [True, False])],
+        BITS,
+        PRESETS,
+        ["zeros", "negative"],
+    ),
+)
+def test_states_without_a_positive_value(rng, step, bits, preset, kind):
+    order, mechanism, delay = step
     x = np.zeros((4, 2, 5)) if kind == "zeros" else -np.abs(rng.normal(size=(4, 2, 5)))
     options = (bits, preset, order, mechanism, delay)
     node, model = _neuron(*options), _model(*options)

@@ -1,6 +1,7 @@
 """The quantized SpikingJelly neurons against the oracle and against their float parents."""
 
 import copy
+import itertools
 import pickle
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from qsnn_ext.conversion.quantize import quantize_
 from qsnn_ext.errors import InputError, QSNNError
 from qsnn_ext.quantizers import MembraneQuantizer
 from qsnn_ext.spikingjelly import QuantIFNode, QuantLIFNode, QuantParametricLIFNode, Triangle
+from tests.pairwise import pairwise
 
 BITS = [2, 3, 4, 8]
 RESETS = {"hard0": 0.0, "hard": -0.4, "soft": None}
@@ -117,13 +119,15 @@ def test_oracle_with_the_papers_surrogate(rng, bits, order, reset):
     _check_sequence(node, model, x, *_upstream(rng, x))
 
 
-@bits_
-@orders
-@presets
-@resets
-@pytest.mark.parametrize("kind", ["zeros", "negative", "very-negative"])
-def test_states_without_a_positive_value(rng, bits, order, preset, reset, kind):
+@pytest.mark.parametrize(
+    ("step", "bits", "preset", "kind"),
+    pairwise(
+        [*itertools.product(ORDERS, RESETS)], BITS, PRESETS, ["zeros", "negative", "very-negative"]
+    ),
+)
+def test_states_without_a_positive_value(rng, step, bits, preset, kind):
     """alpha <= 0 and all-zero tensors give a zero state, and no NaN anywhere."""
+    order, reset = step
     x = {
         "zeros": np.zeros((4, 2, 5)),
         "negative": -np.abs(rng.normal(size=(4, 2, 5))),
@@ -243,13 +247,15 @@ def test_a_charge_at_the_threshold_fires():
 # ------------------------------------------------------------------ step modes
 
 
-@pytest.mark.parametrize("bits", [*BITS, None], ids=lambda k: f"{k or 32}u")
-@orders
-@presets
-@resets
-@pytest.mark.parametrize("store", [False, True], ids=["last", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-def test_multi_step_equals_single_step_bit_for_bit(rng, bits, order, preset, reset, store, dtype):
+@pytest.mark.parametrize(
+    ("arithmetic", "preset", "store", "dtype"),
+    pairwise(
+        [*itertools.product([*BITS, None], ORDERS, RESETS)], PRESETS, [False, True],
+        [torch.float32, torch.float64],
+    ),
+)  # fmt: skip
+def test_multi_step_equals_single_step_bit_for_bit(rng, arithmetic, preset, store, dtype):
+    bits, order, reset = arithmetic
     options = {"bits": bits, "order": order, "preset": preset, "store_v_seq": store}
     x = torch.tensor(_inputs(rng, 6), dtype=dtype)
     g = torch.tensor(rng.normal(size=x.shape), dtype=dtype)
@@ -292,16 +298,15 @@ def test_no_grad_and_broken_graphs(rng):
 # ------------------------------------------------------------------ 32 bits
 
 
-@pytest.mark.parametrize("bits", [None, 32])
-@resets
-@detached
-@pytest.mark.parametrize("decay_input", [True, False], ids=["decayed", "plain"])
-@pytest.mark.parametrize("step_mode", ["s", "m"])
-@pytest.mark.parametrize("store", [False, True], ids=["last", "all"])
-@pytest.mark.parametrize("spike", [surrogate.Sigmoid(), surrogate.ATan(), F.triangle])
-def test_32_bit_equals_float_neuron(
-    bits, reset, detach_reset, decay_input, step_mode, store, spike
-):
+@pytest.mark.parametrize(
+    ("arithmetic", "bits", "store", "spike"),
+    pairwise(
+        [*itertools.product(RESETS, [False, True], [True, False], ["s", "m"])], [None, 32],
+        [False, True], [surrogate.Sigmoid(), surrogate.ATan(), F.triangle],
+    ),
+)  # fmt: skip
+def test_32_bit_equals_float_neuron(arithmetic, bits, store, spike):
+    reset, detach_reset, decay_input, step_mode = arithmetic
     arguments = (1.3, decay_input, 0.7, RESETS[reset], spike, detach_reset, step_mode, store)
     x = torch.randn(5, 3, 8) + 0.3
     g = torch.randn_like(x)

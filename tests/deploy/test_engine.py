@@ -33,7 +33,7 @@ def run_reference(program, x):
 
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
-@settings(max_examples=4 * EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2 * EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     steps=st.sampled_from([1, 2, 3, 5, 16]),
@@ -46,7 +46,7 @@ def test_random_programs(backend, seed, steps, batch, method):
 
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
-@settings(max_examples=2 * EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32 - 1),
     steps=st.sampled_from([1, 2, 5]),

@@ -73,6 +73,12 @@ def small_vgg() -> nn.Module:
     return multi_step(net)
 
 
+def small_resnet(model: type[nn.Module] = sew_resnet.SEWResNet, **options) -> nn.Module:
+    """The zoo's ResNet18 with one block of each width, not two: with and without a projection."""
+    block = (sew_resnet if model is sew_resnet.SEWResNet else spiking_resnet).BasicBlock
+    return multi_step(model(block, [1, 1, 1, 1], **options, **ZOO))
+
+
 def grid(*shape: int, seed: int = 0) -> torch.Tensor:
     """Inputs that are multiples of 1/16."""
     g = torch.Generator().manual_seed(seed)
@@ -86,14 +92,10 @@ NETWORKS = {
     "explicit-zero": lambda: (ExplicitMembranes(mechanism="zero"), grid(3, 64)),
     "explicit-immediate": lambda: (ExplicitMembranes(mechanism="zero", delay=False), grid(3, 64)),
     "frames": lambda: (FramesLoop(), grid(4, 3, 2, 16, 16)),
-    "spiking_resnet18": lambda: (
-        multi_step(spiking_resnet.spiking_resnet18(**ZOO)), grid(2, 2, 3, 16, 16)),
-    "sew_add": lambda: (
-        multi_step(sew_resnet.sew_resnet18(cnf="ADD", **ZOO)), grid(2, 2, 3, 16, 16)),
-    "sew_and": lambda: (
-        multi_step(sew_resnet.sew_resnet18(cnf="AND", **ZOO)), grid(2, 2, 3, 16, 16)),
-    "sew_iand": lambda: (
-        multi_step(sew_resnet.sew_resnet18(cnf="IAND", **ZOO)), grid(2, 2, 3, 16, 16)),
+    "spiking_resnet": lambda: (small_resnet(spiking_resnet.SpikingResNet), grid(2, 2, 3, 16, 16)),
+    "sew_add": lambda: (small_resnet(cnf="ADD"), grid(2, 2, 3, 16, 16)),
+    "sew_and": lambda: (small_resnet(cnf="AND"), grid(2, 2, 3, 16, 16)),
+    "sew_iand": lambda: (small_resnet(cnf="IAND"), grid(2, 2, 3, 16, 16)),
     "vgg11": lambda: (
         small_vgg(), grid(2, 2, 3, 32, 32)),
     "resnet19": lambda: (models.resnet19(width=0.125, bits="1w-32u"), grid(2, 3, 16, 16)),
@@ -103,7 +105,7 @@ NETWORKS = {
     "vggsnn": lambda: (models.vggsnn(width=0.125, bits="1w-32u", T=3), grid(2, 2, 16, 16)),
 }  # fmt: skip
 
-LARGE = ("spiking_resnet18", "sew_add", "sew_and", "sew_iand", "vgg11", "vgg16")
+LARGE = ("spiking_resnet", "sew_add", "sew_and", "sew_iand", "vgg11", "vgg16")
 
 
 def spikes_agree(model, program, x):
@@ -566,7 +568,7 @@ class TestInputCodes:
 class TestFolding:
     """``fold_batchnorm_`` moves batch norms into layers; the program stays what it is."""
 
-    @pytest.mark.parametrize("name", ["plif", "spiking_resnet18", "resnet19", "vggsnn"])
+    @pytest.mark.parametrize("name", ["plif", "spiking_resnet", "resnet19", "vggsnn"])
     def test_exact_arithmetic(self, name):
         net, x = NETWORKS[name]()
         net = make_dyadic(quantize_models(net, 2, "fire_first"), seed=3)

@@ -43,7 +43,7 @@ NEEDS = {
 }
 
 #: Pages whose code trains several networks.
-LONG = ("docs/start/snntorch.md",)
+LONG = ("docs/start/snntorch.md", "docs/start/spikingjelly.md")
 
 _BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\s*\n)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
@@ -287,6 +287,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_site_builds_strictly(site: Path) -> None:
     """No broken link, missing page, docstring that cannot be shown, or file that is no page."""
     neuron = (site / "explanation" / "neuron.html").read_text(encoding="utf-8")
@@ -299,6 +300,7 @@ def test_site_builds_strictly(site: Path) -> None:
     assert link not in (DOCS / "demo" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_list_of_pages_says_what_each_holds(site: Path) -> None:
     lines = (site / "llms.txt").read_text(encoding="utf-8").splitlines()
     said = {target: text for line in lines if (found := re.fullmatch(
@@ -309,6 +311,7 @@ def test_list_of_pages_says_what_each_holds(site: Path) -> None:
     assert not [text for text in said.values() if len(text) < 10 or text.endswith("(Eq.")]
 
 
+@pytest.mark.slow
 def test_site_is_read_from_a_folder_and_on_a_phone(site: Path) -> None:
     """Search needs no server, pages ask for nothing, and equations do not widen them."""
     program = chromium()

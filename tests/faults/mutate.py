@@ -6,8 +6,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-#: Mutations of each kind of file: some hundreds in the suite, thousands with QSNN_MUTATIONS=5000.
-COUNT = int(os.environ.get("QSNN_MUTATIONS", "200"))
+from tests.pairwise import THOROUGH
+
+#: Mutations of each kind of file: a hundred in the quick suite, four times as many in `make
+#: test-all`, thousands with QSNN_MUTATIONS=5000.
+COUNT = int(os.environ.get("QSNN_MUTATIONS", "400" if THOROUGH else "100"))
 
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 2, 2**31, 2**63, -(2**63), 10**30, 1e308, -0.0, "", "x", "../../etc",

@@ -2,7 +2,7 @@
 our own type that names the file, or in a result as good as from an undamaged one. It never ends in
 another exception or a crash, and a model that was to be filled is as it was.
 
-Two hundred mutations of each kind of file here; ``QSNN_MUTATIONS=5000`` before the command tries
+A hundred mutations of each kind of file here; ``QSNN_MUTATIONS=5000`` before the command tries
 that many. Where a digest would catch everything, it is made to fit again, so that what lies behind
 it is tried as well.
 """

@@ -25,7 +25,7 @@ from tests.pairwise import THOROUGH
 
 PACKAGE = str(Path(qsnn_ext.__file__).parent)
 #: Spread over the first half; three times as many over the second.
-POINTS = 100 if THOROUGH else 50
+POINTS = 100 if THOROUGH else 25
 CONFIG = {"weight": 1, "membrane": 2, "rules": [{"type": "IFNode", "membrane": "keep"}]}
 
 

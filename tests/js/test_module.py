@@ -34,8 +34,8 @@ def membranes(program, state):
 
 
 def test_same_integers_as_python(node, tmp_path):
-    programs = [random_program(seed) for seed in range(120)]
-    programs += [random_block(seed) for seed in range(20)]
+    programs = [random_program(seed) for seed in range(60)]
+    programs += [random_block(seed) for seed in range(10)]
     kinds = {(type(op).__name__, getattr(op, "binary", None)) for p in programs for op in p.ops}
     assert {kind for kind, _ in kinds} == set(OP_TYPES), kinds
     assert any(op.groups > 1 for p in programs for op in p.ops if isinstance(op, Conv))

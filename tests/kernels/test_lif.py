@@ -299,14 +299,11 @@ def test_no_compiler_is_no_error(caplog, monkeypatch):
     assert torch.equal(first.spikes, expected.spikes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     LIFOptions(SIGMOID, 2),
-    pytest.param(
-        LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash="tanh"),
-        marks=pytest.mark.slow),
-    pytest.param(
-        LIFOptions(Surrogate("triangle", 1.0, 0.0, False), 8, order="quantize_first", reset="soft"),
-        marks=pytest.mark.slow),
+    LIFOptions(Surrogate("atan", 2.0, 0.0, True), 4, "absmax", "running", squash="tanh"),
+    LIFOptions(Surrogate("triangle", 1.0, 0.0, False), 8, order="quantize_first", reset="soft"),
 ], ids=["2", "4-running-tanh", "8-algorithm1-soft"])  # fmt: skip
 def test_compiled(options):
     """One compilation serves all sizes; odd ones included."""

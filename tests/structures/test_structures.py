@@ -1,5 +1,6 @@
 """Networks shaped like published ones: nothing of them stays in floating point unsaid."""
 
+import functools
 import re
 
 import pytest
@@ -113,6 +114,14 @@ def converted(name):
     return net, found, x, forward, fresh
 
 
+@functools.cache
+def examined(name):
+    """Of a structure after conversion the findings, and the bits of its synapses by name."""
+    net, found, *_ = converted(name)
+    bits = {path.removesuffix(".weight"): bits for path, _, bits in examine.synapses(net)}
+    return found, bits
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_float_structures_run_and_train(name):
     net, x, forward = STRUCTURES[name].build(small=True)
@@ -126,13 +135,13 @@ def test_float_structures_run_and_train(name):
 
 @pytest.mark.parametrize("name", cases("weights"))
 def test_at_most_three_percent_of_the_weights_stay_float(name):
-    _, found, *_ = converted(name)
+    found, _ = examined(name)
     assert found.float_share <= 0.03, found.float_weights
 
 
 @pytest.mark.parametrize("name", cases("neurons"))
 def test_every_neuron_is_quantized_or_has_its_reason(name):
-    _, found, *_ = converted(name)
+    found, _ = examined(name)
     assert found.neurons > 0
     left = dict(found.float_neurons)
     for neuron in READOUTS.get(name, ()):
@@ -175,8 +184,7 @@ def test_a_neuron_from_scratch_is_quantized_once_its_user_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", cases("ends", ENDS))
 def test_every_stem_and_every_head_has_eight_bits(name):
-    net, *_ = converted(name)
-    bits = {path.removesuffix(".weight"): bits for path, _, bits in examine.synapses(net)}
+    _, bits = examined(name)
     stems, heads = ENDS[name]
     assert {path for path, n in bits.items() if n == 8} == stems | heads
 
