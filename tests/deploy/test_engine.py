@@ -256,12 +256,12 @@ def test_states_of_other_kinds_are_refused(kind):
 
 @needs_engine
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_threads_share_the_rows_of_one_sample(backend, seed):
     program = (random_program if seed % 2 else random_block)(seed)
     x = random_input(program, np.random.default_rng(seed), 2, 3)
     expected, reference = run_reference(program, x)
-    for threads in (2, 3, 7):
+    for threads in (2, 7):
         session = EngineSession(program, 1, backend, threads)
         assert session._workers == threads
         for sample in range(2):

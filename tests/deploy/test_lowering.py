@@ -42,6 +42,7 @@ from tests.deploy.networks import (
     quantize,
     reset,
 )
+from tests.pairwise import pairwise
 
 ZOO = {
     "spiking_neuron": neuron.LIFNode, "tau": 2.0, "decay_input": False, "num_classes": 10,
@@ -188,9 +189,14 @@ def test_every_leaky_reset(mechanism, delay, bits):
     spikes_agree(net, lower(net, x), x)
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
-@pytest.mark.parametrize("host", ["spikingjelly", "snntorch"])
-@pytest.mark.parametrize("make", [models.resnet19, models.vgg16, models.vggsnn])
+@pytest.mark.parametrize(
+    ("make", "host", "preset"),
+    pairwise(
+        [models.resnet19, models.vgg16, models.vggsnn],
+        ["spikingjelly", "snntorch"],
+        ["paper", "official"],
+    ),
+)
 def test_networks_of_the_paper_with_real_scales(make, host, preset):
     torch.manual_seed(0)
     side = 32 if make is models.vgg16 else 16

@@ -75,6 +75,8 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken, at):
     assert "--resume" in life.said()
     assert (at == 1) != any(folder.glob("epoch-*.ckpt"))
 
+    if at == 1:
+        return  # there is nothing to go on from
     resumed = live(tiny(folder, workers=2, resume=True))
     assert resumed.wait() == 0, resumed.said()
     assert_same_end(folder, unbroken)

@@ -211,8 +211,7 @@ def test_events_show_the_digits(events):
     assert classifier.score(test.frames.sum(1).reshape(450, -1), test.labels) > 0.85
 
 
-def test_events_are_cached_by_their_parameters(tmp_path):
-    """On a small sensor, as its events are simulated twice."""
+def test_events_are_cached_by_their_parameters(tmp_path, few_digits):
 
     def load(**options):
         digits.recordings.cache_clear()

@@ -81,7 +81,7 @@ def test_every_recipe_knows_the_digits(name, data):
     )
 
 
-def test_a_recipe_of_images_trains_on_events(tmp_path):
+def test_a_recipe_of_images_trains_on_events(tmp_path, few_digits):
     options = ["--data", "digits-events", "--data-dir", str(tmp_path), "--size", "16"]
     config = parse(dvscifar10_vggsnn.config, [*TINY[2:], *options, "--steps", "2"])
     result = train(config.but(width=1 / 32, out=tmp_path / "run"))
