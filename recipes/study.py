@@ -13,7 +13,7 @@ Five stages, in the order in which time buys the most:
 Everything is chosen on held-out training images; the test set is looked at once, at the end of a
 run. Runs that are done are not repeated and an interrupted one goes on, so the same command
 continues a study that was stopped. What is finished so far is written to ``recipes/results``; with
-``--finished`` nothing is trained for it.
+``--finished true`` nothing is trained for it.
 """
 
 from __future__ import annotations
