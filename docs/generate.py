@@ -294,7 +294,11 @@ def real_table(data: str) -> str:
 
 def real_rates(data: str) -> str:
     """Held-out accuracy (%) of every variant at every learning rate tried."""
-    rates = real_study(data)["learning_rates"]
+    return rates_table(real_study(data)["learning_rates"])
+
+
+def rates_table(rates: dict[str, dict[str, float]]) -> str:
+    """A row for every variant, the best of its settings in bold."""
     settings = sorted({s for found in rates.values() for s in found}, reverse=True)
     rows = [["variant", *(s.replace(":", " ") for s in settings)]]
     for name, found in rates.items():
@@ -315,6 +319,55 @@ def real_trials(data: str) -> str:
         gain = "-" if name == "none" else f"{content['improvements'][name]:+.2f}"
         rows.append([name, f"{accuracy:.2f}", gain])
     return table(rows)
+
+
+#: Epochs of the runs that were stopped at which they are shown: all of them came to the last.
+SHOWN = (1, 3, 6, 10)
+
+
+def gpu_results(name: str) -> dict[str, Any]:
+    """The committed results of the runs on a GPU: ``full-width`` or ``stopped``."""
+    path = ROOT / "recipes" / "results" / f"cifar10-{name}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def full_width() -> str:
+    """The runs at full width: accuracy, rate, bytes of the weights, seconds of an epoch."""
+    rows = [[
+        "bits", "epochs", "held out (%)", "test set (%)", "firing rate", "weights (MB)",
+        "the paper's, 300 epochs (%)",
+    ]]  # fmt: skip
+    paper = {"32w-32u": "96.36", "1w-2u": "95.20"}  # its Table 1
+    for run in gpu_results("full-width")["runs"]:
+        bits = run["config"]["bits"]
+        rows.append([
+            bits if bits == "32w-32u" else f"{bits}, WS-DR", str(run["config"]["epochs"]),
+            f"{run['held_out_accuracy']:.2f}", f"{run['last_accuracy']:.2f}",
+            f"{run['firing_rate']:.3f}", f"{run['weight_bytes'] / 1e6:.2f}", paper[bits],
+        ])  # fmt: skip
+    return table(rows)
+
+
+def stopped_runs() -> str:
+    """Held-out accuracy (%) of the runs that were stopped, by epoch: means of two seeds."""
+    content = gpu_results("stopped")
+    total = content["config"]["epochs"]
+    rows = [["variant", "its setting", *(f"epoch {e} of {total}" for e in SHOWN), "last epoch run"]]
+    for name in dict.fromkeys(r["variant"] for r in content["runs"]):
+        runs = [r for r in content["runs"] if r["variant"] == name]
+        at = [[r["history"][e - 1]["held_out_accuracy"] for r in runs] for e in SHOWN]
+        last = [
+            f"{h['held_out_accuracy']:.2f} ({h['epoch']})" for r in runs for h in r["history"][-1:]
+        ]
+        setting = f"{runs[0]['optimizer']} {runs[0]['lr']:g}"
+        rows.append([name, setting, *(f"{statistics.mean(a):.2f}" for a in at), ", ".join(last)])
+    return table(rows)
+
+
+def gpu_rates() -> str:
+    """Held-out accuracy (%) of every variant at every learning rate tried on the GPU."""
+    return rates_table(gpu_results("stopped")["learning_rates"])
 
 
 def training_cost() -> str:
@@ -643,6 +696,9 @@ TABLES = {
     "tuning-digits-events": partial(tuning_table, "digits-events"),
     "models": models,
     "cost-cifar10": training_cost,
+    "full-width": full_width,
+    "stopped-runs": stopped_runs,
+    "gpu-rates": gpu_rates,
     **{f"protocol-{data}": partial(real_protocol, data) for data in REAL},
     **{f"real-{data}": partial(real_table, data) for data in REAL},
     **{f"rates-{data}": partial(real_rates, data) for data in REAL},
@@ -784,6 +840,10 @@ def main() -> None:
         for data in REAL:
             if (ROOT / "recipes" / "results" / f"study-{data}.json").exists():
                 draw_real(data)
+        from recipes.engine import gpu_figure
+
+        found = gpu_figure.draw(*(gpu_results(n)["runs"] for n in ("full-width", "stopped")))
+        found.savefig(DOCS / "img" / "study-gpu.svg", metadata={"Date": None})
         for name in ("inference.svg", "neuron_sweep_cpu.svg"):  # drawn by the benchmarks
             shutil.copy(ROOT / "benchmarks" / "results" / name, DOCS / "img" / name)
 

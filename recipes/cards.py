@@ -1,10 +1,11 @@
-"""From a finished run to what others can use: a `.qsnn` program, a checkpoint and a model card.
+"""From a run to what others can use: a `.qsnn` program, a checkpoint and a model card.
 
     python -m recipes.cards --run runs/... --name cifar10-1w-2u
 
 Writes ``NAME.qsnn``, ``NAME.safetensors`` (where it is small enough), ``NAME.json`` and ``NAME.md``
 into ``recipes/results/models``. Accuracies are those of the whole test set, of the simulation and
-of the integer program; ``python -m recipes.evaluate`` finds the same.
+of the integer program; ``python -m recipes.evaluate`` finds the same. A run that was stopped before
+its last epoch gives its newest checkpoint, and the card says so.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from qsnn_ext import MembraneQuantizer, calibrate, deploy, save_checkpoint, summarize
-from qsnn_ext.errors import ConfigError
+from qsnn_ext.errors import CheckpointError, ConfigError
 from recipes.config import Config
 from recipes.data.batches import ImageArray
-from recipes.engine import networks, teacher
+from recipes.engine import checkpoints, networks, teacher
 from recipes.engine.cli import call
 from recipes.engine.files import write_atomically
 from recipes.engine.results import git_commit, versions, write_json
@@ -55,7 +56,7 @@ LICENSES = {
 
 
 def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = None) -> None:
-    """Write the files of a finished run's network.
+    """Write the files of a run's network.
 
     Args:
         run: Folder of the run.
@@ -64,11 +65,7 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
         data_dir: Where the data set lies; none takes the run's own.
 
     """
-    try:
-        result = json.loads((run / "result.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{run} holds no finished run: {error}.") from error
-    config = configuration(result["config"])
+    config, result = result_of(run)
     if data_dir is not None:
         config = config.but(data_dir=data_dir)
     model = networks.build(config, spec_of(config))
@@ -92,6 +89,37 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
     text = page(name, card)
     write_atomically(folder / f"{name}.md", lambda file: file.write(text.encode()))
     print(text)
+
+
+def result_of(run: Path) -> tuple[Config, dict[str, Any]]:
+    """Configuration and result of a run; of a stopped one what its newest checkpoint knows.
+
+    Raises:
+        ConfigError: The folder holds no run.
+        CheckpointError: It holds no sound checkpoint.
+
+    """
+    finished = (run / "result.json").exists()
+    try:
+        noted = json.loads((run / ("result.json" if finished else "config.json")).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{run} holds no run: {error}.") from error
+    if finished:
+        config = configuration(noted["config"])
+        return config, {**noted, "epochs_done": config.epochs}
+    newest = checkpoints.newest_sound(run)
+    if newest is None:
+        raise CheckpointError(f"{run} holds no checkpoint: the run was stopped in its first epoch.")
+    config = configuration(noted)
+    model = networks.build(config, spec_of(config))
+    return config, {
+        "variant": config.variant,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": networks.weight_bytes(model),
+        "last_accuracy": None,
+        "epochs_done": checkpoints.read(newest)["epoch"] + 1,
+        "command": f"python -m recipes.{config.recipe}",
+    }
 
 
 def describe(
@@ -126,6 +154,7 @@ def describe(
         "test_samples": len(tested),  # type: ignore[arg-type]
         **normalization(tested),
         "epochs": config.epochs,
+        "epochs_done": result["epochs_done"],
         "command": portable(result["command"]),
         "git": git_commit(),
         "versions": versions(),
@@ -154,6 +183,12 @@ def portable(command: str) -> str:
     return shlex.join(words)
 
 
+def epochs_of(card: dict[str, Any]) -> str:
+    """How long was trained, in words."""
+    done, planned = card.get("epochs_done", card["epochs"]), card["epochs"]
+    return f"{planned} epochs" if done == planned else f"stopped after epoch {done} of {planned}"
+
+
 def page(name: str, card: dict[str, Any]) -> str:
     """A model card in Markdown."""
     rows = {
@@ -164,12 +199,14 @@ def page(name: str, card: dict[str, Any]) -> str:
         "file": f"{card['file_bytes']:,} bytes",
         "mean firing rate": f"{card['firing_rate']:.3f} on {64} training samples",
         "test samples": f"{card['test_samples']:,}",
-        "test accuracy, as trained": f"{card['accuracy_in_training']:.2f} %",
+        "test accuracy, as trained": f"{card['accuracy_in_training'] or 0:.2f} %",
         "test accuracy, frozen scales": f"{card['accuracy_simulation']:.2f} %",
         "test accuracy, integer program": f"{card['accuracy_program']:.2f} %",
-        "training": f"{card['epochs']} epochs, `{card['command']}`",
+        "training": f"{epochs_of(card)}, `{card['command']}`",
         "data's licence": LICENSES.get(card["data"], "see the data set's own page"),
     }
+    if card["accuracy_in_training"] is None:
+        del rows["test accuracy, as trained"]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"

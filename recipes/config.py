@@ -149,9 +149,9 @@ class Config:
     """Machines taking part, each started by torchrun or the cluster's own launcher."""
     sync_batchnorm: bool = True
     """With several processes, take batch statistics over all of them."""
-    kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto"
-    """How the neurons' fused kernels run; auto takes the native ones on a CPU, and compiled ones
-    where there are none and that is likely to pay."""
+    kernels: Literal["auto", "native", "triton", "compiled", "function", "eager"] = "auto"
+    """How the neurons' fused kernels run; auto takes the native ones on a CPU, Triton's on a
+    GPU, and compiled ones where there are none and that is likely to pay."""
     compile: bool = False
     """Compile the network with torch.compile."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

@@ -88,7 +88,7 @@ def main(
     lanes: int = 1,
     workers: int | None = None,
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-    kernels: Literal["auto", "native", "compiled", "function", "eager"] = "auto",
+    kernels: Literal["auto", "native", "triton", "compiled", "function", "eager"] = "auto",
     runs: Path | None = None,
     results: Path = RESULTS,
 ) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qsnn_ext import deploy
-from qsnn_ext.errors import ConfigError
+from qsnn_ext.errors import CheckpointError, ConfigError
 from qsnn_ext.kernels import _native
 from recipes import cards, evaluate, study
 from recipes.config import Config
@@ -24,6 +24,31 @@ def run(tmp_path_factory):
         kernels="native" if _native.library() else "function",
     )  # fmt: skip
     return folder, train(config)
+
+
+def test_a_stopped_run_has_a_card_that_says_so(tmp_path):
+    folder = tmp_path / "stopped"
+    config = Config(
+        data="digits", size=8, width=1 / 32, batch=64, epochs=3, lr=0.5, workers=0, steps=2,
+        accelerator="cpu", progress=False, augment=False, out=folder, limit_batches=2,
+        kernels="native" if _native.library() else "function", stop_after=2,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="holds no run"):
+        cards.main(folder, "small", folder=tmp_path)
+    train(config)
+    cards.main(folder, "small", folder=tmp_path)
+    card = json.loads((tmp_path / "small.json").read_text())
+    assert (card["epochs"], card["epochs_done"], card["accuracy_in_training"]) == (3, 2, None)
+    text = (tmp_path / "small.md").read_text()
+    assert "| training | stopped after epoch 2 of 3, " in text
+    assert "as trained" not in text
+    assert evaluate.main(folder, data="digits") == pytest.approx(
+        evaluate.main(tmp_path / "small.safetensors", data="digits"), abs=5
+    )
+    for checkpoint in folder.glob("*.ckpt"):
+        checkpoint.unlink()
+    with pytest.raises(CheckpointError, match="first epoch"):
+        cards.main(folder, "small", folder=tmp_path)
 
 
 @pytest.mark.slow
