@@ -247,15 +247,13 @@ def test_a_charge_at_the_threshold_fires():
 # ------------------------------------------------------------------ step modes
 
 
-@pytest.mark.parametrize(
-    ("arithmetic", "preset", "store", "dtype"),
-    pairwise(
-        [*itertools.product([*BITS, None], ORDERS, RESETS)], PRESETS, [False, True],
-        [torch.float32, torch.float64],
-    ),
-)  # fmt: skip
-def test_multi_step_equals_single_step_bit_for_bit(rng, arithmetic, preset, store, dtype):
-    bits, order, reset = arithmetic
+@pytest.mark.parametrize("bits", [*BITS, None], ids=lambda k: f"{k or 32}u")
+@orders
+@presets
+@resets
+@pytest.mark.parametrize("store", [False, True], ids=["last", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_multi_step_equals_single_step_bit_for_bit(rng, bits, order, preset, reset, store, dtype):
     options = {"bits": bits, "order": order, "preset": preset, "store_v_seq": store}
     x = torch.tensor(_inputs(rng, 6), dtype=dtype)
     g = torch.tensor(rng.normal(size=x.shape), dtype=dtype)
