@@ -140,7 +140,7 @@ def check_room(board: str, flash: int, memory: int) -> None:
 
 def _bytes(pattern: str, script: str) -> int:
     found = re.search(pattern, script)
-    assert found is not None, pattern
+    assert found is not None
     return int(found[1]) * {"K": 2**10, "M": 2**20}[found[2]]
 
 

@@ -60,7 +60,11 @@ def test_ten_samples_on_a_board(board, name, tmp_path):
     assert 200 < stack < 16_000
 
 
-@pytest.mark.parametrize("board", BOARDS)
+#: The rule is one for all boards; the quick suite tries one.
+ONE_BOARD = [pytest.param(b, marks=[pytest.mark.slow] * (b != "mps2-an386")) for b in BOARDS]
+
+
+@pytest.mark.parametrize("board", ONE_BOARD)
 def test_other_flags_build_it_anew(board, tmp_path):
     spec = BOARDS[board]
     for tool in (spec.compiler, "make"):

@@ -37,6 +37,7 @@ def interpreted():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, interpreted):
