@@ -3,7 +3,8 @@
 ``nox -s matrix`` runs the tests on every supported Python with the lowest, the pinned and the
 newest versions, and writes what came out to ``docs/compatibility.json`` and ``.md``;
 ``nox -s "matrix-3.12(newest)"`` runs one of them. ``nox -s wheel`` tests the built package,
-``nox -s targets`` exported C on foreign architectures, ``nox -s aarch64`` the wheel for one,
+``nox -s targets`` exported C on foreign architectures (``-- -n 0 -k MIPS`` on some; results go to
+``benchmarks/results/targets.json``), ``nox -s aarch64`` the wheel for one,
 ``nox -s sinabs`` the third host.
 
 The lowest versions are read from ``pyproject.toml``, so that its ranges are what is tested. An
@@ -29,6 +30,7 @@ nox.options.error_on_missing_interpreters = False
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "docs" / "compatibility.json"
 TABLE = ROOT / "docs" / "compatibility.md"
+TARGETS = ROOT / "benchmarks" / "results" / "targets.json"
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 SETS = ["lowest", "pinned", "newest", "alone"]
@@ -201,13 +203,38 @@ def targets(session: nox.Session) -> None:
         "--group", "web", ".", "pytest", "pytest-xdist", "hypothesis",
         "platformio", "scons", *pinned(),
     )  # fmt: skip
-    session.run(
-        "python", "-m", "pytest", "-q", "-rs", "-m", "sweep or not sweep",
-        "tests/deploy/test_targets.py", "tests/deploy/test_boards.py",
-        "tests/deploy/test_platformio.py",
-        *(session.posargs or ["-n", "auto"]), env={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+    report = Path(session.create_tmp()).resolve() / "junit.xml"
+    report.unlink(missing_ok=True)
+    try:
+        session.run(
+            "python", "-m", "pytest", "-q", "-rs", "-m", "sweep or not sweep",
+            "tests/deploy/test_targets.py", "tests/deploy/test_boards.py",
+            "tests/deploy/test_platformio.py",
+            *(session.posargs or ["-n", "auto"]), f"--junitxml={report}",
+            "-o", "junit_family=xunit1",  # which has properties of tests
+            env={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    finally:
+        if report.exists():
+            remember_targets(session, report)
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
+
+
+def remember_targets(session: nox.Session, report: Path) -> None:
+    """Put what came out for each target among the earlier results, for ``docs/devices.md``."""
+    zig = session.run("python", "-m", "ziglang", "version", silent=True).strip()
+    rows = json.loads(TARGETS.read_text()) if TARGETS.exists() else {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        name = re.fullmatch(r"test_same_integers\[(.+)\]", str(case.get("name")))
+        if name is None or case.find("skipped") is not None:
+            continue
+        given = {str(p.get("name")): p.get("value") for p in case.iter("property")}
+        failed = any(case.find(what) is not None for what in ("failure", "error"))
+        rows[name[1]] = {
+            **given, "zig": zig, "result": "failed" if failed else "passed",
+            "date": datetime.date.today().isoformat(),
+        }  # fmt: skip
+    TARGETS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 @nox.session(python="3.11")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from qsnn_ext.deploy import DeployedModel, export_c, load_program, pixel_table
-from qsnn_ext.deploy.boards import BOARDS, Board
+from qsnn_ext.deploy.boards import BOARDS, Board, fits_bytes
 from qsnn_ext.deploy.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +81,7 @@ def run(board: str, name: str, flags: str) -> dict[str, Any]:
         "stack": int(stack[1]),
         "stack_by_compiler": size.stack,
         "firmware_flash": flash, "firmware_ram": ram, "samples": len(answers),
+        "sample_bytes": codes.size * (1 if fits_bytes(*program.input_range) else 2),
     }  # fmt: skip
 
 

@@ -418,6 +418,17 @@ def devices() -> str:
     return table(rows)
 
 
+def targets() -> str:
+    """Where exported programs ran, as ``nox -s targets`` noted."""
+    rows = [["architecture", "target of `zig cc`", "zig", "emulator", "integers", "run on"]]
+    for name, row in measured("targets").items():
+        same = {"passed": "the same", "failed": "**failed**"}[row["result"]]
+        rows.append([
+            name, f"`{row['target']}`", row["zig"], row["emulator"], same, row["date"],
+        ])  # fmt: skip
+    return table(rows)
+
+
 # --------------------------------------------------------------------------- neurons
 
 #: Arguments without which a neuron cannot be made.
@@ -681,6 +692,7 @@ TABLES = {
     "second-states": second_states,
     "deployed": deployed,
     "devices": devices,
+    "targets": targets,
     "presets": presets,
     "errors": error_classes,
     "results": results,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.devices import samples
+from benchmarks.devices import samples, sections
 from qsnn_ext.deploy import DeployedModel, export_c
 from qsnn_ext.deploy.boards import BOARDS
 from qsnn_ext.errors import ConfigError, InputError
@@ -56,8 +56,13 @@ def test_ten_samples_on_a_board(board, name, tmp_path):
     np.testing.assert_array_equal(answers, sums)
     assert classes == sums.argmax(1).tolist()
     assert all(1e6 < n < 1e9 for n in instructions), instructions
-    stack = int(re.search(r"stack (\d+)", done.stdout)[1])
+    taken = re.search(r"\nflash (\d+), RAM (\d+), stack (\d+)\n", done.stdout)
+    assert taken, done.stdout
+    flash, ram, stack = map(int, taken.groups())
     assert 200 < stack < 16_000
+    listed = sections(spec, tmp_path / "firmware.elf")
+    for printed, size in zip((flash, ram), listed, strict=True):
+        assert size <= printed < size + 32  # sections are aligned
 
 
 #: The rule is one for all boards; the quick suite tries one.

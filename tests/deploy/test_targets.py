@@ -45,14 +45,24 @@ TARGETS = {
 PROGRAMS = [(random_program, 3), (random_program, 8), (random_program, 21), (random_block, 1)]
 
 
+def version(emulator):
+    """Name and version of an emulator."""
+    if not emulator:
+        return "none"
+    said = subprocess.run([emulator[0], "--version"], capture_output=True, text=True, check=True)
+    return " ".join(said.stdout.split()[:3:2])
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_same_integers(target, tmp_path):
+def test_same_integers(target, tmp_path, record_property):
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("zig is not installed: pip install ziglang")
     (triple, *flags), emulator = TARGETS[target]
     if emulator and shutil.which(emulator[0]) is None:
         pytest.skip(f"{emulator[0]} is not installed: apt-get install qemu-user")
     zig = [sys.executable, "-m", "ziglang", "cc", f"--target={triple}", *flags, "-std=c99", "-O2"]
+    record_property("target", " ".join([triple, *flags]))
+    record_property("emulator", version(emulator))
     runtime, compiled = str(tmp_path / "qsnn.o"), None
     for make, seed in PROGRAMS:
         program = make(seed)

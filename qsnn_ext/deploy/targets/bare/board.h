@@ -10,6 +10,10 @@ void board_write(const char *text);
  * `-icount shift=0`); hardware would count cycles here. */
 uint32_t board_instructions(void);
 
+/* Bytes of flash and RAM that the firmware takes, its samples included, its stack not. */
+uint32_t board_flash_used(void);
+uint32_t board_ram_used(void);
+
 /* Most bytes of stack that were in use since the board started. */
 uint32_t board_stack_used(void);
 

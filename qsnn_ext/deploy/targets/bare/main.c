@@ -39,7 +39,9 @@ int main(void) {
         for (k = 0; k < MODEL_OUTPUT_SIZE; k++) write_named(" ", sums[k]);
         board_write("\n");
     }
-    write_named("stack ", board_stack_used());
+    write_named("flash ", board_flash_used());
+    write_named(", RAM ", board_ram_used());
+    write_named(", stack ", board_stack_used());
     board_write("\n");
     return 0;
 }

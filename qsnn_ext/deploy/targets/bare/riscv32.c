@@ -19,6 +19,8 @@ void board_exit(int status) {
     for (;;) {}
 }
 
+uint32_t board_flash_used(void) { return startup_flash_used(); }
+uint32_t board_ram_used(void) { return startup_ram_used(); }
 uint32_t board_stack_used(void) { return startup_stack_used(); }
 
 uint32_t board_instructions(void) {

@@ -6,7 +6,7 @@
 
 /* From the linker script. */
 extern uint32_t link_data_from[], link_data[], link_data_end[], link_bss[], link_bss_end[];
-extern uint32_t link_stack[], link_stack_top[];
+extern uint32_t link_stack[], link_stack_top[], link_flash[], link_ram[];
 
 #define STACK_UNUSED 0xa5a5a5a5u
 
@@ -25,6 +25,15 @@ static inline uint32_t startup_stack_used(void) {
     const uint32_t *at = link_stack;
     while (at < link_stack_top && *at == STACK_UNUSED) at++;
     return (uint32_t)((uintptr_t)link_stack_top - (uintptr_t)at);
+}
+
+static inline uint32_t startup_flash_used(void) {
+    return (uint32_t)((uintptr_t)link_data_from - (uintptr_t)link_flash +
+                      (uintptr_t)link_data_end - (uintptr_t)link_data);
+}
+
+static inline uint32_t startup_ram_used(void) {
+    return (uint32_t)((uintptr_t)link_bss_end - (uintptr_t)link_ram);
 }
 
 #endif
