@@ -54,11 +54,15 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
 
 
 def on_post_build(config: Any, **_: object) -> None:
-    """``llms.txt``: the pages with a sentence each, for programs that read; the demo's way back."""
+    """``llms.txt``: the pages with a sentence each, for programs that read; the demo's way back.
+
+    The sentence is the page's ``description``, where it has one, or its first.
+    """
     lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
     for page in _pages:
         text = Path(page.file.abs_src_path).read_text(encoding="utf-8")
-        lines.append(f"- [{page.title}]({page.file.dest_uri}): {first_sentence(text)}")
+        said = page.meta.get("description") or first_sentence(text)
+        lines.append(f"- [{page.title}]({page.file.dest_uri}): {said}")
     site = Path(config["site_dir"])
     (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     demo = site / "demo" / "index.html"

@@ -309,6 +309,8 @@ def test_list_of_pages_says_what_each_holds(site: Path) -> None:
     pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")} - {"demo/index.html"}
     assert said.keys() == pages - {"404.html"}
     assert not [text for text in said.values() if len(text) < 10 or text.endswith("(Eq.")]
+    first = [said[f"start/{host}.html"] for host in ("spikingjelly", "snntorch")]
+    assert all("deploy" in text for text in first), first  # not of the line that installs
 
 
 @pytest.mark.slow
@@ -327,6 +329,16 @@ def test_site_is_read_from_a_folder_and_on_a_phone(site: Path) -> None:
         broken = "[...document.querySelectorAll('td code')].filter(c => !/[^A-Za-z]/.test("
         broken += "c.textContent) && c.getClientRects().length > 1).map(c => c.textContent)"
         assert page.evaluate(broken) == []
+        for dark in (False, True, False):  # as the system has it, also when that changes
+            page.window(1280, 800, dark=dark)
+            page.open((site / "howto" / "lightning.html").as_uri())
+            wanted = "slate" if dark else "default"
+            page.wait(f"document.body.dataset.mdColorScheme === '{wanted}'")
+        taken = "(document.querySelector('textarea') || {}).value"
+        page.evaluate(f"document.execCommand = () => {{ window.copied = {taken}; return true; }}")
+        page.evaluate("document.querySelector('[data-clipboard-target]').click()")
+        page.wait("window.copied")
+        assert page.evaluate("window.copied").startswith("pip install ")  # and no prompt
         page.window(1280, 800, dark=False)
         page.open((site / "howto" / "bits.html").as_uri())
         page.wait("document.querySelector('.md-search__input').offsetWidth > 0")
