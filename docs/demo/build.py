@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import webbrowser
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ RESULTS = ROOT / "recipes" / "results"
 NETWORKS = {
     "digits": RESULTS / "devices" / "digits.qsnn",
     "events": RESULTS / "devices" / "events.qsnn",
-    "pictures": RESULTS / "models" / "cifar10-1w-2u.qsnn",
+    "pictures": RESULTS / "models" / "cifar10-quarter-1w-2u.qsnn",
 }
 #: Modules of the npm package, each after those it imports.
 MODULES = ("errors", "records", "program", "sha256", "file", "image", "model")
@@ -51,6 +52,11 @@ def package() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def packed(path: Path) -> str:
+    """A file as the page unpacks it: zlib, in base64."""
+    return base64.b64encode(zlib.compress(path.read_bytes(), 9)).decode()
 
 
 def script(text: str) -> str:
@@ -139,15 +145,13 @@ def build(pictures: dict[str, Any] | None = None) -> int:
     js.build()
     sources = "\n".join(script((js.FOLDER / "src" / f"{m}.js").read_text()) for m in MODULES)
     data = {
-        "engines": {
-            name: base64.b64encode((js.DIST / name).read_bytes()).decode() for name in js.BUILDS
-        },
+        "engines": {name: packed(js.DIST / name) for name in js.BUILDS},
         "networks": {},
     }
     for name, path in NETWORKS.items():
         card = json.loads(path.with_suffix(".json").read_text())
         entry = {key: card[key] for key in SHOWN if key in card}
-        entry["file"] = base64.b64encode(path.read_bytes()).decode()
+        entry["file"] = packed(path)
         data["networks"][name] = entry
     (FOLDER / "bundle.js").write_text(
         "// Written by docs/demo/build.py: do not edit.\n"

@@ -6,6 +6,11 @@ const INK = 26; // pen width on paper of 280 pixels
 const SIDE = 16; // pixels of what the network sees
 const STEP_MS = 450; // while playing
 const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+/** The bytes of a packed file: zlib, in base64. */
+const unpacked = async (text) => {
+  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+};
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** What can be looked at: what its samples are called, and what to do with it. */
@@ -734,10 +739,11 @@ function recolor() {
 
 async function start() {
   const engines = demoData.engines;
-  const engine = await qsnn.compileEngine(bytesOf(engines["qsnn-simd.wasm"]), bytesOf(engines["qsnn.wasm"]));
-  const runtime = bytesOf(engines[engine.simd ? "qsnn-simd.wasm" : "qsnn.wasm"]).length;
+  const [simd, plain] = [await unpacked(engines["qsnn-simd.wasm"]), await unpacked(engines["qsnn.wasm"])];
+  const engine = await qsnn.compileEngine(simd, plain);
+  const runtime = (engine.simd ? simd : plain).length;
   for (const [name, card] of Object.entries(demoData.networks)) {
-    const file = bytesOf(card.file), model = qsnn.load(file, engine);
+    const file = await unpacked(card.file), model = qsnn.load(file, engine);
     const classes = model.classes ?? model.outputs[0].shape.map((_, i) => String(i));
     views[name] = { name, model, card, file, classes, runtime, session: model.session() };
     if (card.mean === undefined) continue;
@@ -773,4 +779,6 @@ function fail(message) {
 
 if (typeof demoData === "undefined" || typeof qsnn === "undefined" || typeof demoPictures === "undefined")
   fail("bundle.js is missing: run `make demo-web`, which builds it.");
+else if (typeof DecompressionStream === "undefined")
+  fail("This browser cannot unpack what the page brings: it takes Chrome 80, Firefox 113, Safari 16.4, or newer.");
 else start().catch((error) => fail(`The network could not be started: ${error.message}`));
