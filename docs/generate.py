@@ -418,6 +418,31 @@ def devices() -> str:
     return table(rows)
 
 
+def devices_int8() -> str:
+    """The spiking network beside an int8 one of the same layers."""
+    own, others = measured("devices"), measured("devices_int8")
+    card = json.loads((ROOT / "recipes" / "results" / "devices" / "digits.json").read_text())
+    noted = own["rows"]
+    rows = [["core", "network", "runtime", "instructions", "flash", "RAM", "stack", "right (%)"]]
+    for board in dict.fromkeys(row["board"] for row in others["rows"]):
+        spiking = next(
+            r for r in noted
+            if (r["board"], r["network"], r["build"]) == (board, "digits", "-O2")
+        )  # fmt: skip
+        for row, network, runtime, right, samples in (
+            (spiking, f"`digits`, {spiking['steps']} time steps", "this", card["accuracy_program"],
+             spiking["sample_bytes"]),
+            *((r, "int8, ReLU, one pass", r["runtime"], others["accuracy"], 0)
+              for r in others["rows"] if r["board"] == board),
+        ):  # fmt: skip
+            rows.append([
+                row["core"], network, runtime, f"{row['instructions']:,}",
+                f"{row['firmware_flash'] - samples:,}", f"{row['firmware_ram']:,}",
+                f"{row['stack']:,}", f"{right:.2f}",
+            ])  # fmt: skip
+    return table(rows)
+
+
 def targets() -> str:
     """Where exported programs ran, as ``nox -s targets`` noted."""
     rows = [["architecture", "target of `zig cc`", "zig", "emulator", "integers", "run on"]]
@@ -692,6 +717,7 @@ TABLES = {
     "second-states": second_states,
     "deployed": deployed,
     "devices": devices,
+    "devices-int8": devices_int8,
     "targets": targets,
     "presets": presets,
     "errors": error_classes,
