@@ -366,7 +366,7 @@ static void run_concat(const context *x, const qsnn_concat *op, share rows) {
 static uint32_t bits_from(const uint32_t *bits, int32_t start, int32_t count) {
     const int32_t word = start / 32, shift = start % 32;
     uint32_t got = bits[word] >> shift;
-    if (shift + count > 32) got |= bits[word + 1] << (32 - shift);
+    if (shift + count > 32) got |= (bits[word + 1] & ((1u << shift) - 1u)) << (32 - shift);
     return count < 32 ? got & ((1u << count) - 1u) : got;
 }
 
