@@ -89,7 +89,7 @@ def test_evaluation_refuses_other_data_and_models_without_a_card(run, tmp_path):
     (tmp_path / "x.qsnn").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"needs its description in .*x\.json"):
         evaluate.main(tmp_path / "x.qsnn")
-    with pytest.raises(ConfigError, match="holds no finished run"):
+    with pytest.raises(ConfigError, match="holds no run"):
         cards.main(tmp_path, "x", folder=tmp_path)
 
 
