@@ -61,28 +61,46 @@ def run(board: str, name: str, flags: str) -> dict[str, Any]:
         compiler = f"{spec.compiler} {spec.flags} {flags}"
         size = export_c(program, folder, board, name=name, samples=codes, compiler=compiler,
                         verbose=False)  # fmt: skip
-        make = ["make", "-s", "-C", folder, f"OPTIMIZE={flags}"]
-        subprocess.run(make, check=True)
-        printed = subprocess.run([*make, "run"], check=True, capture_output=True, text=True,
-                                 stdin=subprocess.DEVNULL).stdout  # fmt: skip
-        flash, ram = sections(spec, Path(folder) / "firmware.elf")
-    lines = re.findall(r"instructions (\d+), answers((?: -?\d+)+)", printed)
-    answers = np.array([[int(n) for n in found.split()] for _, found in lines])
-    np.testing.assert_array_equal(answers, sums)
-    stack = re.search(r"stack (\d+)", printed)
-    assert stack is not None, printed
+        taken = built_and_run(spec, Path(folder), sums, f"OPTIMIZE={flags}")
     return {
         "board": board, "core": spec.core, "network": name, "steps": program.timesteps,
         "build": BUILDS[flags],
-        "instructions": round(statistics.mean(int(n) for n, _ in lines)),
+        "instructions": taken["instructions"],
         "flash": size.flash,
         "code": size.code,
         "ram": size.ram - size.stack,
-        "stack": int(stack[1]),
+        "stack": taken["stack"],
         "stack_by_compiler": size.stack,
-        "firmware_flash": flash, "firmware_ram": ram, "samples": len(answers),
+        "firmware_flash": taken["flash"], "firmware_ram": taken["ram"], "samples": len(sums),
         "sample_bytes": codes.size * (1 if fits_bytes(*program.input_range) else 2),
     }  # fmt: skip
+
+
+def built_and_run(spec: Board, folder: Path, answers: Any, *variables: str) -> dict[str, int]:
+    """Build a board's project, run its samples, and check the answers; what they took.
+
+    Args:
+        spec: The board.
+        folder: Of the project.
+        answers: What each sample has to give ``[N, K]``.
+        variables: Of its Makefile, such as ``"OPTIMIZE=-O2"``.
+
+    Returns:
+        Mean ``instructions`` of a sample, bytes of ``stack``, ``flash`` and ``ram``.
+    """
+    make = ["make", "-s", "-C", str(folder), *variables]
+    subprocess.run(make, check=True)
+    printed = subprocess.run(
+        [*make, "run"], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    ).stdout
+    lines = re.findall(r"instructions (\d+), answers((?: -?\d+)+)", printed)
+    given = np.array([[int(n) for n in found.split()] for _, found in lines])
+    np.testing.assert_array_equal(given, answers)
+    stack = re.search(r"stack (\d+)", printed)
+    assert stack is not None, printed
+    flash, ram = sections(spec, folder / "firmware.elf")
+    instructions = round(statistics.mean(int(n) for n, _ in lines))
+    return {"instructions": instructions, "stack": int(stack[1]), "flash": flash, "ram": ram}
 
 
 def sections(spec: Board, firmware: Path) -> tuple[int, int]:

@@ -17,8 +17,6 @@ import ctypes
 import datetime
 import importlib.metadata
 import json
-import re
-import statistics
 import subprocess
 import tempfile
 from pathlib import Path
@@ -30,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.devices import samples, sections
+from benchmarks.devices import built_and_run, samples
 from qsnn_ext.deploy.boards import BOARDS, TARGETS, samples_header, write_board
 from qsnn_ext.deploy.program import Conv, Pool, Program
 from recipes.data.digits import load_images
@@ -175,21 +173,13 @@ def run(
         (folder / "samples.h").write_text(header)
         include = "-I. -Ithird_party/cmsis_nn/Include -Ithird_party/cmsis_core/Include"
         flags = f"{spec.flags} -std=c11 {include} -DBAKENN_CMSIS_NN_BUILTIN_MEMORY"
-        make = ["make", "-s", "-C", name, "OPTIMIZE=-O2", f"FLAGS={flags}", "WARNINGS=-w"]
-        subprocess.run(make, check=True)
-        printed = subprocess.run(
-            [*make, "run"], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        ).stdout
-        flash, ram = sections(spec, folder / "firmware.elf")
-    lines = re.findall(r"instructions (\d+), answers((?: -?\d+)+)", printed)
-    given = np.array([[int(n) for n in found.split()] for _, found in lines])
-    np.testing.assert_array_equal(given, expected)
-    stack = re.search(r"stack (\d+)", printed)
-    assert stack is not None, printed
+        variables = ("OPTIMIZE=-O2", f"FLAGS={flags}", "WARNINGS=-w")
+        taken = built_and_run(spec, folder, expected, *variables)
     return {
         "board": board, "core": spec.core, "runtime": "CMSIS-NN" if cmsis else "plain C",
-        "instructions": round(statistics.mean(int(n) for n, _ in lines)),
-        "firmware_flash": flash - codes.size, "firmware_ram": ram, "stack": int(stack[1]),
+        "instructions": taken["instructions"],
+        "firmware_flash": taken["flash"] - codes.size, "firmware_ram": taken["ram"],
+        "stack": taken["stack"],
     }  # fmt: skip
 
 

@@ -279,15 +279,23 @@ def agreement(
     calibrate(net, [(x,) for x in samples], forward=_unpacked(forward))
     options = {} if forward is None else {"forward": forward}
     program = deploy.lower(net, samples[0], **options)
-    found: dict[str, float | None] = {}
-    for key, rounded in (("rounded", True), ("spikes", False)):
-        report = deploy.compare(net, program, list(samples), quantize_input=rounded, **options)
-        total = sum(a.spikes for a in report.layers)
-        equal = sum(a.spikes * a.agreement for a in report.layers)
-        found[key] = equal / total if total else None
-    fired = sum(a.spikes * a.rate_model for a in report.layers)
-    found["firing_rate"] = fired / total if total else None
-    return {"predictions": report.predictions, **found}
+    report = deploy.compare(net, program, list(samples), **options)
+    spikes = rounded = _share(report, "agreement")
+    if spikes is not None and spikes < 1:
+        given = deploy.compare(net, program, list(samples), quantize_input=True, **options)
+        rounded = _share(given, "agreement")
+    return {
+        "predictions": report.predictions,
+        "spikes": spikes,
+        "rounded": rounded,
+        "firing_rate": _share(report, "rate_model"),
+    }
+
+
+def _share(report: deploy.Comparison, what: str) -> float | None:
+    """A share of the layers' spikes, over all layers; none where no layer has any."""
+    total = sum(a.spikes for a in report.layers)
+    return sum(a.spikes * getattr(a, what) for a in report.layers) / total if total else None
 
 
 # --------------------------------------------------------------------------- parts

@@ -28,16 +28,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from recipes.engine.graphs import StepGraph
 
 
+def loss_of(model, x, y, args, cached=True):
+    lowered = args.precision == "bf16"
+    with torch.autocast(args.device, torch.bfloat16, enabled=lowered, cache_enabled=cached):
+        logits = model(x)
+    return nn_functional.cross_entropy(logits.float().mean(0), y)
+
+
 def step(model, x, y, args, backend="auto", regularizer=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def call():
         with kernels.use_backend(backend):
             optimizer.zero_grad()
-            lowered = args.precision == "bf16"
-            with torch.autocast(args.device, torch.bfloat16, enabled=lowered):
-                logits = model(x)
-            loss = nn_functional.cross_entropy(logits.float().mean(0), y)
+            loss = loss_of(model, x, y, args)
             if regularizer is not None:
                 loss = loss + regularizer()
             loss.backward()
@@ -50,13 +54,7 @@ def recorded(model, x, y, args):
     """The same step as one CUDA graph, but for the optimizer."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-    def loss(x, y):
-        lowered = args.precision == "bf16"
-        with torch.autocast(args.device, torch.bfloat16, enabled=lowered, cache_enabled=False):
-            logits = model(x)
-        return (nn_functional.cross_entropy(logits.float().mean(0), y),)
-
-    graph = StepGraph(loss, model)
+    graph = StepGraph(lambda x, y: (loss_of(model, x, y, args, cached=False),), model)
 
     def call():
         graph(x, y)

@@ -130,9 +130,9 @@ def _read(benchmark: str) -> list[dict[str, str]]:
 
 
 @cache
-def measured(benchmark: str) -> dict[str, Any]:
-    """The committed results of a benchmark."""
-    path = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
+def measured(name: str, of: str = "benchmarks") -> dict[str, Any]:
+    """The committed results of a benchmark, or of the ``recipes``."""
+    path = ROOT / of / "results" / f"{name}.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
@@ -186,9 +186,7 @@ def _neuron() -> list[list[str]]:
 
 def study(data: str) -> dict[str, Any]:
     """The committed results of ``python -m recipes.ablation --data ...``."""
-    path = ROOT / "recipes" / "results" / f"ablation-{data}.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return measured(f"ablation-{data}", "recipes")
 
 
 def study_table(data: str) -> str:
@@ -238,9 +236,7 @@ REAL = ("nmnist", "fashionmnist", "cifar10")
 
 def real_study(data: str) -> dict[str, Any]:
     """The committed results of ``python -m recipes.study --data ...``."""
-    path = ROOT / "recipes" / "results" / f"study-{data}.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return measured(f"study-{data}", "recipes")
 
 
 def real_protocol(data: str) -> str:
@@ -327,9 +323,7 @@ SHOWN = (1, 3, 6, 10)
 
 def gpu_results(name: str) -> dict[str, Any]:
     """The committed results of the runs on a GPU: ``full-width`` or ``stopped``."""
-    path = ROOT / "recipes" / "results" / f"cifar10-{name}.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return measured(f"cifar10-{name}", "recipes")
 
 
 def full_width() -> str:
@@ -357,9 +351,8 @@ def stopped_runs() -> str:
     for name in dict.fromkeys(r["variant"] for r in content["runs"]):
         runs = [r for r in content["runs"] if r["variant"] == name]
         at = [[r["history"][e - 1]["held_out_accuracy"] for r in runs] for e in SHOWN]
-        last = [
-            f"{h['held_out_accuracy']:.2f} ({h['epoch']})" for r in runs for h in r["history"][-1:]
-        ]
+        ends = [r["history"][-1] for r in runs]
+        last = [f"{end['held_out_accuracy']:.2f} ({end['epoch']})" for end in ends]
         setting = f"{runs[0]['optimizer']} {runs[0]['lr']:g}"
         rows.append([name, setting, *(f"{statistics.mean(a):.2f}" for a in at), ", ".join(last)])
     return table(rows)
@@ -372,10 +365,9 @@ def gpu_rates() -> str:
 
 def training_cost() -> str:
     """What an epoch of CIFAR-10 takes of one core, from short measured runs of the recipe."""
-    path = ROOT / "recipes" / "results" / "cost-cifar10.json"
     rows = [["width", "images trained", "processor seconds", "images per processor second",
              "an epoch of 45,000 images, minutes of one core"]]  # fmt: skip
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    for row in measured("cost-cifar10", "recipes")["rows"]:
         speed = row["images"] / row["cpu_seconds"]
         rows.append([
             f"{row['width']:g}", f"{row['images']:,}", f"{row['cpu_seconds']:.1f}",
@@ -852,6 +844,14 @@ def draw_real(data: str) -> None:
     figure.savefig(DOCS / "img" / f"study-{data}.svg", metadata={"Date": None})
 
 
+def draw_gpu() -> None:
+    """``img/study-gpu.svg``: the runs on a GPU."""
+    from recipes.engine import gpu_figure
+
+    figure = gpu_figure.draw(*(gpu_results(n)["runs"] for n in ("full-width", "stopped")))
+    figure.savefig(DOCS / "img" / "study-gpu.svg", metadata={"Date": None})
+
+
 def draw_notebook() -> None:
     """``img/report.png`` and ``img/comparison.png``: what the notebook's network costs and does."""
     import contextlib
@@ -878,10 +878,7 @@ def main() -> None:
         for data in REAL:
             if (ROOT / "recipes" / "results" / f"study-{data}.json").exists():
                 draw_real(data)
-        from recipes.engine import gpu_figure
-
-        found = gpu_figure.draw(*(gpu_results(n)["runs"] for n in ("full-width", "stopped")))
-        found.savefig(DOCS / "img" / "study-gpu.svg", metadata={"Date": None})
+        draw_gpu()
         for name in ("inference.svg", "neuron_sweep_cpu.svg"):  # drawn by the benchmarks
             shutil.copy(ROOT / "benchmarks" / "results" / name, DOCS / "img" / name)
 

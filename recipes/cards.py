@@ -111,11 +111,7 @@ def result_of(run: Path) -> tuple[Config, dict[str, Any]]:
     if newest is None:
         raise CheckpointError(f"{run} holds no checkpoint: the run was stopped in its first epoch.")
     config = configuration(noted)
-    model = networks.build(config, spec_of(config))
     return config, {
-        "variant": config.variant,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weight_bytes": networks.weight_bytes(model),
         "last_accuracy": None,
         "epochs_done": checkpoints.read(newest)["epoch"] + 1,
         "command": f"python -m recipes.{config.recipe}",
@@ -143,9 +139,9 @@ def describe(
         "width": config.width,
         "steps": config.steps,
         "bits": config.bits,
-        "variant": result["variant"],
-        "parameters": result["parameters"],
-        "weight_bytes": result["weight_bytes"],
+        "variant": config.variant,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": networks.weight_bytes(model),
         "file_bytes": program.stat().st_size,
         "firing_rate": total.firing_rate,
         "accuracy_in_training": result["last_accuracy"],
@@ -191,6 +187,7 @@ def epochs_of(card: dict[str, Any]) -> str:
 
 def page(name: str, card: dict[str, Any]) -> str:
     """A model card in Markdown."""
+    trained = card["accuracy_in_training"]  # none of a run that was stopped
     rows = {
         "data": card["data"],
         "network": f"{card['network']}, width {card['width']:g}, T = {card['steps']}",
@@ -199,14 +196,12 @@ def page(name: str, card: dict[str, Any]) -> str:
         "file": f"{card['file_bytes']:,} bytes",
         "mean firing rate": f"{card['firing_rate']:.3f} on {64} training samples",
         "test samples": f"{card['test_samples']:,}",
-        "test accuracy, as trained": f"{card['accuracy_in_training'] or 0:.2f} %",
+        **({} if trained is None else {"test accuracy, as trained": f"{trained:.2f} %"}),
         "test accuracy, frozen scales": f"{card['accuracy_simulation']:.2f} %",
         "test accuracy, integer program": f"{card['accuracy_program']:.2f} %",
         "training": f"{epochs_of(card)}, `{card['command']}`",
         "data's licence": LICENSES.get(card["data"], "see the data set's own page"),
     }
-    if card["accuracy_in_training"] is None:
-        del rows["test accuracy, as trained"]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"

@@ -70,9 +70,10 @@ def records(config: Config) -> bool:
         ConfigError: It is asked for and the run cannot have it.
 
     """
+    devices = config.devices or torch.cuda.device_count()  # as the Trainer takes them
     wants = {
         "needs a GPU": not on_gpu(config),
-        "goes with one process": (config.devices or 1) > 1 or config.nodes > 1,
+        "goes with one process": devices > 1 or config.nodes > 1,
         "goes without --accumulate": config.accumulate > 1,
         "goes without --clip": config.clip is not None,
         "goes without --compile": config.compile,
@@ -80,8 +81,7 @@ def records(config: Config) -> bool:
     hindrances = [text for text, hinders in wants.items() if hinders]
     if config.cuda_graph == "on" and hindrances:
         raise ConfigError(f"--cuda-graph on {hindrances[0]}.")
-    several = config.devices is None and on_gpu(config) and torch.cuda.device_count() > 1
-    return config.cuda_graph != "off" and not hindrances and not several
+    return config.cuda_graph != "off" and not hindrances
 
 
 def _precision(config: Config) -> str:

@@ -444,3 +444,13 @@ def test_a_recorded_step_on_a_gpu(tmp_path, precision):
         losses[how] = [entry["train_loss"] for entry in result["history"]]
     # Convolutions add up in an order of their own each time.
     assert losses["on"] == pytest.approx(losses["off"], rel=2e-2)
+
+
+def test_a_step_is_not_recorded_on_all_gpus_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.engine.setting.on_gpu", lambda config: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = tiny(tmp_path, devices=None)
+    assert not setting.records(config)
+    assert setting.records(config.but(devices=1))
+    with pytest.raises(ConfigError, match="goes with one process"):
+        setting.records(config.but(cuda_graph="on"))

@@ -99,9 +99,13 @@ def covers(call: Call) -> bool:
 
 def recomputes(x: Tensor) -> bool:
     """Whether a backward of this input would compute the charges again, rather than read them."""
-    chosen = B.current_backend() in ("auto", "triton")
-    chosen = chosen and _broken is None
-    return chosen and x.dtype in DTYPES and x.shape[0] <= LONGEST and _runs_on(x.device)
+    return (
+        B.current_backend() in ("auto", "triton")
+        and _broken is None
+        and x.dtype in DTYPES
+        and x.shape[0] <= LONGEST
+        and _runs_on(x.device)
+    )
 
 
 def run(call: Call, *args: Any) -> Any:
