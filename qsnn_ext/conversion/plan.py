@@ -19,6 +19,7 @@ from qsnn_ext.conversion.flow import Flow, follow
 from qsnn_ext.conversion.report import Action, ConversionReport, ModuleReport, conversion_report
 from qsnn_ext.errors import ConfigError, ConversionError, QSNNError
 from qsnn_ext.layers import QuantizedWeight, is_weighted, no_counterpart
+from qsnn_ext.neuron import NeuronModel
 from qsnn_ext.quantizers import MembraneQuantizer, Quantizer
 from qsnn_ext.wrapping import named_modules
 
@@ -88,9 +89,14 @@ class Unit:
         return is_weighted(self.module)
 
     @cached_property
+    def neuron(self) -> NeuronModel | None:
+        """What a step of it computes, if it is a neuron of a host; nothing is changed yet."""
+        return hosts.describe(self.module)
+
+    @property
     def is_neuron(self) -> bool:
         """Whether it is a neuron of a host."""
-        return hosts.describe(self.module) is not None
+        return self.neuron is not None
 
     @property
     def is_quantized(self) -> bool:
@@ -372,8 +378,8 @@ class Plan:
             unit.bits["membrane"] = current.bits if current is not None else None
         if isinstance(wanted, str):
             return unit.settle("kept", reason)
-        model = hosts.describe(module)
-        assert model is not None  # a neuron
+        model = unit.neuron
+        assert model is not None
         if not model.states and model.obstacle is None:
             return unit.settle("nothing", model.stateless)
         if rule is None and self.config.readouts == "keep" and current is None:

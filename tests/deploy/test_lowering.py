@@ -27,6 +27,7 @@ from qsnn_ext.deploy import (
     saving,
 )
 from qsnn_ext.deploy.lowering.input_codes import input_code
+from qsnn_ext.deploy.program import Affine
 from qsnn_ext.errors import InputError, LoweringError
 from qsnn_ext.folding import fold_batchnorm_
 from qsnn_ext.quantizers import MembraneQuantizer
@@ -205,6 +206,8 @@ def test_networks_of_the_paper_with_real_scales(make, host, preset):
         make(width=0.125, T=2, bits="1w-2u", preset=preset, host=host, in_channels=3), x
     )
     program = lower(net, x)
+    # Batch norms are in the layers, and a sum has the unit of its neuron already.
+    assert not any(isinstance(op, Affine) for op in program.ops)
     report = compare(net, program, [x])
     # Float32 and fixed point both round; a spike in a thousand may differ, and then spreads.
     assert report.layers[0].agreement > 0.9999

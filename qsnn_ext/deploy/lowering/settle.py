@@ -51,6 +51,8 @@ def settle(
         else:
             source = a.base
             f = _fixed_point(draft, a.gain, a.bias, draft.largest[source], bits, beside, fast)
+            if f.changes_nothing and not draft.values[source].planes:
+                return replace(a, scale=f.unit, gain=None, bias=None)
             base = draft.write(
                 ("affine", source, *f.key), draft.where, (shape, 0, f.unit, f.largest),
                 lambda name, target: Affine(name, source, target, f.multiplier, f.shift, f.bias),
@@ -79,6 +81,12 @@ class _FixedPoint:
     @property
     def key(self) -> tuple[bytes, bytes, bytes]:
         return self.multiplier.tobytes(), self.shift.tobytes(), self.bias.tobytes()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every number comes out as it went in: it was in this unit already."""
+        ones = np.left_shift(np.int64(1), self.shift.astype(np.int64))
+        return bool((self.multiplier == ones).all()) and not self.bias.any()
 
 
 def _fixed_point(

@@ -70,6 +70,12 @@ static void line_affine(const context *x, const qsnn_scale *scale, int32_t *line
             vi_store(line + c, vi_add(vi_sra(y, shift), vi_load(b + c)));
         }
     }
+#if defined(QSNN_WIDE_PRODUCTS)
+    for (; c + LANES <= n; c += LANES) {
+        const vi y = vi_scaled(vi_load(line + c), vi_load(m + c), vi_load_i8(s, c));
+        vi_store(line + c, vi_add(y, vi_load(b + c)));
+    }
+#endif
     for (; c < n; c++) {
         const int shift = s[byte_place(c)];
         const int64_t y = (int64_t)line[c] * m[c] + ((int64_t)1 << (shift - 1));

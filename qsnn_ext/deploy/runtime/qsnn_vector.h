@@ -108,6 +108,22 @@ static inline vi vi_madd(vi a, vi b) { return _mm256_madd_epi16(a, b); }
 static inline vi vi_lookup_small(vi table, vi index) {
     return _mm256_permutevar8x32_epi32(table, index);
 }
+/* (a * m + half) >> shift with products of 64 bits, of even lanes and of odd ones. Here compilers
+ * find no way to it, as there is no arithmetic shift of 64 bits; with 2^62 added no product is
+ * negative, and a logical one does. */
+#define QSNN_WIDE_PRODUCTS 1
+static inline vi vi_scaled_even(vi a, vi m, vi shift) {
+    const vi one = _mm256_set1_epi64x(1), high = _mm256_set1_epi64x((int64_t)1 << 62);
+    const vi half = _mm256_sllv_epi64(one, _mm256_sub_epi64(shift, one));
+    const vi y = _mm256_add_epi64(_mm256_add_epi64(_mm256_mul_epi32(a, m), half), high);
+    return _mm256_sub_epi64(_mm256_srlv_epi64(y, shift), _mm256_srlv_epi64(high, shift));
+}
+static inline vi vi_scaled(vi a, vi m, vi shift) {
+    const vi even = vi_scaled_even(a, m, _mm256_and_si256(shift, _mm256_set1_epi64x(0xffffffff)));
+    const vi odd = vi_scaled_even(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(m, 32),
+                                  _mm256_srli_epi64(shift, 32));
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
 
 #elif defined(QSNN_VECTORS) /* 128-bit vectors on whatever there is */
 
