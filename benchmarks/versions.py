@@ -6,15 +6,15 @@
 The other benchmarks compare with other libraries; this one makes their calls with the version in
 another checkout instead. For every case each version has a process of its own with its checkout in
 front of the path. Both make the same call in turn, and which goes first changes from round to
-round. Printed and written to ``results/versions.csv`` are both medians and the median and quartiles
-of the ratios of the rounds: a change smaller than the distance of the quartiles is not one.
+round. Printed and written to ``results/versions.json`` are both medians, and the median and the
+quartiles of the ratios of the rounds: a change smaller than the quartiles' distance is not one.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
+import json
 import os
 import statistics
 import subprocess
@@ -26,10 +26,6 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 HERE = Path(__file__).resolve().parents[1]
-FIELDS = (
-    *("date", "case", "unit", "before", "after", "ratio", "ratio_q1", "ratio_q3"),
-    *("rounds", "commit_before", "commit_after", "threads", "processor", "torch"),
-)
 
 #: A call returns what it measured: milliseconds, or megabytes.
 Call = Callable[[], float]
@@ -287,29 +283,27 @@ def main() -> None:
     p.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--no-csv", action="store_true", help="print only")
+    p.add_argument("--no-json", action="store_true", help="print only")
     args = p.parse_args()
     before = args.before.resolve()
-    about = {
+    content: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "commit_before": commit(before),
-        "commit_after": commit(HERE),
+        "commits": [commit(before), commit(HERE)],
         "threads": args.threads,
         "processor": processor(),
+        "rows": [],
     }
-    print(f"{about['commit_before']} and {about['commit_after']}, {about['processor']}")
+    print(f"{' and '.join(content['commits'])}, {content['processor']}")
     for checkout in (before, HERE):  # what is written in C, without which other paths would run
         subprocess.check_call([sys.executable, "hatch_build.py"], cwd=checkout)
-    rows = []
     for case in args.cases:
-        rows.append({**about, **compare(before, case, args.rounds, args.threads)})
+        row = compare(before, case, args.rounds, args.threads)
+        content["rows"].append(row)
         line = "{case:34} {before:10.2f} {after:10.2f} {unit}  ratio {ratio:.3f}"
-        print((line + " ({ratio_q1:.3f} to {ratio_q3:.3f})").format(**rows[-1]), flush=True)
-    if not args.no_csv:
-        with (RESULTS / "versions.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        print((line + " ({ratio_q1:.3f} to {ratio_q3:.3f})").format(**row), flush=True)
+    if not args.no_json:
+        path = RESULTS / "versions.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

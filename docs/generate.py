@@ -358,6 +358,31 @@ def stopped_runs() -> str:
     return table(rows)
 
 
+def continued_run() -> str:
+    """The last epochs of a run that was stopped on the GPU and went on on a CPU."""
+    run = measured("cifar10-continued", "recipes")
+    rows = [["epoch", "held out (%)", "firing rate", "test set (%)"]]
+    for entry in run["history"][run["continued_from_epoch"] - 1 :]:
+        last = entry["epoch"] == run["config"]["epochs"]
+        rows.append([
+            str(entry["epoch"]), f"{entry['held_out_accuracy']:.2f}",
+            f"{entry['firing_rate']:.3f}", f"{run['last_accuracy']:.2f}" if last else "",
+        ])  # fmt: skip
+    return table(rows)
+
+
+def versions() -> str:
+    """What the package takes now and took before, call by call."""
+    rows = [["call", "before", "now", "ratio", "half of the rounds"]]
+    for row in measured("versions")["rows"]:
+        digits = 1 if row["before"] >= 10 else 2
+        rows.append([
+            row["case"], *(f"{row[k]:.{digits}f} {row['unit']}" for k in ("before", "after")),
+            f"{row['ratio']:.2f}", f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+        ])  # fmt: skip
+    return table(rows)
+
+
 def gpu_rates() -> str:
     """Held-out accuracy (%) of every variant at every learning rate tried on the GPU."""
     return rates_table(gpu_results("stopped")["learning_rates"])
@@ -729,6 +754,8 @@ TABLES = {
     "full-width": full_width,
     "stopped-runs": stopped_runs,
     "gpu-rates": gpu_rates,
+    "continued-run": continued_run,
+    "versions": versions,
     **{f"protocol-{data}": partial(real_protocol, data) for data in REAL},
     **{f"real-{data}": partial(real_table, data) for data in REAL},
     **{f"rates-{data}": partial(real_rates, data) for data in REAL},
