@@ -322,7 +322,7 @@ SHOWN = (1, 3, 6, 10)
 
 
 def gpu_results(name: str) -> dict[str, Any]:
-    """The committed results of the runs on a GPU: ``full-width`` or ``stopped``."""
+    """Committed results of the runs on a GPU: ``full-width``, ``stopped`` or ``continued``."""
     return measured(f"cifar10-{name}", "recipes")
 
 
@@ -360,7 +360,7 @@ def stopped_runs() -> str:
 
 def continued_run() -> str:
     """The last epochs of a run that was stopped on the GPU and went on on a CPU."""
-    run = measured("cifar10-continued", "recipes")
+    run = gpu_results("continued")
     rows = [["epoch", "held out (%)", "firing rate", "test set (%)"]]
     for entry in run["history"][run["continued_from_epoch"] - 1 :]:
         last = entry["epoch"] == run["config"]["epochs"]
@@ -875,7 +875,8 @@ def draw_gpu() -> None:
     """``img/study-gpu.svg``: the runs on a GPU."""
     from recipes.engine import gpu_figure
 
-    figure = gpu_figure.draw(*(gpu_results(n)["runs"] for n in ("full-width", "stopped")))
+    runs = (gpu_results(name)["runs"] for name in ("full-width", "stopped"))
+    figure = gpu_figure.draw(*runs, continued=gpu_results("continued"))
     figure.savefig(DOCS / "img" / "study-gpu.svg", metadata={"Date": None})
 
 

@@ -55,7 +55,9 @@ LICENSES = {
 }
 
 
-def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = None) -> None:
+def main(
+    run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = None, note: str = ""
+) -> None:
     """Write the files of a run's network.
 
     Args:
@@ -63,6 +65,7 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
         name: Of the files.
         folder: Where they go.
         data_dir: Where the data set lies; none takes the run's own.
+        note: What the run's options do not say of the training, for the card.
 
     """
     config, result = result_of(run)
@@ -85,6 +88,8 @@ def main(run: Path, name: str, folder: Path = FOLDER, data_dir: Path | None = No
     if checkpoint.stat().st_size > LARGEST_CHECKPOINT:
         checkpoint.unlink()
     card = describe(config, result, model, samples, program)
+    if note:
+        card["note"] = note
     write_json(folder / f"{name}.json", card)
     text = page(name, card)
     write_atomically(folder / f"{name}.md", lambda file: file.write(text.encode()))
@@ -200,6 +205,7 @@ def page(name: str, card: dict[str, Any]) -> str:
         "test accuracy, frozen scales": f"{card['accuracy_simulation']:.2f} %",
         "test accuracy, integer program": f"{card['accuracy_program']:.2f} %",
         "training": f"{epochs_of(card)}, `{card['command']}`",
+        **({"note": card["note"]} if "note" in card else {}),
         "data's licence": LICENSES.get(card["data"], "see the data set's own page"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())

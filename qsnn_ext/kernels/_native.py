@@ -265,7 +265,7 @@ def lif_forward(
     """
     x = _sequence(x)
     job = _job(o, x)
-    last, spikes = torch.empty_like(x[0]), buffers.empty_like(x)
+    last, spikes = buffers.empty_like(x[0]), buffers.empty_like(x)
     # Said in full: a default device or dtype of the caller's must not change what C writes to.
     counts = torch.empty(job.steps, dtype=torch.float32, device="cpu")
     dtype = compute_dtype(x)
@@ -273,7 +273,7 @@ def lif_forward(
     alpha = None if alpha is None else _numbers(alpha, dtype, 1)
     alphas = params.new_empty(job.steps + 1)
     keeps = o.save == "charge"
-    charges = torch.empty_like(x, dtype=dtype) if keeps else x.new_empty(0)
+    charges = buffers.empty_like(x, dtype) if keeps else x.new_empty(0)
     # Between two passes the charges of a step lie where the state will.
     work = last if dtype == x.dtype else params.new_empty(job.neurons)
     v = _as(x[0], v)
@@ -321,7 +321,7 @@ def lif_backward(
     job = _job(o, saved)
     dtype = compute_dtype(saved)
     g_x = buffers.empty_like(saved)
-    g_v0 = torch.empty_like(saved[0]) if need_v else saved.new_empty(0)
+    g_v0 = buffers.empty_like(saved[0]) if need_v else saved.new_empty(0)
     given, params = params.dtype, _numbers(params, dtype, 4)
     g_params = torch.zeros_like(params)
     g_spikes, g_v, v = _as(saved, g_spikes), _as(saved[0], g_v), _as(saved[0], v)

@@ -26,16 +26,17 @@ MOST = 1 << 30
 _unused: dict[int, deque[Tensor]] = {}
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """``torch.empty_like(x)`` for a dense tensor on the CPU."""
-    size = x.numel() * x.element_size()
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.empty_like(x, dtype=dtype)`` for a dense tensor on the CPU."""
+    dtype = dtype or x.dtype
+    size = x.numel() * dtype.itemsize
     if size < LEAST:
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     memory = _take(size)
     # The tensor holds this object, and it holds nothing: when the last of them is gone it dies.
     block = (ctypes.c_char * size).from_address(memory.data_ptr())
     weakref.finalize(block, _keep, memory).atexit = False
-    return torch.frombuffer(block, dtype=x.dtype).as_strided(x.shape, x.stride())
+    return torch.frombuffer(block, dtype=dtype).as_strided(x.shape, x.stride())
 
 
 def _take(size: int) -> Tensor:

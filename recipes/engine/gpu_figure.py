@@ -15,12 +15,15 @@ COLORS = {"full precision": "C0", "plain": "C1", "ws-dr": "C2"}
 NAMES = {"32w-32u": "full precision", "1w-2u": "ws-dr"}
 
 
-def draw(full: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> Any:
+def draw(
+    full: list[dict[str, Any]], stopped: list[dict[str, Any]], continued: dict[str, Any]
+) -> Any:
     """Held-out accuracy over the epochs; firing rates and weight signs after the last one.
 
     Args:
         full: Results of the runs at full width, as :mod:`recipes.engine.run` writes them.
         stopped: Runs at a quarter of it: ``variant``, ``seed`` and ``history``.
+        continued: Result of the one that went on elsewhere, and ``continued_from_epoch``.
 
     Returns:
         A figure of four panels.
@@ -34,6 +37,9 @@ def draw(full: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> Any:
     for run in stopped:
         label = run["variant"] if run["seed"] == 0 else None
         _curve(narrow, run["history"], COLORS[run["variant"]], label)
+    later = continued["history"][continued["continued_from_epoch"] - 1 :]
+    label = f"ws-dr, on a CPU, test set {continued['last_accuracy']:.2f}"
+    _curve(narrow, later, COLORS["ws-dr"], label, "o:")
     wide.set(title="full width, schedule of 6 epochs")
     narrow.set(title="width 1/4, schedule of 15 epochs, stopped")
     for axes in (wide, narrow):
@@ -47,7 +53,9 @@ def draw(full: list[dict[str, Any]], stopped: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _curve(axes: Any, history: list[dict[str, Any]], color: str, label: str | None) -> None:
+def _curve(
+    axes: Any, history: list[dict[str, Any]], color: str, label: str | None, style: str = "o-"
+) -> None:
     epochs = [entry["epoch"] for entry in history]
     accuracies = [entry["held_out_accuracy"] for entry in history]
-    axes.plot(epochs, accuracies, "o-", ms=3, color=color, label=label)
+    axes.plot(epochs, accuracies, style, ms=3, color=color, label=label)

@@ -42,6 +42,7 @@ def test_a_stopped_run_has_a_card_that_says_so(tmp_path):
     text = (tmp_path / "small.md").read_text()
     assert "| training | stopped after epoch 2 of 3, " in text
     assert "as trained" not in text
+    assert "| note |" not in text
     assert evaluate.main(folder, data="digits") == pytest.approx(
         evaluate.main(tmp_path / "small.safetensors", data="digits"), abs=5
     )
@@ -54,7 +55,8 @@ def test_a_stopped_run_has_a_card_that_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_card_says_what_evaluation_finds(run, tmp_path, capsys):
     folder, result = run
-    cards.main(folder, "small", folder=tmp_path)
+    cards.main(folder, "small", folder=tmp_path, note="begun elsewhere")
+    assert "| note | begun elsewhere |" in (tmp_path / "small.md").read_text()
     card = json.loads((tmp_path / "small.json").read_text())
     assert card["accuracy_in_training"] == result["last_accuracy"]
     assert card["file_bytes"] == (tmp_path / "small.qsnn").stat().st_size
