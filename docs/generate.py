@@ -34,7 +34,7 @@ ROOT = DOCS.parent
 #: Pages with generated tables, seen from here.
 PAGES = (
     "explanation/index.md", "devices.md", "errors.md", "neurons.md", "study.md", "zoo.md",
-    "models.md", "integer-program.md", "../README.md",
+    "models.md", "integer-program.md", "performance.md", "../README.md",
 )  # fmt: skip
 
 _REGION = re.compile(r"(<!-- generated: ([\w-]+)[^>]*-->\n).*?(<!-- end -->)", re.S)
